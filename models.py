@@ -1,0 +1,810 @@
+"""Networks that denoise and classify within a latency, the supernet that finds them, and their record on disk.
+
+    python models.py                 # every named model: parameters, MACs at its paper's input size
+    python models.py --json          # the same for programs
+
+    from models import Network, named_arch
+    image, logits = Network(named_arch("dcnas-k3-e3", num_classes=10))(torch.rand(1, 3, 64, 64))
+
+C-NAS classifies, D-NAS denoises, DC-NAS does both with one encoder (Markhorst, van Gemert and Kayhan, "Pushing
+Joint Image Denoising and Classification to the Edge", 2024, fig. 7). The search space and the way the supernet is
+trained come from TF-NAS (Hu, Wu and He, 2020). This file needs torch and torchvision only and works when copied alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+MODELS = ("cnas", "dnas", "dcnas")
+
+
+class Output(NamedTuple):
+    """What every network returns: `image` (B, 3, H, W) or None, `logits` (B, num_classes) or None."""
+
+    image: Tensor | None
+    logits: Tensor | None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The search space (Markhorst 2024, supplement B; TF-NAS, table 1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the backbone; the papers number the stem convolution stage 1."""
+
+    number: int
+    out_channels: int
+    blocks: int
+    stride: int  # of the first block
+    activation: str
+
+
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+STAGES = (  # the searched ones; stage 2 is fixed
+    Stage(3, 24, 2, 2, "relu"),
+    Stage(4, 40, 3, 2, "silu"),
+    Stage(5, 80, 4, 2, "silu"),
+    Stage(6, 112, 4, 1, "silu"),
+    Stage(7, 192, 4, 2, "silu"),
+    Stage(8, 320, 1, 1, "silu"),
+)
+LAST_ENCODER_STAGE = 6  # D-NAS ends here; in DC-NAS the decoder and the classification branch part here
+ENCODER_STRIDE = 16
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One candidate of a searched block: an MBConv of a kernel size, an expansion and perhaps squeeze-and-excitation."""
+
+    kernel_size: int
+    expansion: int
+    se: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"k{self.kernel_size}-e{self.expansion}" + ("-se" if self.se else "")
+
+    def start_width(self, in_channels: int) -> int:
+        """Mid channels at the start of the search: 3x or 6x the input."""
+        return self.expansion * in_channels
+
+    def max_width(self, in_channels: int) -> int:
+        """The widest the width fit may go: 4x or 8x the input (TF-NAS, elasticity scaling)."""
+        return self.expansion * in_channels * 4 // 3
+
+    def se_channels(self, in_channels: int) -> int:
+        """Squeeze width: the input channels at expansion 3, twice that at 6 (TF-NAS)."""
+        return self.expansion // 3 * in_channels if self.se else 0
+
+
+SPACES = {
+    4: tuple(Operation(k, e) for k in (3, 5) for e in (3, 6)),
+    6: tuple(Operation(k, e) for k in (3, 5) for e in (3, 6)) + (Operation(3, 3, True), Operation(3, 6, True)),
+    8: tuple(Operation(k, e, se) for se in (False, True) for k in (3, 5) for e in (3, 6)),
+}
+
+WIDTH_STEP = 8  # mid channels are multiples of this: what vector units and tensor cores like
+MIN_WIDTH = 1.25  # smallest mid channels, as a multiple of the input channels
+
+
+def round_width(channels: float) -> int:
+    """The nearest multiple of WIDTH_STEP, at least one step."""
+    return max(WIDTH_STEP, int(channels / WIDTH_STEP + 0.5) * WIDTH_STEP)
+
+
+def width_range(operation: Operation, in_channels: int, min_width: float = MIN_WIDTH) -> tuple[int, int]:
+    """Smallest and largest mid channels of `operation` on `in_channels`, inclusive.
+
+    TF-NAS's floor is half the maximum, where its fit stalls and a low target is silently missed. Here the floor is
+    `min_width` times the input, and always more than the input, so that the expansion convolution stays.
+    """
+    smallest = max(math.ceil(min_width * in_channels / WIDTH_STEP), in_channels // WIDTH_STEP + 1) * WIDTH_STEP
+    return smallest, max(smallest, round_width(operation.max_width(in_channels)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The architecture record
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MBConv of a network, with nothing left to look up. `se_channels` 0 means no squeeze-and-excitation."""
+
+    stage: int
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    se_channels: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A C-NAS, D-NAS or DC-NAS network, complete: the content of `arch.json`.
+
+    `blocks` run in order from stage 2; those after stage 6 exist only where the network classifies. Raises ValueError
+    when the blocks do not fit together.
+    """
+
+    model: str
+    blocks: tuple[Block, ...]
+    num_classes: int = 0
+    stem_channels: int = STEM_CHANNELS
+    head_channels: int = HEAD_CHANNELS
+
+    def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise ValueError(f"The architecture is not valid: {message}.")
+
+        require(self.model in MODELS, f"model must be one of {', '.join(MODELS)}, not {self.model!r}")
+        for name in ("stem_channels", "head_channels"):
+            require(_is_count(getattr(self, name)), f"{name} must be a whole number from 1 to 65536")
+        require(_is_count(self.num_classes) if self.classifies else self.num_classes == 0,
+                f"num_classes of a {self.model} must be " + ("from 1 to 65536" if self.classifies else "0"))
+        require(0 < len(self.blocks) <= 256, "it needs 1 to 256 blocks")
+        channels, stage = self.stem_channels, 2
+        for number, block in enumerate(self.blocks):
+            where = f"block {number}"
+            for name in ("stage", "in_channels", "mid_channels", "out_channels", "kernel_size", "stride"):
+                require(_is_count(getattr(block, name)), f"{where}: {name} must be a whole number from 1 to 65536")
+            require(block.se_channels == 0 or _is_count(block.se_channels), f"{where}: se_channels must be 0 or more")
+            require(block.in_channels == channels, f"{where} takes {block.in_channels} channels but gets {channels}")
+            require(block.mid_channels >= block.in_channels, f"{where}: mid_channels is below in_channels")
+            require(block.kernel_size in (1, 3, 5, 7), f"{where}: kernel_size must be 1, 3, 5 or 7")
+            require(block.stride in (1, 2), f"{where}: stride must be 1 or 2")
+            require(block.activation in tuple(ACTIVATIONS), f"{where}: activation must be {' or '.join(ACTIVATIONS)}")
+            require(block.stage in (stage, stage + 1), f"{where}: stage {block.stage} does not follow stage {stage}")
+            channels, stage = block.out_channels, block.stage
+        last = LAST_ENCODER_STAGE if self.model == "dnas" else STAGES[-1].number
+        require(self.blocks[0].stage == 2 and stage == last, f"a {self.model} has the stages 2 to {last}")
+        if self.denoises:
+            for number in range(2, LAST_ENCODER_STAGE + 1):
+                strides = [block.stride for block in self.blocks if block.stage == number]
+                expected = 1 if number in (2, 6) else 2  # the decoder doubles the size once per level
+                require(math.prod(strides) == expected, f"stage {number} must have a stride of {expected} in all")
+
+    @property
+    def denoises(self) -> bool:
+        return self.model != "cnas"
+
+    @property
+    def classifies(self) -> bool:
+        return self.model != "dnas"
+
+    def to_dict(self) -> dict:
+        return {"model": self.model, "num_classes": self.num_classes, "stem_channels": self.stem_channels,
+                "head_channels": self.head_channels, "blocks": [asdict(block) for block in self.blocks]}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> Arch:
+        """The architecture in a record; raises ValueError in one sentence when a field is missing or wrong."""
+        try:
+            blocks = content["blocks"]
+            if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+                raise ValueError("The architecture is not valid: blocks must be a list of objects.")
+            names = {field.name for field in fields(Block)}
+            unknown = {name for block in blocks for name in block if name not in names}
+            if unknown:
+                raise ValueError(f"The architecture is not valid: unknown block fields {', '.join(sorted(unknown))}.")
+            return cls(content["model"], tuple(Block(**{name: block[name] for name in names}) for block in blocks),
+                       content["num_classes"], content["stem_channels"], content["head_channels"])
+        except KeyError as error:
+            raise ValueError(f"The architecture is not valid: the field {error} is missing.") from None
+
+    def with_model(self, model: str) -> Arch:
+        """The same encoder as another model: D-NAS keeps the blocks up to stage 6, DC-NAS gets a decoder."""
+        keep = tuple(block for block in self.blocks if model != "dnas" or block.stage <= LAST_ENCODER_STAGE)
+        return replace(self, model=model, blocks=keep, num_classes=0 if model == "dnas" else self.num_classes)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536
+
+
+def searched_positions(model: str) -> list[Block]:
+    """The searched blocks of a model in order, with kernel_size, mid_channels and se_channels still to be filled (0)."""
+    positions, channels = [], 16
+    for stage in STAGES:
+        if model == "dnas" and stage.number > LAST_ENCODER_STAGE:
+            break
+        for index in range(stage.blocks):
+            positions.append(Block(stage.number, channels, 0, stage.out_channels, 0, stage.stride if index == 0 else 1,
+                                   0, stage.activation))
+            channels = stage.out_channels
+    return positions
+
+
+def fill(position: Block, operation: Operation, mid_channels: int | None = None) -> Block:
+    """`position` with `operation` in it, at its starting width unless `mid_channels` says otherwise."""
+    mid = operation.start_width(position.in_channels) if mid_channels is None else mid_channels
+    return replace(position, kernel_size=operation.kernel_size, mid_channels=mid,
+                   se_channels=operation.se_channels(position.in_channels))
+
+
+STAGE_2 = Block(2, STEM_CHANNELS, STEM_CHANNELS, 16, 3, 1, 8, "relu")
+
+
+def make_arch(model: str, blocks: list[Block], num_classes: int = 0) -> Arch:
+    """The architecture of `model` with these searched blocks behind the fixed stage 2."""
+    return Arch(model, (STAGE_2, *blocks), 0 if model == "dnas" else num_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class MBConv(nn.Module):
+    """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation, 1x1 projection.
+
+    (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), sizes rounded up. There is no expansion when
+    mid_channels equals in_channels, and a residual when the shape stays. Convolutions have no bias (TF-NAS).
+    `drop_connect` is the probability of dropping the block for a sample in training. Source: MobileNetV2; squeeze
+    width given explicitly as in TF-NAS (torchvision's own MBConv fixes it, and its activation).
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+                 se_channels: int = 0, activation: str = "relu", drop_connect: float = 0.0,
+                 norm_layer=nn.BatchNorm2d):
+        super().__init__()
+        if mid_channels < in_channels:
+            raise ValueError(f"mid_channels ({mid_channels}) must be at least in_channels ({in_channels}).")
+        layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=ACTIVATIONS[activation])
+        self.expand = layer(in_channels, mid_channels, 1) if mid_channels > in_channels else nn.Identity()
+        self.depthwise = layer(mid_channels, mid_channels, kernel_size, stride, groups=mid_channels)
+        self.se = (SqueezeExcitation(mid_channels, se_channels, ACTIVATIONS[activation]) if se_channels
+                   else nn.Identity())
+        self.project = Conv2dNormActivation(mid_channels, out_channels, 1, norm_layer=norm_layer,
+                                            activation_layer=None)
+        self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.project(self.se(self.depthwise(self.expand(x))))
+        return x + self.drop_connect(out) if self.residual else out
+
+
+def _search_norm(x: Tensor) -> Tensor:
+    """Batch norm as the search has it: statistics of the batch, no affine part, nothing remembered."""
+    return F.batch_norm(x, None, None, training=True)
+
+
+class SearchNorm(nn.Module):
+    """`_search_norm` for the fixed layers of the supernet; takes the place of nn.BatchNorm2d(channels)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _search_norm(x)
+
+
+class ElasticMBConv(nn.Module):
+    """The search form of MBConv: weights at the largest width, of which the kept mid channels take part.
+
+    Same computation as MBConv with batch statistics and without the affine part of its norms, so that weights can be
+    copied into the exported network (`copy_to`). `keep` is a LongTensor of mid channels in ascending order.
+    """
+
+    def __init__(self, position: Block, operation: Operation, min_width: float = MIN_WIDTH):
+        super().__init__()
+        self.position, self.operation = position, operation
+        _, width = width_range(operation, position.in_channels, min_width)
+        full = MBConv(position.in_channels, width, position.out_channels, operation.kernel_size, position.stride,
+                      operation.se_channels(position.in_channels), position.activation)
+        self.expand_weight = full.expand[0].weight  # (mid, in, 1, 1)
+        self.depthwise_weight = full.depthwise[0].weight  # (mid, 1, k, k)
+        self.project_weight = full.project[0].weight  # (out, mid, 1, 1)
+        self.se = full.se if operation.se else None
+        self.residual = full.residual
+        self.activation = F.relu if position.activation == "relu" else F.silu
+        # A buffer, so that it moves between devices and lands in checkpoints; its length changes with the width.
+        self.register_buffer("keep", torch.arange(operation.start_width(position.in_channels)))
+
+    @property
+    def block(self) -> Block:
+        """What this candidate is in a record, at its present width."""
+        return fill(self.position, self.operation, len(self.keep))
+
+    def set_width(self, mid_channels: int) -> None:
+        """Keep the `mid_channels` channels whose depthwise kernels have the largest L1 norm (TF-NAS)."""
+        norm = self.depthwise_weight.detach().abs().sum(dim=(1, 2, 3))
+        self.keep = norm.topk(mid_channels).indices.sort().values
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.keep = self.keep.new_empty(len(state_dict.get(prefix + "keep", self.keep)))  # its length is not fixed
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _weights(self):
+        expand, depthwise, project = self.expand_weight, self.depthwise_weight, self.project_weight
+        if len(self.keep) < len(depthwise):
+            expand, depthwise = expand[self.keep], depthwise[self.keep]
+            project = project[:, self.keep]
+        return expand, depthwise, project
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, depthwise, project = self._weights()
+        out = self.activation(_search_norm(F.conv2d(x, expand)))  # (B, mid, H, W)
+        out = F.conv2d(out, depthwise, stride=self.position.stride, padding=self.operation.kernel_size // 2,
+                       groups=len(depthwise))
+        out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
+        if self.se is not None:
+            scale = F.adaptive_avg_pool2d(out, 1)
+            scale = self.activation(F.conv2d(scale, self.se.fc1.weight[:, self.keep], self.se.fc1.bias))
+            scale = F.conv2d(scale, self.se.fc2.weight[self.keep], self.se.fc2.bias[self.keep])
+            out = out * torch.sigmoid(scale)
+        out = _search_norm(F.conv2d(out, project))  # (B, out, H / stride, W / stride)
+        return x + out if self.residual else out
+
+    @torch.no_grad()
+    def copy_to(self, block: MBConv) -> None:
+        """Copy the kept weights into an MBConv of the same shape."""
+        expand, depthwise, project = self._weights()
+        block.expand[0].weight.copy_(expand)
+        block.depthwise[0].weight.copy_(depthwise)
+        block.project[0].weight.copy_(project)
+        if self.se is not None:
+            block.se.fc1.weight.copy_(self.se.fc1.weight[:, self.keep])
+            block.se.fc1.bias.copy_(self.se.fc1.bias)
+            block.se.fc2.weight.copy_(self.se.fc2.weight[self.keep])
+            block.se.fc2.bias.copy_(self.se.fc2.bias[self.keep])
+
+
+class DecoderLevel(nn.Module):
+    """Concatenate the skip, two 3x3 convolutions, one 2x2 transposed convolution that doubles the size."""
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, norm_layer=nn.BatchNorm2d):
+        super().__init__()
+        self.convs = nn.Sequential(Conv2dNormActivation(in_channels, channels, 3, norm_layer=norm_layer),
+                                   Conv2dNormActivation(channels, channels, 3, norm_layer=norm_layer))
+        self.up = nn.ConvTranspose2d(channels, out_channels, 2, stride=2)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return self.up(self.convs(x if skip is None else torch.cat((x, skip), 1)))
+
+
+class Decoder(nn.Module):
+    """The decoder of D-NAS and DC-NAS: levels 4..1 and a 1x1 convolution to the image; it is not searched.
+
+    Takes the outputs of stages 2 to 6 and returns the image. The papers do not state its widths; here each level has
+    the width of the encoder stage of its size, and hands up the width of the next one (112 -> 80 -> 40 -> 24 -> 16).
+    """
+
+    def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d):
+        super().__init__()
+        s2, s3, s4, s5, s6 = stage_channels
+        self.levels = nn.ModuleList([DecoderLevel(s6, s5, s4, norm_layer),
+                                     DecoderLevel(s4 + s4, s4, s3, norm_layer),
+                                     DecoderLevel(s3 + s3, s3, s2, norm_layer),
+                                     DecoderLevel(s2 + s2, s2, s2, norm_layer)])
+        self.image = nn.Conv2d(s2, 3, 1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        s2, s3, s4, _, x = features
+        for level, skip in zip(self.levels, (None, s4, s3, s2)):
+            x = level(x, skip)
+        return self.image(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad (B, C, H, W) at the right and the bottom to multiples of `multiple`: mirrored, or repeated where too small."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if not bottom and not right:
+        return x
+    mirrored = bottom < x.shape[-2] and right < x.shape[-1]
+    return F.pad(x, (0, right, 0, bottom), mode="reflect" if mirrored else "replicate")
+
+
+class Head(nn.Sequential):
+    """1x1 convolution, average pool, dropout, linear: (B, C, H, W) -> (B, num_classes)."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.0,
+                 norm_layer=nn.BatchNorm2d):
+        super().__init__(Conv2dNormActivation(in_channels, channels, 1, norm_layer=norm_layer, activation_layer=nn.SiLU),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels, num_classes))
+
+
+class Network(nn.Module):
+    """C-NAS, D-NAS or DC-NAS from its record (Markhorst 2024, fig. 7).
+
+    forward: (B, 3, H, W), clean images in [0, 1] plus noise, any H and W, -> Output(image (B, 3, H, W), logits (B, K)).
+    Padding and cropping happen inside, and so does the normalisation, after the noise, so that PSNR is measured on
+    [0, 1]. `make_block(block, drop_connect)` builds one block: the supernet passes its own.
+    """
+
+    def __init__(self, arch: Arch, dropout: float = 0.0, drop_connect: float = 0.0, make_block=None,
+                 norm_layer=nn.BatchNorm2d):
+        super().__init__()
+        self.arch = arch
+        self.denoises, self.classifies = arch.denoises, arch.classifies
+        make_block = make_block or build_block
+        # ImageNet's statistics: what the papers' pipelines use, and near enough for other pictures.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.stem = Conv2dNormActivation(3, arch.stem_channels, 3, 2, norm_layer=norm_layer)
+        stages: dict[int, list[nn.Module]] = {}
+        for index, block in enumerate(arch.blocks):
+            rate = drop_connect * index / len(arch.blocks)  # grows with depth
+            stages.setdefault(block.stage, []).append(make_block(block, rate))
+        modules = {number: nn.Sequential(*blocks) for number, blocks in stages.items()}
+        self.encoder = nn.ModuleList(m for number, m in modules.items() if number <= LAST_ENCODER_STAGE)
+        self.tail = nn.ModuleList(m for number, m in modules.items() if number > LAST_ENCODER_STAGE)
+        channels = {block.stage: block.out_channels for block in arch.blocks}
+        self.decoder = (Decoder([channels[number] for number in range(2, LAST_ENCODER_STAGE + 1)], norm_layer)
+                        if arch.denoises else None)
+        self.head = (Head(arch.blocks[-1].out_channels, arch.head_channels, arch.num_classes, dropout, norm_layer)
+                     if arch.classifies else None)
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in the order of `arch.blocks`."""
+        return [block for stage in (*self.encoder, *self.tail) for block in stage]
+
+    def forward(self, x: Tensor) -> Output:
+        height, width = x.shape[-2:]
+        if self.decoder is not None:
+            x = pad_to_multiple(x, ENCODER_STRIDE)
+        x = self.stem((x - self.mean) / self.std)  # (B, 32, H / 2, W / 2)
+        features = []
+        for stage in self.encoder:  # down to (B, 112, H / 16, W / 16)
+            x = stage(x)
+            features.append(x)
+        image = self.decoder(features)[..., :height, :width] if self.decoder is not None else None
+        if self.head is None:
+            return Output(image, None)
+        for stage in self.tail:  # (B, 320, H / 32, W / 32)
+            x = stage(x)
+        return Output(image, self.head(x))
+
+
+def build_block(block: Block, drop_connect: float = 0.0, norm_layer=nn.BatchNorm2d) -> MBConv:
+    """The MBConv that a record's block describes."""
+    return MBConv(block.in_channels, block.mid_channels, block.out_channels, block.kernel_size, block.stride,
+                  block.se_channels, block.activation, drop_connect, norm_layer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The supernet
+
+
+class MixedOp(nn.Module):
+    """All candidates of one block. `choice` is the index of one of them, or weights (O,) to sum all of them with."""
+
+    def __init__(self, position: Block, operations: tuple[Operation, ...], min_width: float = MIN_WIDTH):
+        super().__init__()
+        self.candidates = nn.ModuleList(ElasticMBConv(position, op, min_width) for op in operations)
+        self.choice: int | Tensor = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.choice, int):
+            return self.candidates[self.choice](x)
+        return sum(weight * candidate(x) for weight, candidate in zip(self.choice, self.candidates))
+
+
+class SuperNet(nn.Module):
+    """Every network of the space at once: weights, and a log probability `alpha` (blocks, operations).
+
+    `model` says which parts the supernet has: "cnas" for a search by classification alone (the papers' best, table 4),
+    "dcnas" for a search by both losses, "dnas" where there are no labels.
+    forward: (B, 3, H, W) and a choice: a list of one operation index per block, or weights (blocks, operations).
+    """
+
+    def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH):
+        super().__init__()
+        self.space, self.min_width = space, min_width
+        self.operations = SPACES[space]
+        positions = searched_positions(model)
+        template = make_arch(model, [fill(position, self.operations[0]) for position in positions], num_classes)
+
+        mixed: list[MixedOp] = []
+
+        def make_block(block: Block, _) -> nn.Module:
+            if block.stage == 2:
+                return build_block(block, norm_layer=SearchNorm)
+            mixed.append(MixedOp(positions[len(mixed)], self.operations, min_width))
+            return mixed[-1]
+
+        self.network = Network(template, make_block=make_block, norm_layer=SearchNorm)
+        self.mixed = mixed  # the same modules as inside the network, in the order of alpha's rows
+        self.alpha = nn.Parameter(torch.full((len(mixed), len(self.operations)), -math.log(len(self.operations))))
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        return list(self.network.parameters())
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return [self.alpha]
+
+    def forward(self, x: Tensor, choice: list[int] | Tensor) -> Output:
+        for mixed, chosen in zip(self.mixed, choice, strict=True):
+            mixed.choice = chosen
+        return self.network(x)
+
+    def _gumbel(self, generator: torch.Generator | None) -> Tensor:
+        noise = torch.empty(self.alpha.shape).exponential_(generator=generator)  # on the CPU: the same on any device
+        return -noise.log().to(self.alpha.device)
+
+    def sample_path(self, generator: torch.Generator | None = None) -> list[int]:
+        """One operation per block by Gumbel softmax. (The largest is the same at every temperature.)"""
+        return (self.alpha.detach() + self._gumbel(generator)).argmax(1).tolist()
+
+    def other_path(self, path: list[int], generator: torch.Generator | None = None) -> list[int]:
+        """One of the remaining operations per block, uniformly: the second half of TF-NAS's bi-sampling."""
+        steps = torch.randint(1, len(self.operations), (len(path),), generator=generator).tolist()
+        return [(index + step) % len(self.operations) for index, step in zip(path, steps)]
+
+    def mixture(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+        """Gumbel-softmax weights (blocks, operations) for the step of alpha, differentiable."""
+        return F.softmax((self.alpha + self._gumbel(generator)) / temperature, 1)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Make alpha a log probability again, as TF-NAS does after each step."""
+        self.alpha.copy_(F.log_softmax(self.alpha, 1))
+
+    def entropy(self) -> Tensor:
+        """Entropy of each block's softmax(alpha) divided by its maximum, log(operations): 1 undecided, 0 decided."""
+        log_p = F.log_softmax(self.alpha.detach(), 1)
+        return -(log_p.exp() * log_p).sum(1) / math.log(len(self.operations))
+
+    def candidate_blocks(self) -> list[list[Block]]:
+        """What each candidate is in a record, at its present width: one list per block."""
+        return [[candidate.block for candidate in mixed.candidates] for mixed in self.mixed]
+
+    def expected_latency(self, latency_ms: Tensor, base_ms: float) -> Tensor:
+        """LAT = base + sum over blocks of sum_i softmax(alpha)_i * LAT(op_i), in ms (thesis, eq. 3.10).
+
+        `latency_ms` (blocks, operations) holds the table's value of each candidate. TF-NAS's code weighs with the Gumbel
+        sample of the outputs instead; softmax(alpha) is the thesis's form and has no sampling noise.
+        """
+        return base_ms + (F.softmax(self.alpha, 1) * latency_ms).sum()
+
+    def best_path(self) -> list[int]:
+        return self.alpha.argmax(1).tolist()
+
+    def arch(self, path: list[int] | None = None) -> Arch:
+        """The record of one path, the likeliest by default, at the present widths, as the supernet's own model."""
+        path = self.best_path() if path is None else path
+        blocks = [row[index] for row, index in zip(self.candidate_blocks(), path, strict=True)]
+        return make_arch(self.network.arch.model, blocks, self.network.arch.num_classes)
+
+    def set_widths(self, path: list[int], mid_channels: list[int]) -> None:
+        """Set the widths of the operations on `path` (elasticity scaling)."""
+        for mixed, index, mid in zip(self.mixed, path, mid_channels, strict=True):
+            mixed.candidates[index].set_width(mid)
+
+    @torch.no_grad()
+    def copy_to(self, network: Network, path: list[int]) -> None:
+        """Copy the weights of one path, at its present widths, into the network built from `arch(path)`."""
+        paths = dict(zip((id(mixed) for mixed in self.mixed), path, strict=True))
+        for source, target in zip(self.network.blocks(), network.blocks(), strict=True):
+            if isinstance(source, MixedOp):
+                source.candidates[paths[id(source)]].copy_to(target)
+        fixed = {name: value for name, value in self.network.state_dict().items() if ".candidates." not in name}
+        network.load_state_dict(fixed, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Named models
+
+
+def _uniform(model: str, operation: Operation, num_classes: int) -> Arch:
+    return make_arch(model, [fill(position, operation) for position in searched_positions(model)], num_classes)
+
+
+# One entry per model: name -> function of num_classes that returns its record. "dcnas-k5-e6" is a DC-NAS whose every
+# searched block is MB-k5-e6 at its starting width: the corners of the space, to train and time without a search.
+NAMED = {f"{model}-{operation.name}": partial(_uniform, model, operation)
+         for model in MODELS for operation in SPACES[4]}
+PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
+
+
+def named_arch(name: str, num_classes: int = 0) -> Arch:
+    """The record of a named model; raises ValueError with the names when it is unknown."""
+    if name not in NAMED:
+        raise ValueError(f"There is no model named {name!r}; python models.py lists them: {', '.join(NAMED)}.")
+    return NAMED[name](num_classes)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_macs(network: nn.Module, size: int) -> int:
+    """Multiply-accumulates of one (3, size, size) image, what the papers call FLOPs: convolutions and linear layers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = copy.deepcopy(network).to("meta").eval()  # shapes only: nothing is computed
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        counted(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2  # the counter counts 2 per multiply-accumulate
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: JSON that describes itself, and checkpoints
+
+ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of the GPU, or of the CPU model."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def provenance(device: torch.device | str, seed: int | None = None) -> dict:
+    """How a file was made: command, date (UTC), seed, commit of this code if it is a checkout, versions, device."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "seed": seed,
+            "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+            "device": device_name(device)}
+
+
+def write_file(path: str | Path, write) -> None:
+    """Call `write(temporary_path)` and rename, so that `path` holds the old content or all of the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write strict JSON (no NaN) beside and rename."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: str | Path, format: str, version: int, remedy: str) -> dict:
+    """The object in a JSON file of this format and version; ValueError in one sentence, ending in `remedy`, if not."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from None
+    except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not valid JSON; {remedy}.") from None
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"{path} is not a {format} file; {remedy}.")
+    if content.get("version") != version:
+        raise ValueError(f"{path} has version {content.get('version')!r} of {format}, and this code reads "
+                         f"version {version}; {remedy}.")
+    return content
+
+
+def make_record(arch: Arch, made: dict, **more) -> dict:
+    """A record as it goes to disk: format, version, method, how it was made, anything `more`, and the architecture."""
+    return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": "tfnas", "made": made, **more, **arch.to_dict()}
+
+
+def load_record(path: str | Path) -> dict:
+    """Read and check an `arch.json`; ValueError in one sentence when it is missing, damaged or not valid."""
+    record = read_json(path, ARCH_FORMAT, ARCH_VERSION, "make one with: python search.py --target 12")
+    try:
+        build_network(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return record
+
+
+# One entry per search method: the record's `method` -> function of (record, dropout, drop_connect) -> network.
+METHODS = {"tfnas": lambda record, dropout, drop_connect: Network(Arch.from_dict(record), dropout, drop_connect)}
+
+
+def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0) -> nn.Module:
+    """The network that a record describes, with fresh weights."""
+    method = record.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"The search method {method!r} is unknown; known are {', '.join(METHODS)}.")
+    return METHODS[method](record, dropout, drop_connect)
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Write tensors, numbers, strings, lists and dicts beside and rename."""
+    content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **content}
+    write_file(path, lambda temporary: torch.save(content, temporary))
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Load a checkpoint without running anything in it; ValueError in one sentence when it is not one of ours."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no checkpoint at {path}; train one with: python train.py")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason[:120]}).") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project.")
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} has checkpoint version {content.get('version')!r}, and this code reads version "
+                         f"{CHECKPOINT_VERSION}; train again or use the code that wrote it.")
+    return content
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """The network of a checkpoint that train.py wrote (its averaged weights where there are any), in eval mode."""
+    checkpoint = read_checkpoint(path, device)
+    try:
+        network = build_network(checkpoint["record"])
+        network.load_state_dict(checkpoint.get("ema") or checkpoint["network"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} does not hold a trained network ({reason[:160]}).") from None
+    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="List every named model: parameters, and multiply-accumulates at its paper's input size.",
+        epilog="examples:\n  python models.py\n  python models.py --json\n  python models.py --classes 10 --input 64",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--classes", type=int, default=100, metavar="N", help="classes of the classifiers (default: 100)")
+    parser.add_argument("--input", type=int, default=None, metavar="PIXELS",
+                        help="height and width of the input (default: the size in each model's paper)")
+    args = parser.parse_args(argv)
+    for flag in ("classes", "input"):
+        if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= 65536:
+            parser.error(f"--{flag} must be from 1 to 65536.")
+    rows = []
+    for name in NAMED:
+        network = Network(named_arch(name, args.classes))
+        size = args.input or PAPER_SIZE
+        rows.append({"name": name, "denoises": network.denoises, "classifies": network.classifies, "input_px": size,
+                     "parameters": count_parameters(network), "macs": count_macs(network, size)})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'model':<16} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>10}")
+    for row in rows:
+        print(f"{row['name']:<16} {'yes' if row['denoises'] else '-':>8} {'yes' if row['classifies'] else '-':>10} "
+              f"{row['input_px']:>6} {row['parameters']:>12,} {row['macs'] / 1e6:>8.1f} M")
+
+
+if __name__ == "__main__":
+    main()
