@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -621,6 +622,18 @@ def _uniform(model: str, operation: Operation, num_classes: int) -> Arch:
 # searched block is MB-k5-e6 at its starting width: the corners of the space, to train and time without a search.
 NAMED = {f"{model}-{operation.name}": partial(_uniform, model, operation)
          for model in MODELS for operation in SPACES[4]}
+
+
+def random_arch(model: str, space: int, rng: random.Random, num_classes: int = 0, min_width: float = MIN_WIDTH) -> Arch:
+    """A network drawn from the space: operations uniformly, widths uniformly from their range in steps."""
+    blocks = []
+    for position in searched_positions(model):
+        operation = rng.choice(SPACES[space])
+        low, high = width_range(operation, position.in_channels, min_width)
+        blocks.append(fill(position, operation, rng.randrange(low, high + 1, WIDTH_STEP)))
+    return make_arch(model, blocks, num_classes)
+
+
 PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
 
 

@@ -1,0 +1,562 @@
+"""Times the operations of a search space on your device and predicts the latency of whole networks.
+
+    python latency.py --output latency.json                  # this device, the space of 8 operations, 64 x 64 pixels
+    python latency.py --size 224 --batch 32 --output gpu.json
+    python latency.py --table latency.json --check 20        # predicted against measured, on 20 random networks
+    python latency.py --table latency.json --arch runs/search/arch.json
+
+Reads and writes the latency table (JSON, format "joint-latency"). Operations are timed inside whole networks, not alone:
+a lone operation finds its weights in the cache, and sums of such times are far too low. `measure` and `measure_network`
+work on any module; this file needs torch only and works when copied alone (building a table needs models.py too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+FORMAT, VERSION = "joint-latency", 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median and the spread (10th and 90th percentile) of `count` runs, in milliseconds per batch."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    count: int
+
+    @classmethod
+    def of(cls, samples_ms: list[float]) -> Timing:
+        ordered = sorted(samples_ms)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a latency depends on besides the network: the identity of a table."""
+
+    device: str  # name of the GPU or CPU
+    device_type: str  # "cuda" or "cpu"
+    threads: int  # of torch on a CPU; 0 on a GPU
+    dtype: str
+    batch: int
+    size: int  # pixels, height and width
+    memory_format: str  # "channels_last" or "contiguous"
+    num_classes: int
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 30, seconds: float = 0.0) -> Timing:
+    """Time `run()` on a device: at least `repeats` runs and `seconds`, after `warmup` runs, synchronised."""
+    device = torch.device(device)
+    for _ in range(warmup):
+        run()
+    samples, end = [], time.perf_counter() + seconds
+    while len(samples) < repeats or time.perf_counter() < end:
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        samples.append((time.perf_counter() - start) * 1e3)
+    return Timing.of(samples)
+
+
+@contextmanager
+def prepared(network: nn.Module, device: torch.device | str, *, size: int, batch: int, dtype: str = "float32",
+             memory_format: str = "channels_last"):
+    """Yield (network, input) in inference form on the device; afterwards the network is as it was before."""
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    parameter = next(network.parameters())
+    before = (parameter.device, parameter.dtype, network.training)
+    network.to(device=device, dtype=DTYPES[dtype], memory_format=layout).eval()
+    images = torch.rand(batch, 3, size, size, device=device, dtype=DTYPES[dtype]).contiguous(memory_format=layout)
+    try:
+        with torch.inference_mode():
+            yield network, images
+    finally:
+        network.to(device=before[0], dtype=before[1]).train(before[2])
+
+
+def measure_network(network: nn.Module, *, size: int, batch: int, device: torch.device | str, dtype: str = "float32",
+                    memory_format: str = "channels_last", warmup: int = 10, repeats: int = 50,
+                    seconds: float = 1.0) -> Timing:
+    """Milliseconds per batch of (batch, 3, size, size) through a network in inference form."""
+    with prepared(network, device, size=size, batch=batch, dtype=dtype, memory_format=memory_format) as (net, images):
+        return measure(lambda: net(images), device, warmup=warmup, repeats=repeats, seconds=seconds)
+
+
+class PartTimer:
+    """Times the named parts of a network inside its forward pass, by hooks; on CUDA by events on the stream."""
+
+    def __init__(self, parts: dict[str, nn.Module], device: torch.device):
+        self.parts, self.device = parts, device
+        self.marks: list[tuple[str, object, object]] = []
+
+    def __enter__(self) -> PartTimer:
+        starts = {}
+
+        def now():
+            if self.device.type != "cuda":
+                return time.perf_counter()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        def before(name):
+            def hook(module, inputs):
+                starts[name] = now()
+            return hook
+
+        def after(name):
+            def hook(module, inputs, output):
+                self.marks.append((name, starts[name], now()))
+            return hook
+
+        self.handles = [part.register_forward_pre_hook(before(name)) for name, part in self.parts.items()]
+        self.handles += [part.register_forward_hook(after(name)) for name, part in self.parts.items()]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def medians_ms(self) -> dict[str, float]:
+        """The median of each part over the forward passes so far."""
+        _synchronize(self.device)
+        samples: dict[str, list[float]] = {name: [] for name in self.parts}
+        for name, start, end in self.marks:
+            samples[name].append(start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3)
+        return {name: statistics.median(values) for name, values in samples.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def _key(block) -> tuple:
+    """All of a block but its width. The stage gives the resolution."""
+    return (block.stage, block.in_channels, block.out_channels, block.kernel_size, block.stride, block.se_channels,
+            block.activation)
+
+
+KEY_FIELDS = ("stage", "in_channels", "out_channels", "kernel_size", "stride", "se_channels", "activation")
+
+
+class LatencyTable:
+    """Latencies of the parts of a network: `predict_ms(arch)` adds them up.
+
+    `operations` is a list of records with the fields of KEY_FIELDS, `mid_channels` (ascending) and `ms` (positive, never
+    decreasing); widths between them are interpolated linearly. `fixed_ms[model]` holds stem, stage 2, decoder, head and
+    the rest (normalisation, padding) of a "cnas", "dnas" or "dcnas".
+    """
+
+    def __init__(self, content: dict):
+        """From the JSON object of a table file; raises ValueError in one sentence when something in it is wrong."""
+        self.content = content
+        try:
+            self.setting = Setting(**content["setting"])
+            self.fixed_ms = {model: {part: _positive(ms) for part, ms in parts.items()}
+                             for model, parts in content["fixed_ms"].items()}
+            self.reference_ms = _positive(content["reference_ms"])
+            self.curves = {}
+            for row in content["operations"]:
+                widths, ms = row["mid_channels"], [_positive(value) for value in row["ms"]]
+                rising = all(a < b for a, b in zip(widths, widths[1:]))
+                if not widths or len(widths) != len(ms) or not rising or sorted(ms) != ms:
+                    raise ValueError("widths and times must be lists of the same length that do not decrease")
+                self.curves[tuple(row[field] for field in KEY_FIELDS)] = (widths, ms)
+        except KeyError as error:
+            raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"The latency table is not valid: {error}.") from None
+
+    @property
+    def hash(self) -> str:
+        """Identifies the table in the records of what was searched with it."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def block_ms(self, block) -> float:
+        """The latency of one searched block; raises ValueError when the table does not cover it."""
+        curve = self.curves.get(_key(block))
+        if curve is None or not curve[0][0] <= block.mid_channels <= curve[0][-1]:
+            raise ValueError(f"The latency table does not cover {block}.")
+        widths, ms = curve
+        for left in range(len(widths) - 1):
+            if block.mid_channels <= widths[left + 1]:
+                share = (block.mid_channels - widths[left]) / (widths[left + 1] - widths[left])
+                return ms[left] + share * (ms[left + 1] - ms[left])
+        return ms[0]  # a curve of one width
+
+    def base_ms(self, model: str) -> float:
+        """The latency of everything that is not searched."""
+        return sum(self.fixed_ms[model].values())
+
+    def predict_ms(self, arch) -> float:
+        """Milliseconds per batch of a whole network, in the table's setting."""
+        return self.base_ms(arch.model) + sum(self.block_ms(block) for block in arch.blocks if block.stage > 2)
+
+    def measure(self, network: nn.Module, **options) -> Timing:
+        """Time a network in the table's setting, on this device."""
+        setting = self.setting
+        return measure_network(network, size=setting.size, batch=setting.batch, device=setting.device_type,
+                               dtype=setting.dtype, memory_format=setting.memory_format, **options)
+
+
+def _positive(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ValueError(f"a time must be a positive number of milliseconds, not {value!r}")
+    return float(value)
+
+
+def _non_decreasing(values: list[float]) -> list[float]:
+    """The nearest sequence (least squares) that never decreases: pool adjacent violators."""
+    pools: list[list[float]] = []  # [sum, count]
+    for value in values:
+        pools.append([value, 1])
+        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1][0] += total
+            pools[-1][1] += count
+    return [total / count for total, count in pools for _ in range(count)]
+
+
+def _named_parts(network) -> dict[str, nn.Module]:
+    """The parts of a models.Network that the table knows: stem, one per block, decoder, head."""
+    parts = {"stem": network.stem, **{f"block {index}": block for index, block in enumerate(network.blocks())}}
+    return parts | {name: getattr(network, name) for name in ("decoder", "head") if getattr(network, name) is not None}
+
+
+def build_table(*, space: int, device: str, size: int, batch: int, num_classes: int, dtype: str = "float32",
+                memory_format: str = "channels_last", min_width: float, rounds: int = 3, seed: int = 0,
+                progress: bool = True) -> dict:
+    """Time the space on this device and return the content of a table file.
+
+    Every operation of every block shape is timed at several widths inside whole DC-NAS networks ("carriers") that
+    together hold each of them about `rounds` times, so that caches and the launch queue are in the state that they have
+    in use. Between carriers a fixed reference network is timed, and each carrier's times are divided by how much slower
+    the reference was just then than usual: a noisy neighbour cancels out.
+    """
+    import random
+
+    import models
+    from tqdm import tqdm
+
+    rng = random.Random(seed)
+    target = torch.device(device)
+    how = dict(size=size, batch=batch, dtype=dtype, memory_format=memory_format)
+    positions = models.searched_positions("dcnas")
+    shapes = sorted(set(positions), key=positions.index)
+    choices = {shape: _width_grid(shape, models.SPACES[space], min_width) for shape in shapes}
+    carriers = []
+    for _ in range(rounds):
+        decks = {}
+        for _ in range(max(len(choice) for choice in choices.values())):
+            blocks = []
+            for shape in positions:
+                if not decks.get(shape):
+                    decks[shape] = rng.sample(choices[shape], len(choices[shape]))
+                blocks.append(decks[shape].pop())
+            carriers.append(models.make_arch("dcnas", blocks, num_classes))
+    for model in ("cnas", "dnas"):  # for their fixed parts: what surrounds a part changes its time
+        carriers += [arch.with_model(model) for arch in carriers[:4 * rounds]]
+    rng.shuffle(carriers)
+
+    reference = models.Network(models.named_arch(REFERENCE, num_classes))
+    reference_samples, runs = [], []
+    with prepared(reference, device, **how) as (reference, images):
+        measure(lambda: reference(images), device, seconds=1.0)  # warm the clocks
+        for arch in tqdm(carriers, desc="latency table", unit="network", disable=not progress, leave=False):
+            with prepared(models.Network(arch), device, **how) as (network, _):
+                reference_samples.append(measure(lambda: reference(images), device, warmup=2, repeats=5).median_ms)
+                whole = measure(lambda: network(images), device, warmup=2, repeats=5).median_ms
+                with PartTimer(_named_parts(network), target) as timer:
+                    for _ in range(7):
+                        network(images)
+                runs.append((arch, whole, timer.medians_ms()))
+    reference_ms = statistics.median(reference_samples)
+
+    fixed: dict[str, dict[str, list[float]]] = {}
+    searched: dict[tuple, dict[int, list[float]]] = {}
+    for (arch, whole, parts), reference_now in zip(runs, reference_samples):
+        quiet = reference_ms / reference_now
+        known = fixed.setdefault(arch.model, {})
+        for name in ("stem", "decoder", "head"):
+            if name in parts:
+                known.setdefault(name, []).append(parts[name] * quiet)
+        for index, block in enumerate(arch.blocks):
+            ms = parts[f"block {index}"] * quiet
+            if block.stage == 2:
+                known.setdefault("stage_2", []).append(ms)
+            else:
+                searched.setdefault(_key(block), {}).setdefault(block.mid_channels, []).append(ms)
+        known.setdefault("rest", []).append((whole - sum(parts.values())) * quiet)
+    operations = []
+    for key in sorted(searched):
+        widths = sorted(searched[key])
+        timings = [Timing.of(searched[key][width]) for width in widths]
+        operations.append({**dict(zip(KEY_FIELDS, key)), "mid_channels": widths,
+                           "ms": [round(ms, 6) for ms in _non_decreasing([t.median_ms for t in timings])],
+                           "p10_ms": [round(t.p10_ms, 6) for t in timings],
+                           "p90_ms": [round(t.p90_ms, 6) for t in timings]})
+    setting = current_setting(device, size=size, batch=batch, dtype=dtype, memory_format=memory_format,
+                              num_classes=num_classes)
+    return {"format": FORMAT, "version": VERSION, "made": models.provenance(device, seed), "setting": asdict(setting),
+            "space": space, "min_width": min_width, "networks_timed": len(carriers), "reference": REFERENCE,
+            "reference_ms": reference_ms, "reference_spread": Timing.of(reference_samples).as_dict(),
+            # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
+            "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
+                         for model, parts in sorted(fixed.items())},
+            "operations": operations}
+
+
+REFERENCE = "dcnas-k3-e3"
+
+
+def _width_grid(shape, operations, min_width: float) -> list:
+    """The blocks to time for one block shape: its operations at their smallest, starting and largest widths and between.
+
+    Operations without squeeze-and-excitation differ in width only, so that k3-e3 and k3-e6 share one curve.
+    """
+    import models
+
+    blocks = set()
+    for operation in operations:
+        low, high = models.width_range(operation, shape.in_channels, min_width)
+        middle = [models.round_width(factor * shape.in_channels) for factor in (2, 3, 4, 6)]
+        widths = {low, high, *(width for width in middle if low < width < high)}
+        blocks |= {models.fill(shape, operation, width) for width in widths}
+    return sorted(blocks, key=lambda block: (_key(block), block.mid_channels))
+
+
+def current_setting(device: str, *, size: int, batch: int, dtype: str = "float32", memory_format: str = "channels_last",
+                    num_classes: int) -> Setting:
+    """The setting that this process would time in."""
+    import models
+
+    kind = torch.device(device).type
+    return Setting(models.device_name(device), kind, 0 if kind == "cuda" else torch.get_num_threads(), dtype, batch,
+                   size, memory_format, num_classes)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_batch(device: str) -> int:
+    """The papers' protocol, 32, on a GPU; one image at a time on a CPU."""
+    return 32 if torch.device(device).type == "cuda" else 1
+
+
+def load_table(path) -> LatencyTable:
+    """Read a table; ValueError in one sentence when it is missing, damaged or of an unknown version."""
+    import models
+
+    return LatencyTable(models.read_json(path, FORMAT, VERSION, f"make a new one with: python latency.py --output {path}"))
+
+
+def require_setting(table: LatencyTable, wanted: Setting, path) -> None:
+    """Raise ValueError, with the command that makes the right table, when a table was made in another setting."""
+    differences = [f"{name} is {getattr(table.setting, name)!r} there and {getattr(wanted, name)!r} here"
+                   for name in wanted.__dataclass_fields__ if getattr(table.setting, name) != getattr(wanted, name)]
+    if differences:
+        command = (f"python latency.py --device {wanted.device_type} --size {wanted.size} --batch {wanted.batch} "
+                   f"--classes {wanted.num_classes} --dtype {wanted.dtype} --memory-format {wanted.memory_format} "
+                   + (f"--threads {wanted.threads} " if wanted.threads else "") + "--output NEW.json")
+        raise ValueError(f"The latency table {path} is not for this setting ({'; '.join(differences)}); make one with: "
+                         f"{command}")
+
+
+def compare(table: LatencyTable, arch, **options) -> dict:
+    """Predicted and measured latency of one network, and how much slower this device is now than for the table."""
+    import models
+
+    network = models.Network(arch)
+    reference = models.Network(models.named_arch(table.content["reference"], table.setting.num_classes))
+    before = table.measure(reference, **options).median_ms
+    timing = table.measure(network, **options)
+    after = table.measure(reference, **options).median_ms
+    return {"predicted_ms": table.predict_ms(arch), "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms,
+            "p90_ms": timing.p90_ms, "runs": timing.count, "slowdown": (before + after) / 2 / table.reference_ms}
+
+
+def check(table: LatencyTable, count: int, seed: int = 1) -> dict:
+    """Predict and measure `count` random DC-NAS networks that the table was not made from; errors are in percent.
+
+    `error` is predicted / measured - 1 as it stands; `corrected` first divides by how much slower the reference network
+    ran just before and after than when the table was made.
+    """
+    import random
+
+    import models
+    from tqdm import tqdm
+
+    rng = random.Random(seed)
+    rows = []
+    for _ in tqdm(range(count), desc="check", unit="network", leave=False):
+        arch = models.random_arch("dcnas", table.content["space"], rng, table.setting.num_classes,
+                                  table.content["min_width"])
+        row = compare(table, arch, seconds=0.3)
+        row["error"] = 100 * (row["predicted_ms"] / row["measured_ms"] - 1)
+        row["corrected"] = 100 * (row["predicted_ms"] * row["slowdown"] / row["measured_ms"] - 1)
+        rows.append(row)
+
+    def summary(name):
+        sizes = sorted(abs(row[name]) for row in rows)
+        return {"median": statistics.median(sizes), "p95": sizes[math.ceil(0.95 * len(sizes)) - 1], "worst": sizes[-1]}
+
+    return {"networks": rows, "error_percent": summary("error"), "corrected_error_percent": summary("corrected")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def format_table(table: LatencyTable) -> str:
+    """A table for people: the setting, the fixed parts of each model, and the range of each block shape."""
+    setting, made = table.setting, table.content["made"]
+    lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
+             f"{setting.memory_format}, batch {setting.batch}, {setting.size} px, torch {made['torch']}, {made['date']}"]
+    for model, parts in table.fixed_ms.items():
+        text = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
+        lines.append(f"{model + ' fixed parts':<20} {sum(parts.values()):7.3f} ms = {text}")
+    lines.append(f"{'stage':>5} {'in':>4} {'out':>4} {'kernel':>6} {'stride':>6} {'SE':>4}   ms at mid channels")
+    for key, (widths, ms) in table.curves.items():
+        stage, in_channels, out_channels, kernel, stride, se, _ = key
+        curve = "  ".join(f"{width}: {value:.3f}" for width, value in zip(widths, ms))
+        lines.append(f"{stage:>5} {in_channels:>4} {out_channels:>4} {kernel:>6} {stride:>6} {se or '-':>4}   {curve}")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description="Build the latency table of this device, or compare a table with measurements.",
+        epilog="examples:\n  python latency.py --output latency.json\n"
+               "  python latency.py --device cuda --size 224 --classes 100 --output gpu.json\n"
+               "  python latency.py --table latency.json --check 20",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    build = parser.add_argument_group("build a table")
+    build.add_argument("--output", default="latency.json", metavar="FILE", help="the table to write (default: %(default)s)")
+    build.add_argument("--space", type=int, choices=(4, 6, 8), default=8,
+                       help="operations per block; a table of 8 serves all (default: %(default)s)")
+    build.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
+    build.add_argument("--threads", type=int, metavar="N", help="threads of torch on a CPU (default: torch's own)")
+    build.add_argument("--size", type=int, default=64, metavar="PIXELS",
+                       help="height and width of the images (default: %(default)s)")
+    build.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 32 on CUDA, 1 on a CPU)")
+    build.add_argument("--classes", type=int, default=10, metavar="N", help="classes of the head (default: %(default)s)")
+    build.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
+    build.add_argument("--memory-format", choices=("channels_last", "contiguous"), default="channels_last",
+                       help="memory layout (default: %(default)s)")
+    build.add_argument("--min-width", type=float, metavar="X",
+                       help="smallest mid channels, in multiples of a block's input (default: that of search.py, 1.25)")
+    build.add_argument("--rounds", type=int, default=3, metavar="N",
+                       help="networks that hold each operation; more is slower and steadier (default: %(default)s)")
+    build.add_argument("--seed", type=int, default=0, help="for the random networks (default: %(default)s)")
+    use = parser.add_argument_group("use a table")
+    use.add_argument("--table", metavar="FILE", help="the table to print, check or compare instead of building one")
+    use.add_argument("--check", type=int, metavar="N", help="predict and measure N random networks")
+    use.add_argument("--arch", metavar="FILE", help="predict and measure the network of this arch.json")
+    use.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    for name in ("threads", "size", "batch", "classes", "rounds", "check"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= 65536:
+            parser.error(f"--{name} must be from 1 to 65536, not {value}.")
+    if (args.check or args.arch) and not args.table:
+        parser.error("--check and --arch compare with a table: name it with --table FILE.")
+    return parser, args
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    import models
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        device = check_device(args.device)
+        if args.table:
+            table = load_table(args.table)
+            wanted = current_setting(table.setting.device_type, size=table.setting.size, batch=table.setting.batch,
+                                     dtype=table.setting.dtype, memory_format=table.setting.memory_format,
+                                     num_classes=table.setting.num_classes)
+            if args.check or args.arch:
+                require_setting(table, wanted, args.table)
+            if args.arch:
+                arch = models.Arch.from_dict(models.load_record(args.arch))
+                row = compare(table, arch)
+                print(json.dumps(row, indent=1) if args.json else
+                      f"predicted {row['predicted_ms']:.3f} ms, measured {row['measured_ms']:.3f} ms (median of "
+                      f"{row['runs']}, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now takes "
+                      f"{row['slowdown']:.2f} times as long as when the table was made")
+            if args.check:
+                result = check(table, args.check)
+                print(json.dumps(result, indent=1) if args.json else format_check(result))
+            if not args.check and not args.arch:
+                print(json.dumps(table.content, indent=1) if args.json else format_table(table))
+            return
+        start = time.perf_counter()
+        content = build_table(space=args.space, device=device, size=args.size,
+                              batch=args.batch or default_batch(device), num_classes=args.classes, dtype=args.dtype,
+                              memory_format=args.memory_format,
+                              min_width=models.MIN_WIDTH if args.min_width is None else args.min_width,
+                              rounds=args.rounds, seed=args.seed)
+        table = LatencyTable(content)
+        models.write_json(args.output, content)
+        print(json.dumps(content, indent=1) if args.json else format_table(table))
+        print(f"{args.output}: {content['networks_timed']} networks timed in {time.perf_counter() - start:.0f} s",
+              file=sys.stderr)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_device(name: str) -> str:
+    """The device's name if torch can use it; ValueError in one sentence if not."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used here ({str(error).splitlines()[0][:100]}); "
+                         "use --device cpu.") from None
+    return name
+
+
+def format_check(result: dict) -> str:
+    """One line per network, then the errors."""
+    lines = [f"{'predicted':>10} {'measured':>10} {'10-90 %':>15} {'slowdown':>8} {'error':>7} {'corrected':>9}"]
+    for row in result["networks"]:
+        spread = f"{row['p10_ms']:.2f}-{row['p90_ms']:.2f}"
+        lines.append(f"{row['predicted_ms']:>7.3f} ms {row['measured_ms']:>7.3f} ms {spread:>15} {row['slowdown']:>8.2f} "
+                     f"{row['error']:>+6.1f}% {row['corrected']:>+8.1f}%")
+    for name in ("error_percent", "corrected_error_percent"):
+        values = result[name]
+        lines.append(f"{name}: median {values['median']:.1f}, 95th percentile {values['p95']:.1f}, "
+                     f"worst {values['worst']:.1f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
