@@ -1,0 +1,422 @@
+"""Trains a found or named network to denoise and classify.
+
+    python train.py                                        # what search.py found, in runs/search/arch.json
+    python train.py --model dcnas-k3-e3 --data mnist --epochs 5
+    python train.py --resume runs/train                    # go on where a run stopped
+
+Reads an architecture record and data (see data.py); writes into --output-dir: last.pt (everything needed to go on),
+best.pt (the network with the lowest validation loss), summary.csv (one row per epoch).
+Source: Markhorst 2024, section 4, and TF-NAS's recipe for training what it finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data as data_module
+import eval as evaluation
+import latency
+import models
+
+LOSSES = ("both", "cls", "den")
+AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def charbonnier(image: Tensor, clean: Tensor, eps: float = 1e-3) -> Tensor:
+    """Mean over pixels of sqrt(error^2 + eps^2). The thesis's eq. 3.3 puts the mean inside and gives no eps."""
+    return ((image - clean).square() + eps * eps).sqrt().mean()
+
+
+def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
+    """L_Den = 0.8 * Charbonnier + 0.2 * (1 - SSIM) of images (B, 3, H, W) (Markhorst 2024, eq. 2)."""
+    return 0.8 * charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
+
+
+def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str,
+              label_smoothing: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss `loss` of a network's output, and its parts for the log.
+
+    "cls": cross-entropy with label smoothing; "den": L_Den; "both": 0.1 * L_CE + 0.9 * L_Den (Markhorst 2024, eq. 3).
+    Computed in float32 whatever the network computes in.
+    """
+    parts = {}
+    if loss != "den":
+        parts["ce"] = F.cross_entropy(output.logits.float(), labels, label_smoothing=label_smoothing)
+    if loss != "cls":
+        parts["den"] = denoising_loss(output.image.float(), clean)
+    total = 0.1 * parts["ce"] + 0.9 * parts["den"] if loss == "both" else parts["ce" if loss == "cls" else "den"]
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+def choose_loss(network, labelled: bool, loss: str | None = None) -> str:
+    """The loss that fits a network and data, or the one asked for; ValueError in one sentence if it does not fit."""
+    if network.classifies and not labelled and (not network.denoises or loss != "den"):
+        raise ValueError("These images have no labels, and the network classifies: give a folder with one folder per class "
+                         "in train/ and val/, or a denoiser (--model dnas-k3-e3, or search with --model dnas)"
+                         + (", or --loss den." if network.denoises else "."))
+    possible = [name for name, fits in (("both", network.classifies and network.denoises), ("cls", network.classifies),
+                                        ("den", network.denoises)) if fits]
+    if loss is not None and loss not in possible:
+        raise ValueError(f"The loss {loss!r} does not fit this network; possible: {', '.join(possible)}.")
+    return loss or possible[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def autocast(device: torch.device, amp: str):
+    """The context in which the network runs: mixed precision, or nothing."""
+    return torch.autocast(device.type, AMP_DTYPES[amp]) if amp != "off" else nullcontext()
+
+
+def check_finite(loss: Tensor, where: str, lr: float) -> float:
+    """The loss as a number; TrainingError when it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(f"The loss is {value} at {where} (learning rate {lr:.2g}); the last checkpoint is good: "
+                            "try a smaller --lr, or --amp off.")
+    return value
+
+
+class NoisyBatches:
+    """Batches (noisy, clean, labels) of one epoch on the device, with sigma ~ U[0, sigma_max] per image.
+
+    Noise comes from a generator seeded by (seed, epoch), on the training device: a run that was stopped after an epoch and
+    resumed sees the same noise as one that was not.
+    """
+
+    def __init__(self, loader, device: torch.device, sigma_max: float, seed: int):
+        self.loader, self.device, self.sigma_max, self.seed = loader, device, sigma_max, seed
+        self.generator = torch.Generator(device=device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int):
+        """The batches of one epoch, in that epoch's order and with its noise."""
+        data_module.set_epoch(self.loader, number)
+        self.generator.manual_seed(self.seed * 1_000_003 + number)
+        for images, labels in self.loader:
+            clean = data_module.to_float(images, self.device)  # (B, 3, H, W)
+            labels = labels.to(self.device, non_blocking=True)
+            if self.sigma_max > 0:
+                sigma = data_module.sample_sigma(len(clean), 0.0, self.sigma_max, self.generator, self.device)
+                yield data_module.add_noise(clean, sigma, self.generator), clean, labels
+            else:
+                yield clean, clean, labels
+
+
+@torch.inference_mode()
+def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sigma_max: float, amp: str = "off") -> dict:
+    """Mean loss, accuracy and PSNR on a split, with noise that is the same in every epoch and run.
+
+    The noise levels go through [0, sigma_max] evenly from image to image; sums are over images, so that a smaller last
+    batch weighs what it holds. PSNR is None for networks that do not denoise, accuracy for those that do not classify.
+    """
+    was_training = network.training
+    network.eval()
+    sums, count = {}, 0
+
+    def add(name, values):
+        sums[name] = sums.get(name, 0.0) + float(values)
+
+    for images, labels in loader:
+        clean, labels = data_module.to_float(images, device), labels.to(device)
+        indices = range(count, count + len(clean))
+        noise = torch.stack([data_module.evaluation_noise(clean.shape[1:], index) for index in indices]).to(device)
+        sigma = torch.tensor([sigma_max * (index % 11) / 10 for index in indices], device=device)
+        with autocast(device, amp):
+            output = network(clean + sigma.view(-1, 1, 1, 1) * noise)
+        total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0)
+        add("loss", total * len(clean))
+        if loss != "den":
+            add("accuracy", (output.logits.argmax(1) == labels).sum())
+        if loss != "cls":
+            add("psnr_db", evaluation.psnr(output.image.float().clamp(0, 1), clean).clamp(max=100).sum())
+        count += len(clean)
+    network.train(was_training)
+    return {name: sums[name] / count if name in sums else None for name in ("loss", "accuracy", "psnr_db")}
+
+
+def make_schedule(optimizer, epochs: int, warmup_epochs: float, steps_per_epoch: int):
+    """Linear warm-up, then a cosine to zero, stepped once per batch."""
+    warmup = max(1, round(warmup_epochs * steps_per_epoch))
+    rest = max(1, epochs * steps_per_epoch - warmup)
+    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),
+                  torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [warmup])
+
+
+def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: int, lr: float, output_dir: str | Path,
+          about: dict, device: torch.device, sigma_max: float = 1.0, warmup_epochs: float = 5, momentum: float = 0.9,
+          weight_decay: float = 1e-5, label_smoothing: float = 0.1, grad_clip: float = 5.0, ema: float = 0.0,
+          amp: str = "off", seed: int = 0, state: dict | None = None) -> dict:
+    """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
+
+    `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
+    go on from. SGD with momentum, linear warm-up, cosine, gradients clipped by norm (Markhorst 2024; TF-NAS). Raises
+    TrainingError, naming the step, when the loss is not finite; what was written before stays.
+    """
+    output_dir = Path(output_dir)
+    network = network.to(device, memory_format=torch.channels_last)
+    batches = NoisyBatches(train_loader, device, sigma_max, seed)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=False)
+    schedule = make_schedule(optimizer, epochs, warmup_epochs, len(batches))
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
+    average = None
+    if ema:
+        average = torch.optim.swa_utils.AveragedModel(
+            network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema), use_buffers=True)
+    rows, best = [], None
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        scaler.load_state_dict(state["scaler"])
+        if average is not None:
+            average.module.load_state_dict(state["ema"])
+            average.n_averaged.fill_(state["averaged"])
+        rows, best = state["rows"], state["best"]
+        torch.set_rng_state(state["rng"].cpu())  # dropout and drop-connect
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+
+    for epoch in range(len(rows), epochs):
+        start = time.perf_counter()
+        network.train()
+        sums: dict[str, float] = {}
+        count = 0
+        progress = tqdm(batches.epoch(epoch), f"epoch {epoch + 1}/{epochs}", len(batches), leave=False, unit="batch")
+        for step, (noisy, clean, labels) in enumerate(progress):
+            rate = optimizer.param_groups[0]["lr"]
+            with autocast(device, amp):
+                output = network(noisy)
+            total, parts = task_loss(output, clean, labels, loss, label_smoothing)
+            value = check_finite(total, f"epoch {epoch + 1}, batch {step + 1}", rate)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            if average is not None:
+                average.update_parameters(network)
+            count += len(clean)
+            for name, part in (("loss", value), *parts.items()):
+                sums[name] = sums.get(name, 0.0) + float(part) * len(clean)
+            progress.set_postfix(loss=f"{sums['loss'] / count:.4f}", lr=f"{rate:.2g}")
+        trained = average.module if average is not None else network
+        held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp)
+        rows.append({"epoch": epoch + 1, "lr": rate, **{f"train_{name}": total / count for name, total in sums.items()},
+                     **{f"val_{name}": value for name, value in held_out.items()},
+                     "seconds": time.perf_counter() - start})
+        better = best is None or rows[-1]["val_loss"] < best["val_loss"]
+        best = rows[-1] if better else best
+        saved = {**about, "epoch": epoch + 1, "network": network.state_dict(),
+                 "ema": average.module.state_dict() if average is not None else None}
+        if better:
+            models.save_checkpoint(output_dir / "best.pt", saved)
+        models.save_checkpoint(output_dir / "last.pt", {
+            **saved, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
+            "averaged": int(average.n_averaged) if average is not None else 0, "rows": rows, "best": best,
+            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+        write_summary(output_dir / "summary.csv", rows)
+        tqdm.write(format_row(rows[-1], epochs))
+    return best
+
+
+def write_summary(path: Path, rows: list[dict]) -> None:
+    """One CSV row per epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    models.write_file(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def format_row(row: dict, epochs: int) -> str:
+    """An epoch in one line."""
+    line = f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+    if row["val_accuracy"] is not None:
+        line += f"  accuracy {100 * row['val_accuracy']:.1f} %"
+    if row["val_psnr_db"] is not None:
+        line += f"  PSNR {row['val_psnr_db']:.2f} dB"
+    return line + f"  {row['seconds']:.0f} s"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def whole(low: int, high: int = 2**31 - 1):
+    """A type for argparse: a whole number in [low, high]."""
+    def convert(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text}")
+        return value
+    convert.__name__ = "whole number"
+    return convert
+
+
+def number(low: float, high: float):
+    """A type for argparse: a number in [low, high]; nan is refused."""
+    def convert(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
+        return value
+    convert.__name__ = "number"
+    return convert
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Flags that search.py and train.py share."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", default=output_dir, metavar="DIR", help="folder of the results (default: %(default)s)")
+    group.add_argument("--resume", metavar="PATH",
+                       help="folder or checkpoint of a stopped run to go on with; its settings hold unless given again")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
+                       help="seed of weights, order, splits and noise (default: %(default)s)")
+    group.add_argument("--device", default=latency.default_device(), help="cuda or cpu (default: cuda if there is one)")
+    group.add_argument("--threads", type=whole(1, 4096), metavar="N", help="threads of torch on a CPU (default: torch's own)")
+    group.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision (default: bfloat16 on CUDA, off on a CPU)")
+
+
+def resume_defaults(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str) -> tuple:
+    """Parse the flags; with --resume the stopped run's flags are the defaults. Returns (args, the checkpoint or None)."""
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, None
+    path = Path(args.resume)
+    path = path / checkpoint if path.is_dir() else path
+    state = models.read_checkpoint(path)
+    if "flags" not in state:
+        raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
+    parser.set_defaults(**{**state["flags"], "output_dir": str(path.parent)})
+    return parser.parse_args(argv), state
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    """Threads, seed and device of a run."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(latency.check_device(args.device))
+    if args.amp is None:
+        args.amp = "bfloat16" if device.type == "cuda" else "off"
+    torch.manual_seed(args.seed)
+    return device
+
+
+def parse_args(argv: list[str] | None):
+    parser = argparse.ArgumentParser(
+        description="Train a found or named network to denoise and classify.",
+        epilog="examples:\n  python train.py\n  python train.py --arch runs/search/arch.json --data mnist --epochs 5\n"
+               "  python train.py --model dcnas-k3-e3 --data photos --epochs 250 --batch-size 512 --size 224",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("network")
+    what.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
+                      help="record of the network, from search.py (default: %(default)s)")
+    what.add_argument("--model", choices=models.NAMED, metavar="NAME",
+                      help="a named model instead of --arch; python models.py lists them")
+    what.add_argument("--loss", choices=LOSSES,
+                      help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one of them (default: what the network can)")
+    what.add_argument("--dropout", type=number(0, 0.9), default=0.2, metavar="P",
+                      help="dropout before the last layer (default: %(default)s)")
+    what.add_argument("--drop-connect", type=number(0, 0.9), default=0.2, metavar="P",
+                      help="chance to skip the last block; earlier blocks in proportion (default: %(default)s)")
+    data_module.add_data_arguments(parser)
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
+                        help="noise is drawn from U[0, S] per image, for images in [0, 1]; 0: clean (default: %(default)s)")
+    recipe.add_argument("--epochs", type=whole(1, 100000), default=20, metavar="N",
+                        help="passes over the images; the papers train 250 (default: %(default)s)")
+    recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
+                        help="images per step (default: %(default)s; the papers: 512)")
+    recipe.add_argument("--lr", type=number(1e-8, 100), metavar="LR",
+                        help="peak learning rate of SGD (default: 0.2 * batch size / 512, the papers' in proportion)")
+    recipe.add_argument("--warmup-epochs", type=number(0, 1000), metavar="N",
+                        help="epochs of linear warm-up (default: 5, but at most a tenth of all)")
+    recipe.add_argument("--weight-decay", type=number(0, 1), default=1e-5, metavar="WD", help="(default: %(default)s)")
+    recipe.add_argument("--label-smoothing", type=number(0, 0.99), default=0.1, metavar="E", help="(default: %(default)s)")
+    recipe.add_argument("--grad-clip", type=number(1e-6, 1e6), default=5.0, metavar="NORM",
+                        help="largest gradient norm (default: %(default)s)")
+    recipe.add_argument("--ema", type=number(0, 0.999999), default=0.0, metavar="DECAY",
+                        help="also average the weights with this decay, and keep the average; 0: no (default: %(default)s)")
+    add_run_arguments(parser, "runs/train")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = parse_args(argv)
+    try:
+        args, state = resume_defaults(parser, argv, "last.pt")
+        device = prepare(args)
+        flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
+        data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
+                                     train_images=args.train_images, val_images=args.val_images)
+        classes = data.classes
+        if state is not None:
+            record = state["record"]
+        elif args.model:
+            record = models.make_record(models.named_arch(args.model, len(classes or [])),
+                                        models.provenance(device, args.seed))
+        else:
+            record = models.load_record(args.arch)
+        network = models.build_network(record, args.dropout, args.drop_connect)
+        if network.classifies and classes and record["num_classes"] != len(classes):
+            raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
+                             f"{len(classes)}; search again with --data {args.data}.")
+        loss = choose_loss(network, classes is not None, args.loss)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
+          f"{models.count_macs(network, data.size) / 1e6:.1f} M MACs at {data.size} px; {len(data.train):,} training and "
+          f"{len(data.val):,} validation images of {data.name}; loss {loss}")
+    how = dict(seed=args.seed, workers=args.workers, device=device)
+    loaders = (data_module.make_loader(data.train, args.batch_size, shuffle=True, drop_last=True, **how),
+               data_module.make_loader(data.val, args.batch_size, **how))
+    lr = 0.2 * args.batch_size / 512 if args.lr is None else args.lr
+    warmup = min(5, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
+    about = {"record": record, "classes": classes, "size": data.size, "data": args.data, "seed": args.seed, "loss": loss,
+             "made": models.provenance(device, args.seed), "flags": flags}
+    start = time.perf_counter()
+    try:
+        best = train(network, *loaders, loss=loss, epochs=args.epochs, lr=lr, output_dir=args.output_dir, about=about,
+                     device=device, sigma_max=args.sigma, warmup_epochs=warmup, weight_decay=args.weight_decay,
+                     label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
+                     seed=args.seed, state=state)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. Go on with: python train.py --resume {args.output_dir}")
+    except (TrainingError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    print(f"best epoch {best['epoch']} (validation loss {best['val_loss']:.4f}) in {args.output_dir}/best.pt, after "
+          f"{time.perf_counter() - start:.0f} s; next:\n"
+          f"  python eval.py --checkpoint {os.path.join(args.output_dir, 'best.pt')}")
+
+
+if __name__ == "__main__":
+    main()
