@@ -331,7 +331,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def parse_args(argv: list[str] | None):
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train a found or named network to denoise and classify.",
         epilog="examples:\n  python train.py\n  python train.py --arch runs/search/arch.json --data mnist --epochs 5\n"
@@ -356,8 +356,8 @@ def parse_args(argv: list[str] | None):
                         help="passes over the images; the papers train 250 (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
                         help="images per step (default: %(default)s; the papers: 512)")
-    recipe.add_argument("--lr", type=number(1e-8, 100), metavar="LR",
-                        help="peak learning rate of SGD (default: 0.2 * batch size / 512, the papers' in proportion)")
+    recipe.add_argument("--lr", type=number(1e-8, 100), default=0.15, metavar="LR",
+                        help="peak learning rate of SGD (default: %(default)s; the papers: 0.2 at batch size 512)")
     recipe.add_argument("--warmup-epochs", type=number(0, 1000), metavar="N",
                         help="epochs of linear warm-up (default: 5, but at most a tenth of all)")
     recipe.add_argument("--weight-decay", type=number(0, 1), default=1e-5, metavar="WD", help="(default: %(default)s)")
@@ -371,7 +371,7 @@ def parse_args(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = parse_args(argv)
+    parser = build_parser()
     try:
         args, state = resume_defaults(parser, argv, "last.pt")
         device = prepare(args)
@@ -399,13 +399,12 @@ def main(argv: list[str] | None = None) -> None:
     how = dict(seed=args.seed, workers=args.workers, device=device)
     loaders = (data_module.make_loader(data.train, args.batch_size, shuffle=True, drop_last=True, **how),
                data_module.make_loader(data.val, args.batch_size, **how))
-    lr = 0.2 * args.batch_size / 512 if args.lr is None else args.lr
     warmup = min(5, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
     about = {"record": record, "classes": classes, "size": data.size, "data": args.data, "seed": args.seed, "loss": loss,
              "made": models.provenance(device, args.seed), "flags": flags}
     start = time.perf_counter()
     try:
-        best = train(network, *loaders, loss=loss, epochs=args.epochs, lr=lr, output_dir=args.output_dir, about=about,
+        best = train(network, *loaders, loss=loss, epochs=args.epochs, lr=args.lr, output_dir=args.output_dir, about=about,
                      device=device, sigma_max=args.sigma, warmup_epochs=warmup, weight_decay=args.weight_decay,
                      label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
                      seed=args.seed, state=state)

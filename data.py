@@ -1,0 +1,598 @@
+"""Images for joint denoising and classification: drawn digits, MNIST scenes, image folders, noise, loaders.
+
+    python data.py --data digits --output preview.png     # look at the images and their noisy versions
+    python data.py --data path/to/images --size 128       # check that a folder of your own is understood
+
+Reads the image files of a folder (or MNIST), writes nothing but the preview. Everything random comes from a
+seed: the same seed gives the same images, splits, order, crops and noise. Works when copied alone into
+another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Markhorst 2024: a digit (there
+two) on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
+"""
+import argparse
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import datasets, utils
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+MAX_PIXELS = 200_000_000  # a larger image is more likely a mistake (or an attack) than a photograph
+SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
+LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes, "
+           "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR")
+
+
+class DataError(ValueError):
+    """A mistake in the user's data, told in one sentence."""
+
+    def __init__(self, message):
+        # A worker process of a loader wraps the sentence in its traceback; keep the sentence.
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+
+@dataclass
+class Data:
+    """Datasets of one source: dataset[i] -> (uint8 (3, H, W), label or -1); dataset.targets is a list."""
+    name: str
+    train: Dataset
+    val: Dataset
+    test: Dataset | None
+    classes: list[str] | None  # None: no labels, fit for denoisers only
+    size: int  # side of the training images in pixels
+
+
+def _mix(*numbers):
+    """One well mixed seed in [0, 2**63) from several integers."""
+    sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+
+
+# --- Noise --------------------------------------------------------------------------------------------------
+
+def sample_sigma(count, low, high, generator, device):
+    """Noise levels ~ U[low, high], one per image: (count,) float32 on device (images in [0, 1])."""
+    unit = torch.rand(count, generator=generator, device=generator.device if generator else device)
+    return (low + (high - low) * unit).to(device)
+
+
+def add_noise(images, sigma, generator=None, clip=False):
+    """images + sigma * N(0, 1), drawn on the device of images.
+
+    images (B, 3, H, W) float in [0, 1]; sigma a number or (B,). The result is clipped to [0, 1] only when
+    asked for: the paper does not say; here the noise stays Gaussian by default.
+    """
+    # empty_like keeps channels-last, so that the sum needs no change of layout
+    noise = torch.empty_like(images, device=generator.device if generator else images.device)
+    noise = noise.normal_(generator=generator).to(images.device)
+    if isinstance(sigma, torch.Tensor) and sigma.ndim:
+        sigma = sigma.to(images).view(-1, *[1] * (images.ndim - 1))  # (B, 1, 1, 1)
+    noisy = noise.mul_(sigma).add_(images)
+    return noisy.clamp_(0, 1) if clip else noisy
+
+
+def evaluation_noise(shape, index, seed=0):
+    """Standard normal noise of evaluation image `index`: (C, H, W) float32 on the CPU.
+
+    Depends on nothing but (shape, index, seed), so neither on batch size nor on device; numpy's generator
+    gives the same numbers on every kind of processor.
+    """
+    rng = np.random.default_rng(_mix(seed, index))
+    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
+
+
+# --- Splits -------------------------------------------------------------------------------------------------
+
+def _by_class(targets, seed):
+    """Indices of each class in a seeded random order."""
+    targets = np.asarray(targets, dtype=np.int64)
+    rng = np.random.default_rng(_mix(seed, len(targets)))
+    return [rng.permutation(np.flatnonzero(targets == label)) for label in np.unique(targets)]
+
+
+def stratified_split(targets, fraction, seed):
+    """Split range(len(targets)) into two disjoint sorted lists, with `fraction` of each class in the first.
+
+    A class with two or more members has at least one on either side. Unlabelled images (-1) are one class.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of a split must lie between 0 and 1, not {fraction}")
+    first, second = [], []
+    for members in _by_class(targets, seed):
+        count = int(fraction * len(members) + 0.5)
+        if len(members) >= 2:
+            count = min(max(count, 1), len(members) - 1)
+        first += members[:count].tolist()
+        second += members[count:].tolist()
+    return sorted(first), sorted(second)
+
+
+def _choose(targets, count, seed):
+    """Sorted indices of `count` images (None: all), in proportion to the classes; fewer are part of more."""
+    if count is None or count >= len(targets):
+        return list(range(len(targets)))
+    if count < 1:
+        raise DataError(f"the number of images must be at least 1, not {count}")
+    # Rank 0 of every class comes first, so that each class is there once before the proportions rule.
+    ranked = [(rank / len(members), int(index)) for members in _by_class(targets, seed)
+              for rank, index in enumerate(members)]
+    return sorted(index for _, index in sorted(ranked, key=lambda pair: pair[0])[:count])
+
+
+# --- Scenes: one digit on a grey background -----------------------------------------------------------------
+
+def _curve(*points):
+    """Smooth curve through points (Catmull-Rom spline): (n, 2)."""
+    p = np.array([points[0], *points, points[-1]])
+    t = np.linspace(0, 1, 6, endpoint=False)[:, None]
+    a, b, c, d = (p[i:len(p) - 3 + i, None] for i in range(4))  # (segments, 1, 2)
+    parts = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+    return np.concatenate([parts.reshape(-1, 2), p[-1:]])
+
+
+def _line(*points):
+    """Straight lines between points, in steps short enough to be bent by the distortion: (n, 2)."""
+    t = np.linspace(0, 1, 5, endpoint=False)[:, None]
+    parts = [np.array(a) + (np.array(b) - np.array(a)) * t for a, b in zip(points, points[1:])]
+    return np.concatenate([*parts, np.array(points[-1:], dtype=float)])
+
+
+def _arc(cx, cy, rx, ry, start, stop):
+    """Part of an ellipse, angles in degrees, clockwise from the right: (n, 2)."""
+    angle = np.radians(np.linspace(start, stop, max(3, int(abs(stop - start) / 14))))
+    return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], axis=1)
+
+
+@functools.cache
+def _digit_strokes():
+    """For each digit its ways of writing: lists of strokes, (n, 2) points (x, y), 0 <= y <= 1 downwards."""
+    bowl_of_3 = _curve((.28, .46), (.58, .54), (.68, .74), (.54, .94), (.27, 1), (.02, .88))
+    bowl_of_5 = _curve((.10, .46), (.36, .36), (.62, .48), (.67, .71), (.53, .93), (.26, 1), (.02, .90))
+    loop_of_9 = _arc(.33, .28, .29, .28, 0, -360)
+    return [
+        [[_arc(.35, .5, .33, .5, -100, 260)]],
+        [[_line((.35, 0), (.35, 1))],
+         [_line((.10, .27), (.36, 0), (.36, 1))],
+         [_line((.10, .25), (.36, 0), (.36, 1)), _line((.06, 1), (.66, 1))]],
+        [[_curve((.04, .24), (.13, .07), (.35, 0), (.59, .09), (.63, .30), (.48, .56), (.24, .80), (.03, 1)),
+          _line((.03, 1), (.68, 1))],
+         [_curve((.05, .20), (.18, .04), (.40, 0), (.60, .12), (.60, .34), (.42, .64), (.20, .92), (.06, .98),
+                 (.04, .86), (.16, .82), (.36, .93), (.54, 1), (.72, .92))]],
+        [[_curve((.05, .14), (.28, 0), (.56, .08), (.60, .29), (.28, .46)), bowl_of_3],
+         [_line((.04, 0), (.62, 0), (.28, .46)), bowl_of_3]],
+        [[_line((.52, 1), (.52, 0), (.02, .68), (.74, .68))],
+         [_line((.14, .02), (.05, .58), (.70, .58)), _line((.54, .06), (.50, 1))]],
+        [[_line((.64, 0), (.15, 0), (.10, .46)), bowl_of_5]],
+        [[_curve((.56, 0), (.28, .17), (.08, .48), (.05, .76), (.17, .96), (.38, 1), (.60, .88), (.64, .67),
+                 (.48, .51), (.26, .53), (.07, .72))]],
+        [[_line((.02, 0), (.66, 0), (.26, 1))],
+         [_line((.02, 0), (.66, 0), (.26, 1)), _line((.20, .52), (.62, .52))]],
+        [[_arc(.35, .235, .26, .235, 90, 450), _arc(.35, .735, .33, .265, -90, 270)],
+         [_curve((.58, .12), (.38, 0), (.14, .10), (.14, .30), (.36, .47), (.60, .66), (.60, .90), (.34, 1),
+                 (.08, .88), (.10, .66), (.34, .48), (.56, .30), (.60, .12), (.56, .06))]],
+        [[loop_of_9, _line((.62, .22), (.56, 1))],
+         [loop_of_9, _curve((.62, .24), (.63, .60), (.52, .90), (.28, 1), (.06, .92))]],
+    ]
+
+
+def _distort(points, rng):
+    """Points (n, 2) after a random elastic displacement and affine map (rotation up to 15 degrees)."""
+    # Elastic: three sine waves of random direction, each about one period per digit
+    waves = rng.uniform(-1, 1, (2, 3)) * 1.2
+    shift = np.sin(2 * np.pi * (points @ waves + rng.random(3)))  # (n, 3)
+    points = points - (0.35, 0.5) + shift @ rng.normal(0, 0.025, (3, 2))
+    angle, shear, stretch = rng.uniform((-15, -0.25, 0.85), (15, 0.25, 1.2))
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    affine = np.array([[stretch, shear], [0, 1]]) @ np.array([[cos, -sin], [sin, cos]])
+    return points @ affine.T
+
+
+def _draw_digit(label, height, limit, rng):
+    """A digit as if handwritten: coverage (h, w) uint8 with h = height, less where w would exceed `limit`."""
+    ways = _digit_strokes()[label]
+    strokes = ways[rng.integers(len(ways))]
+    points = _distort(np.concatenate(strokes), rng)  # all strokes together, so that they stay joined
+    pen = rng.uniform(0.08, 0.17) * height
+    low, extent = points.min(0), np.ptp(points, 0)
+    scale = min((height - pen) / extent[1], (limit - pen) / extent[0])
+    width, height = np.ceil(extent * scale + pen).astype(int)
+    points = ((points - low) * scale + pen / 2) * SUPERSAMPLING
+    stroke_width = max(1, round(pen * SUPERSAMPLING))
+    radius = (stroke_width - 1) / 2  # Pillow's ellipse covers both ends of its box
+    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    for stroke in np.split(points, np.cumsum([len(s) for s in strokes])[:-1]):
+        draw.line(stroke.ravel().tolist(), fill=255, width=stroke_width)
+        for box in np.concatenate([stroke - radius, stroke + radius], axis=1).tolist():
+            draw.ellipse(box, fill=255)  # round ends and joints
+    return np.asarray(mask.reduce(SUPERSAMPLING))
+
+
+def _fit_digit(digit, height, limit):
+    """An MNIST digit (28, 28) uint8, cut to its ink and resized: (h, w) uint8, sizes as in _draw_digit."""
+    rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
+    digit = digit[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    scale = min(height / digit.shape[0], limit / digit.shape[1])
+    size = [max(1, round(side * scale)) for side in digit.shape[::-1]]
+    return np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC))
+
+
+def _render_scene(digit_mask, size, rng):
+    """One scene, (3, size, size) uint8; digit_mask(height, limit) gives the coverage of the digit."""
+    height = max(6, round(rng.uniform(0.35, 0.80) * size))
+    background, brightness, saturation = rng.uniform((0.1, 0.6, 0), (0.3, 1.0, 0.8))
+    tint = rng.random(3)
+    ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
+    x, y = rng.random(2)
+    mask = digit_mask(height, round(0.85 * size))  # (h, w)
+    top, left = int(y * (size - mask.shape[0] + 1)), int(x * (size - mask.shape[1] + 1))
+    scene = np.full((3, size, size), round(255 * background), dtype=np.uint8)
+    paint = (background * 255 + 0.5) + mask * (ink - background)[:, None, None]  # + 0.5: rounded, not cut
+    scene[:, top:top + mask.shape[0], left:left + mask.shape[1]] = paint
+    return scene
+
+
+class Scenes(Dataset):
+    """Scenes kept in memory: images uint8 (N, 3, size, size), targets a list of N labels."""
+
+    def __init__(self, images, targets):
+        self.images, self.targets = images, targets
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.targets[index]
+
+
+def _make_scenes(targets, indices, size, seed, split, masks):
+    """Scenes of these indices, each by (seed, split, index) alone. masks(index, rng) -> digit_mask."""
+    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
+    for image, index in zip(images.numpy(), indices):
+        rng = np.random.default_rng([seed % 2**32, split, index])
+        image[:] = _render_scene(masks(index, rng), size, rng)
+    return Scenes(images, [int(targets[i]) for i in indices])
+
+
+def _load_digits(size, seed, train_images, val_images):
+    """Drawn digits, the classes in turn: 4,000 for training and 1,000 for validation unless stated."""
+    def split(number, count, default):
+        count = default if count is None else count
+        if count < 1:
+            raise DataError(f"the number of images must be at least 1, not {count}")
+        return _make_scenes([i % 10 for i in range(count)], range(count), size, seed, number,
+                            lambda i, rng: functools.partial(_draw_digit, i % 10, rng=rng))
+    return split(0, train_images, 4000), split(1, val_images, 1000)
+
+
+def _load_mnist(root, size, seed, train_images, val_images):
+    """The same scenes from MNIST: for training from its training set, for validation from its test set."""
+    def split(number, count):
+        try:
+            try:
+                mnist = datasets.MNIST(root, train=number == 0)
+            except RuntimeError:  # not there yet
+                mnist = datasets.MNIST(root, train=number == 0, download=True)
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}): "
+                            "give its folder with --data-root, or use --data digits") from None
+        digits, targets = mnist.data.numpy(), mnist.targets.tolist()
+        return _make_scenes(targets, _choose(targets, count, seed), size, seed, number,
+                            lambda i, rng: functools.partial(_fit_digit, digits[i]))
+    return split(0, train_images), split(1, val_images)
+
+
+# --- Image folders ------------------------------------------------------------------------------------------
+
+def load_image(path):
+    """Read any image file as an upright 8-bit RGB PIL image; DataError names a missing, damaged or huge file.
+
+    Transparent pixels are composited over white, as most viewers and web pages show them. 16-bit grey is
+    divided by 257; floating-point pixels are taken as [0, 1] and clipped. Of an animation, the first frame.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no image file {path}")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is lower than ours
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"the image {path} has {image.width} x {image.height} pixels, more than the "
+                                f"{MAX_PIXELS // 10**6} million that are read: make it smaller or remove it")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError ...
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(f"the image {path} is damaged or of an unknown kind ({reason}): "
+                        "replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(image):
+    """8-bit RGB of a loaded PIL image of any mode."""
+    if image.mode.startswith("I"):  # 16 bits (some kept in 32); Pillow's conversion would turn them white
+        grey = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 1) * 255
+        return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def list_images(folder, recursive=False):
+    """Image files of a folder, sorted, without hidden ones; DataError when there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    found = []
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        # changing the list in place is how os.walk is told where to go on
+        subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
+        found += [Path(parent, name) for name in files
+                  if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+    return sorted(found)
+
+
+class Pictures(Dataset):
+    """Image files read when asked for: transform(PIL RGB image) -> uint8 (3, H, W); None: the whole image.
+
+    A random transform depends on (seed, epoch, index) alone, whatever the number of workers; see set_epoch.
+    """
+
+    def __init__(self, paths, targets=None, transform=None, seed=0):
+        self.paths = list(paths)
+        self.targets = [-1] * len(self.paths) if targets is None else list(targets)
+        self.transform, self.seed = transform or v2.PILToTensor(), seed
+        self.whole = transform is None  # images keep their own sizes, so they cannot share a batch
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see it change
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image = load_image(self.paths[index])
+        with torch.random.fork_rng(devices=[]):
+            # not torch.manual_seed, which would also reset the generator of the GPU
+            torch.default_generator.manual_seed(_mix(self.seed, int(self.epoch), index))
+            return self.transform(image), self.targets[index]
+
+
+class _ResizeAndCrop:
+    """Shrink the short side to size * 256/224 and cut the centre.
+
+    An image below that is not enlarged to it, only to `size` if it is even smaller: enlarged images are
+    smooth, too easy for a denoiser.
+    """
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, image):
+        short = min(max(min(image.size), self.size), round(self.size * 256 / 224))
+        return v2.functional.center_crop(v2.functional.resize(image, short), self.size)
+
+
+def _transform(size, labelled, augment):
+    """What a folder's images go through on their way to uint8 (3, H, W); None: nothing, the whole image.
+
+    Milder than the papers' on ImageNet: crops of 25 % of the area or more (torchvision's default is 8 %, but
+    much enlarged crops are smooth, too easy for a denoiser), brightness, contrast and saturation jitter 0.2.
+    """
+    if labelled and augment:
+        steps = [v2.RandomResizedCrop(size, scale=(0.25, 1)), v2.RandomHorizontalFlip(),
+                 v2.ColorJitter(0.2, 0.2, 0.2)]
+    elif labelled:
+        steps = [_ResizeAndCrop(size)]
+    elif augment:
+        steps = [v2.RandomCrop(size, pad_if_needed=True, padding_mode="reflect"), v2.RandomHorizontalFlip(),
+                 v2.RandomVerticalFlip()]
+    else:
+        return None
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def _scan(folder):
+    """(paths, targets, classes) of a folder that holds class folders, or images directly (classes None)."""
+    images = list_images(folder)
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if images and classes:
+        raise DataError(f"{folder} holds both images and folders; {LAYOUTS}")
+    if images:
+        return images, [-1] * len(images), None
+    if len(classes) < 2:
+        holds = f"only one folder ({classes[0]})" if classes else "no images"
+        raise DataError(f"{folder} holds {holds}; {LAYOUTS}")
+    paths, targets = [], []
+    for label, name in enumerate(classes):
+        found = list_images(folder / name, recursive=True)
+        if not found:
+            raise DataError(f"the class folder {folder / name} holds no images: add some or remove it")
+        paths += found
+        targets += [label] * len(found)
+    return paths, targets, classes
+
+
+def _load_folder(name, size, seed, train_images, val_images, augment):
+    """Datasets of an image folder, see LAYOUTS. Without a val folder, a tenth of each class is held back."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}: --data is digits, mnist or an image folder; {LAYOUTS}")
+    parts = {s: _scan(folder / s) for s in ("train", "val", "test") if (folder / s).is_dir()}
+    if not parts:
+        parts["train"] = _scan(folder)
+    if "train" not in parts:
+        raise DataError(f"{folder} holds {' and '.join(parts)} but no train folder; {LAYOUTS}")
+    paths, targets, classes = parts["train"]
+    for split, (_, _, others) in parts.items():
+        if (others is None) != (classes is None):
+            raise DataError(f"of {folder / 'train'} and {folder / split} one holds class folders, the other "
+                            f"images; {LAYOUTS}")
+        if others != classes:
+            differing = ", ".join(sorted(set(others) ^ set(classes))[:5])
+            raise DataError(f"the classes of {folder / 'train'} and {folder / split} differ ({differing}): "
+                            "give both the same class folders")
+    if "val" not in parts:
+        kept, held = stratified_split(targets, 0.9, seed)
+        if not held:
+            raise DataError(f"{folder} holds too few images to hold some back for validation; {LAYOUTS}")
+        parts["train"], parts["val"] = (([paths[i] for i in part], [targets[i] for i in part])
+                                        for part in (kept, held))
+
+    def dataset(split, count, augment):
+        if split not in parts:
+            return None
+        paths, targets = parts[split][:2]
+        chosen = _choose(targets, count, seed)
+        return Pictures([paths[i] for i in chosen], [targets[i] for i in chosen],
+                        _transform(size, classes is not None, augment), seed)
+    return (dataset("train", train_images, augment), dataset("val", val_images, False),
+            dataset("test", None, False), classes)
+
+
+# --- Entry points -------------------------------------------------------------------------------------------
+
+def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, augment=True):
+    """Data named `digits`, `mnist` (found under root, or downloaded) or the path of an image folder.
+
+    size: side in pixels (None: 64 for scenes, 224 for a folder). train_images, val_images: limits, chosen by
+    the seed in proportion to the classes. augment=False gives the training images of a folder the validation
+    transform. Where there is no val folder the split follows the seed, so evaluate with the seed of the
+    training. DataError says what is wrong.
+    """
+    if size is None:
+        size = 64 if name in ("digits", "mnist") else 224
+    if size < 8:
+        raise DataError(f"the image size must be at least 8 pixels, not {size}")
+    test, classes = None, [str(digit) for digit in range(10)]
+    if name == "digits":
+        train, val = _load_digits(size, seed, train_images, val_images)
+    elif name == "mnist":
+        train, val = _load_mnist(root, size, seed, train_images, val_images)
+    else:
+        train, val, test, classes = _load_folder(name, size, seed, train_images, val_images, augment)
+    return Data(str(name), train, val, test, classes, size)
+
+
+def _source(dataset):
+    """The dataset below any number of torch.utils.data.Subset."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
+
+
+def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu"):
+    """Loader of (uint8 (B, 3, H, W), int64 (B,)), shuffled by a generator of its own, see set_epoch.
+
+    Whole images (unlabelled validation) differ in size, so they come one by one whatever batch_size is.
+    drop_last is ignored when no batch would be left.
+    """
+    if getattr(_source(dataset), "whole", False):
+        batch_size = 1
+    order = torch.Generator()
+    loader = DataLoader(
+        dataset, batch_size, sampler=RandomSampler(dataset, generator=order) if shuffle else None,
+        drop_last=drop_last and len(dataset) >= batch_size, pin_memory=torch.device(device).type == "cuda",
+        num_workers=workers, persistent_workers=workers > 0,
+        # Not `order`: with workers the loader draws from it in the first epoch only. Nor the global one.
+        generator=torch.Generator())
+    loader.seed, loader.order = seed, order
+    set_epoch(loader, 0)
+    return loader
+
+
+def set_epoch(loader, epoch):
+    """Make order and crops those of (seed, epoch), so that a resumed run sees what an unbroken one would."""
+    loader.order.manual_seed(_mix(loader.seed, epoch))
+    source = _source(loader.dataset)
+    if isinstance(source, Pictures):
+        source.epoch.fill_(epoch)
+
+
+def to_float(images, device):
+    """uint8 (B, 3, H, W) to float32 in [0, 1], channels-last, on device."""
+    images = images.to(device, non_blocking=True)  # moved as bytes, a quarter of the traffic
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def add_data_arguments(parser):
+    """Add the flags that search.py, train.py and eval.py share."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="digits", metavar="NAME",
+                       help="digits (drawn, no download), mnist, or the path of an image folder "
+                       "(default: %(default)s)")
+    group.add_argument("--data-root", default="data", metavar="DIR",
+                       help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
+    group.add_argument("--size", type=int, metavar="PIXELS",
+                       help="side of the training images in pixels (default: 64 for digits and mnist, "
+                       "224 for a folder)")
+    group.add_argument("--train-images", type=int, metavar="N",
+                       help="number of training images (default: 4000 for digits, else all)")
+    group.add_argument("--val-images", type=int, metavar="N",
+                       help="number of validation images (default: 1000 for digits, else all)")
+    group.add_argument("--workers", type=int, default=0, metavar="N",
+                       help="processes that read images, 0: the main one reads (default: %(default)s)")
+
+
+def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
+    """Write a PNG: one training image of each of the first classes, a row for each noise level."""
+    targets = data.train.targets
+    firsts = [targets.index(label) for label in sorted(set(targets))] if data.classes else range(len(targets))
+    images = to_float(torch.stack([data.train[i][0] for i in firsts[:columns]]), "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    rows = [add_noise(images, sigma, generator, clip=True) for sigma in sigmas]  # a picture cannot but clip
+    grid = utils.make_grid(torch.cat(rows), nrow=len(images), padding=2, pad_value=1)
+    beside = Path(f"{path}.part")
+    v2.functional.to_pil_image(grid).save(beside, format="PNG")
+    os.replace(beside, path)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description="Show what a source of images holds, and write a picture of it with noise added.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  python data.py --output preview.png
+  python data.py --data mnist --data-root data --train-images 1000
+  python data.py --data path/to/images --size 128 --output images.png""")
+    add_data_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", default="preview.png", metavar="FILE",
+                       help="PNG to write: a column for each class, a row each for sigma 0, 0.2, 0.5, 1.0, "
+                       "clipped (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="seed of images, splits and noise (default: %(default)s)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        data = load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
+                         train_images=args.train_images, val_images=args.val_images)
+        preview(data, args.output, args.seed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{'split':<8}{'images':>8}{'classes':>9}  size")
+    for split in ("train", "val", "test"):
+        dataset = getattr(data, split)
+        if dataset is not None:
+            size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
+            print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size}")
+    print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only")
+    print(f"wrote {args.output}: sigma 0, 0.2, 0.5, 1.0 from top to bottom")
+
+
+if __name__ == "__main__":
+    main()

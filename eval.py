@@ -1,0 +1,617 @@
+"""PSNR, SSIM and accuracy of a trained network at every noise level, and the network used on your own pictures.
+
+    python eval.py                                        # runs/train/best.pt on the data it was trained for
+    python eval.py --checkpoint runs/train/best.pt --data my_images --split test
+    python eval.py --input holiday.jpg                    # denoise and classify a picture, or a folder of them
+
+Reads a checkpoint of train.py. Writes metrics.json, table.txt and grid.png, or with --input the denoised pictures
+and predictions.json, to --output-dir. `psnr`, `ssim` and `to_8bit` need torch only and work when this file is copied
+alone.
+
+The protocol is that of Markhorst, van Gemert and Kayhan ("Pushing Joint Image Denoising and Classification to
+the Edge", 2024): Gaussian noise of sigma 0, 0.1 ... 1.0 on images in [0, 1], and the mean over the levels.
+"""
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIGMAS = tuple(level / 10 for level in range(11))
+WINDOW, WINDOW_SIGMA = 11, 1.5  # of SSIM: pixels
+
+# -----------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def psnr(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB: two (B, C, H, W) -> (B,); infinite where the two are equal.
+
+    Over all channels (RGB, not luma, which is about 2 dB higher). Raises ValueError when the shapes differ.
+    """
+    image, reference = _pair(image, reference)
+    return 10 * torch.log10(data_range ** 2 / _image_mean((image - reference).square()))
+
+
+def ssim(image: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of each image: two (B, C, H, W), 11 pixels or larger -> (B,), at most 1; differentiable.
+
+    Wang, Bovik, Sheikh and Simoncelli 2004: Gaussian window 11x11 of sigma 1.5, K 0.01 and 0.03, population
+    covariance, only where the window fits, per channel, then the mean. In float64 it equals scikit-image
+    (gaussian_weights=True, sigma=1.5, use_sample_covariance=False) to 1e-10. Raises ValueError when the shapes
+    differ or are too small.
+    """
+    image, reference = _pair(image, reference)
+    if min(image.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs images of {WINDOW}x{WINDOW} pixels or more, not "
+                         f"{image.shape[-2]}x{image.shape[-1]}.")
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_x, mean_y = _blur(image), _blur(reference)  # (B, C, H - 10, W - 10)
+    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
+    covariance = _blur(image * reference) - product
+    variances = _blur(image.square() + reference.square()) - squares  # of both images, added
+    return _image_mean((2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2)))
+
+
+def to_8bit(image: Tensor) -> Tensor:
+    """What a PNG file keeps of an image: clamped to [0, 1] and rounded to multiples of 1/255."""
+    return image.clamp(0, 1).mul(255).round().div(255)
+
+
+def _pair(image: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    if image.shape != reference.shape or image.dim() != 4:
+        raise ValueError("PSNR and SSIM need two (B, C, H, W) images of one shape, not "
+                         f"{tuple(image.shape)} and {tuple(reference.shape)}.")
+    if not (image.is_floating_point() and reference.is_floating_point()):
+        raise ValueError(f"PSNR and SSIM need floating point images, not {image.dtype}, {reference.dtype}.")
+    # Half precision (a network under AMP) has too few digits for the variances of SSIM.
+    half = (torch.float16, torch.bfloat16)
+    return tuple(x.float() if x.dtype in half else x for x in (image, reference))
+
+
+def _image_mean(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,), summed in an order that does not depend on B: every batch size gives the same digits."""
+    return x.contiguous().mean(3).mean(2).mean(1)
+
+
+def _blur(x: Tensor) -> Tensor:
+    """The separable Gaussian window of SSIM where it fits: (B, C, H, W) -> (B, C, H - 10, W - 10).
+
+    Written as sums of shifted images, because a depthwise convolution in float64 on a CPU is 2 to 10 times slower,
+    and because AMP and TF32, which would spoil the digits, leave sums alone.
+    """
+    weights = [math.exp(-((k - WINDOW // 2) / WINDOW_SIGMA) ** 2 / 2) for k in range(WINDOW)]
+    for dim in (2, 3):
+        size = x.shape[dim] - WINDOW + 1
+        total = x.narrow(dim, 0, size) * (weights[0] / sum(weights))
+        for k in range(1, WINDOW):
+            total = torch.add(total, x.narrow(dim, k, size), alpha=weights[k] / sum(weights))
+        x = total
+    return x
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device | str = "cpu", seed: int = 0,
+             clip: bool = False, progress: bool = True) -> dict:
+    """Measure a network (already on `device`) on a loader of (uint8 (B, 3, H, W), labels (B,)) at every noise level.
+
+    Returns {"images", "labelled_images", "ssim_images", "num_classes", "chance_accuracy", "protocol", "levels": one
+    record per sigma, "means": {"all_levels", "noisy_levels" (sigma > 0)}}. A record has, each a mean over the
+    images, `accuracy` and `top5_accuracy` (0 to 1; the latter with more than 5 classes), `psnr_db` and `ssim` of the
+    denoised image, clamped and rounded to 8 bit, and `input_psnr_db` and `input_ssim` of the noisy image as the
+    network gets it. None stands for what cannot be measured: accuracy without labels or without a classifier, PSNR
+    and SSIM without a denoiser, SSIM of images below 11 pixels, a mean over levels of which one is infinite.
+
+    The noise belongs to the image's place in the loader, which must not shuffle, and is scaled by sigma: it is the
+    same in every run, for every batch size, every network and every choice of levels. The values of all images are
+    summed exactly, in float64. The network is in eval mode meanwhile and gets its own mode back.
+    """
+    from tqdm import tqdm
+
+    from data import to_float
+
+    was_training = network.training
+    network.eval()
+    levels = [defaultdict(list) for _ in sigmas]  # per level: name -> one value per image
+    count, num_classes = 0, None
+    try:
+        for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
+            clean = to_float(images, device)  # (B, 3, H, W)
+            noise = _noise(clean, count, seed)
+            reference, labels = clean.double(), labels.to(device)
+            for sigma, values in zip(sigmas, levels):
+                noisy = _noisy(clean, noise, sigma, clip)
+                image, logits = network(noisy)
+                if image is not None:
+                    _add_quality(values, "", to_8bit(image.float()).double(), reference)
+                    _add_quality(values, "input_", noisy.double(), reference)
+                if logits is not None:
+                    num_classes = logits.shape[1]
+                    _add_hits(values, logits[labels >= 0], labels[labels >= 0])
+            count += len(images)
+    finally:
+        network.train(was_training)
+    if not count:
+        raise ValueError("There is no image to evaluate on.")
+
+    records = [{"sigma": float(sigma), **{name: _mean(values[name]) for name in COLUMNS}}
+               for sigma, values in zip(sigmas, levels)]
+    return {"images": count, "labelled_images": len(levels[0]["accuracy"]), "ssim_images": len(levels[0]["ssim"]),
+            "num_classes": num_classes, "chance_accuracy": 1 / num_classes if num_classes else None,
+            "protocol": {"colour": "RGB", "noise": "Gaussian, sigma on [0, 1]", "noise_clipped": clip,
+                         "noise_seed": seed, "output": "clamped to [0, 1], rounded to 8 bit",
+                         "input": "clipped to [0, 1], not rounded" if clip else "not clipped, not rounded",
+                         "psnr": "per image, then the mean; inf where two images are equal",
+                         "ssim": "Gaussian 11x11, sigma 1.5, valid region; per image, then the mean"},
+            "levels": records,
+            "means": {"all_levels": _level_means(records),
+                      "noisy_levels": _level_means([record for record in records if record["sigma"] > 0])}}
+
+
+def _noise(clean: Tensor, first_index: int, seed: int) -> Tensor:
+    """Standard normal noise for the images `first_index`, `first_index` + 1 ..., as `clean` in shape and place."""
+    from data import evaluation_noise
+
+    noise = torch.stack([evaluation_noise(clean.shape[1:], first_index + i, seed) for i in range(len(clean))])
+    return noise.to(clean.device, memory_format=torch.channels_last)
+
+
+def _noisy(clean: Tensor, noise: Tensor, sigma: float, clip: bool) -> Tensor:
+    noisy = clean + sigma * noise
+    return noisy.clamp(0, 1) if clip else noisy
+
+
+def _add_quality(values: dict, prefix: str, image: Tensor, reference: Tensor) -> None:
+    values[prefix + "psnr_db"] += psnr(image, reference).tolist()
+    if min(image.shape[-2:]) >= WINDOW:
+        values[prefix + "ssim"] += ssim(image, reference).tolist()
+
+
+def _add_hits(values: dict, logits: Tensor, labels: Tensor) -> None:
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5), best first
+    values["accuracy"] += hits[:, 0].tolist()
+    if logits.shape[1] > 5:
+        values["top5_accuracy"] += hits.any(1).tolist()
+
+
+def _mean(values: list) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _level_means(records: list[dict]) -> dict:
+    means = {}
+    for name in COLUMNS:
+        mean = _mean([record[name] for record in records if record[name] is not None])
+        means[name] = None if mean == math.inf else mean
+    return means
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Reports
+
+EVAL_FORMAT, EVAL_VERSION = "joint-eval", 1
+PREDICTIONS_FORMAT, PREDICTIONS_VERSION = "joint-predictions", 1
+
+# The measured values in the order of the table: name -> (heading, format of a number).
+COLUMNS = {"input_psnr_db": ("input PSNR", "{:.2f}"), "psnr_db": ("PSNR", "{:.2f}"),
+           "input_ssim": ("input SSIM", "{:.4f}"), "ssim": ("SSIM", "{:.4f}"),
+           "accuracy": ("accuracy", "{:.1%}"), "top5_accuracy": ("top-5", "{:.1%}")}
+
+
+def strict_json(content):
+    """A copy that strict JSON can hold: an infinite number becomes the string "inf" (float("inf") reads it back)."""
+    if isinstance(content, dict):
+        return {name: strict_json(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [strict_json(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def format_table(metrics: dict) -> str:
+    """A table to read, from what `evaluate` returns; with main's `network` and `latency` records also their lines."""
+    names = [name for name in COLUMNS if any(record[name] is not None for record in metrics["levels"])]
+    rows = [("sigma", {name: COLUMNS[name][0] for name in names})]
+    means = metrics["means"]
+    for label, record in [*((f"{record['sigma']:g}", record) for record in metrics["levels"]),
+                          ("mean, sigma > 0", means["noisy_levels"]), ("mean, all levels", means["all_levels"])]:
+        rows.append((label, {name: _cell(name, record[name]) for name in names}))
+    lines = [f"{label:<17}" + "".join(f"{cells[name]:>{max(6, len(COLUMNS[name][0])) + 2}}" for name in names)
+             for label, cells in rows]
+    rule = "-" * len(lines[0])
+    lines = [lines[0], rule, *lines[1:-2], rule, *lines[-2:], ""]
+
+    images = f"{metrics['images']:,} images"
+    if metrics["chance_accuracy"] and metrics["labelled_images"]:
+        images += f"; accuracy by chance {metrics['chance_accuracy']:.1%} ({metrics['num_classes']} classes)"
+    if "psnr_db" in names and metrics["ssim_images"] < metrics["images"]:
+        images += f"; SSIM of the {metrics['ssim_images']:,} that are {WINDOW} pixels or larger"
+    lines.append(images)
+    if "network" in metrics:
+        record = metrics["network"]
+        lines.append(f"{record['parameters']:,} parameters, {record['macs'] / 1e6:,.1f} M multiply-accumulates at "
+                     f"{record['size_px']}x{record['size_px']}")
+    if metrics.get("latency"):
+        record = metrics["latency"]
+        threads = f", threads: {record['threads']}" if record["threads"] else ""
+        lines.append(f"latency {record['median_ms']:.2f} ms per batch of {record['batch']} at {record['size_px']}x"
+                     f"{record['size_px']} ({record['p10_ms']:.2f} to {record['p90_ms']:.2f}, 10 to 90 % of "
+                     f"{record['count']} runs) on {record['device']}{threads}")
+    if "psnr_db" in names:
+        protocol = metrics["protocol"]
+        lines.append(f"PSNR (dB) and SSIM on {protocol['colour']}: output {protocol['output']}; noisy input "
+                     f"{protocol['input']}; noise seed {protocol['noise_seed']}")
+    else:
+        lines.append(f"noise {'clipped' if metrics['protocol']['noise_clipped'] else 'not clipped'}, "
+                     f"seed {metrics['protocol']['noise_seed']}")
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    text = COLUMNS[name][1].format(float(value))  # float: "inf" where it comes from a JSON file
+    return text[1:] if text == "-0.00" else text
+
+
+def to_picture(image: Tensor):
+    """(3, H, W) in [0, 1], clamped if not -> Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(to_8bit(image.float()).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+TILE, GAP, LINE = 192, 8, 20  # of the picture grid: pixels
+RIGHT, WRONG, INK = (0, 110, 40), (190, 0, 0), (0, 0, 0)
+
+
+@torch.inference_mode()
+def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
+              device: torch.device | str = "cpu", seed: int = 0, clip: bool = False,
+              classes: list[str] | None = None) -> None:
+    """Save a picture, one row per sigma: noisy | denoised | clean, below it PSNR and the predicted class.
+
+    The examples are drawn from the dataset by the seed and carry the same noise as in `evaluate`. Small images are
+    enlarged without smoothing, of large ones the middle 384 pixels are shown. The network must be in eval mode.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    from data import to_float
+    from models import write_file
+
+    font = ImageFont.load_default(size=14)
+    rows = []
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    for number, sigma in enumerate(sigmas):
+        index = order[number % len(order)]
+        pixels, label = dataset[index]
+        clean = to_float(pixels[None], device)
+        noisy = _noisy(clean, _noise(clean, index, seed), sigma, clip)
+        image, logits = network(noisy)
+        tiles = {"noisy": noisy, "denoised": image, "clean": clean}
+        quality = f"sigma {sigma:g}"
+        if image is not None:
+            before, after = (psnr(x.double(), clean.double()).item() for x in (noisy, to_8bit(image.float())))
+            quality += f": PSNR {before:.1f} -> {after:.1f} dB"
+        texts = [(quality, INK)] + ([_verdict(logits[0], label, classes)] if logits is not None else [])
+        rows.append(({name: _tile(x[0]) for name, x in tiles.items() if x is not None}, texts))
+
+    columns = list(rows[0][0])
+    tile_width = max(tile.width for tiles, _ in rows for tile in tiles.values())
+    heights = [max(tile.height for tile in tiles.values()) + len(texts) * LINE + 2 * GAP for tiles, texts in rows]
+    canvas = Image.new("RGB", (GAP + len(columns) * (tile_width + GAP), LINE + GAP + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(columns):
+        draw.text((GAP + column * (tile_width + GAP), GAP // 2), name, fill=INK, font=font)
+    y = LINE + GAP
+    for (tiles, texts), height in zip(rows, heights):
+        for column, tile in enumerate(tiles.values()):
+            canvas.paste(tile, (GAP + column * (tile_width + GAP), y))
+        for line, (text, colour) in enumerate(texts):
+            while font.getlength(text) > canvas.width - 2 * GAP:  # long class names
+                text = text[:-4] + "..."
+            draw.text((GAP, y + height - 2 * GAP - (len(texts) - line) * LINE + 2), text, fill=colour, font=font)
+        y += height
+    write_file(path, lambda temporary: canvas.save(temporary, format="PNG"))
+
+
+def _tile(image: Tensor):
+    from PIL import Image
+
+    top, left = (max(0, (side - 2 * TILE) // 2) for side in image.shape[-2:])
+    picture = to_picture(image[:, top:top + 2 * TILE, left:left + 2 * TILE])
+    scale = max(1, round(TILE / min(picture.size))) if max(picture.size) < TILE else 1
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _verdict(logits: Tensor, label: int, classes: list[str] | None) -> tuple[str, tuple[int, int, int]]:
+    """The text below a row, and its colour: the predicted class, its probability, and the true class where known."""
+    probability, index = (value.item() for value in logits.float().softmax(0).max(0))
+    text = f"predicted {_class_name(index, classes)} ({probability:.0%})"
+    if label < 0:
+        return text, INK
+    if index == label:
+        return f"{text}: right", RIGHT
+    return f"{text}: wrong, it is {_class_name(label, classes)}", WRONG
+
+
+def _class_name(index: int, classes: list[str] | None) -> str:
+    return classes[index] if classes else f"class {index}"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The user's own pictures
+
+
+@torch.inference_mode()
+def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path, *, size: int,
+                  device: torch.device | str = "cpu", classes: list[str] | None = None, sigma: float = 0.0,
+                  clip: bool = False, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Denoise and classify image files of any size; returns a record per picture and one per file that failed.
+
+    Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where `sigma` > 0 adds noise; a second file of
+    the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised at full resolution. Its class
+    comes from the same pass where both sides are within a factor of 2 of `size`, the training size in pixels;
+    otherwise from a second pass on a copy whose short side is `size`, because a classifier knows objects at the
+    scale it was trained on. A file that cannot be read is reported and skipped. The network must be in eval mode.
+    """
+    import numpy
+
+    from data import load_image, to_float
+    from models import write_file
+
+    output_dir = Path(output_dir)
+    pictures, failures = [], []
+    for index, (path, name) in enumerate(zip(paths, _output_names(paths))):
+        try:
+            pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)
+            clean = to_float(pixels[None], device)  # (1, 3, H, W)
+            noisy = _noisy(clean, _noise(clean, index, seed), sigma, clip) if sigma else clean
+            seen = _classifier_view(noisy, size)
+            image, logits = network(noisy) if network.denoises or seen is noisy else (None, None)
+            if network.classifies and seen is not noisy:
+                logits = network(seen).logits
+        except (ValueError, OSError) as error:
+            failures.append({"file": str(path), "error": str(error)})
+            print(f"{path}: skipped: {error}", file=sys.stderr)
+            continue
+        except torch.OutOfMemoryError:
+            failures.append({"file": str(path), "error": "too large for the memory of the device"})
+            print(f"{path}: skipped: too large for the memory of {device}; try --device cpu.", file=sys.stderr)
+            continue
+        record = {"file": str(path), "width_px": clean.shape[-1], "height_px": clean.shape[-2]}
+        text = f"{path} ({clean.shape[-1]}x{clean.shape[-2]})"
+        for kind, result in (("noisy", noisy if sigma else None), ("denoised", image)):
+            if result is not None:
+                file = output_dir / f"{name}_{kind}.png"
+                picture = to_picture(result[0])
+                write_file(file, lambda temporary: picture.save(temporary, format="PNG"))
+                record[kind] = str(file)
+        if logits is not None:
+            best = logits[0].float().softmax(0).topk(min(5, logits.shape[1]))
+            record["classified_at_px"] = list(seen.shape[-2:])  # height, width
+            record["classes"] = [{"name": _class_name(i, classes), "probability": p}
+                                 for p, i in zip(best.values.tolist(), best.indices.tolist())]
+            text += ": " + ", ".join(f"{c['name']} {c['probability']:.1%}" for c in record["classes"][:3])
+        print(text + (f" -> {record['denoised']}" if "denoised" in record else ""), flush=True)
+        pictures.append(record)
+    return pictures, failures
+
+
+def _output_names(paths: list[Path]) -> list[str]:
+    """The stem of each path, counted up where another one has it: a.jpg and a.png must not write one file."""
+    names, taken = [], set()
+    for path in paths:
+        name, number = path.stem, 1
+        while name.lower() in taken:  # some file systems do not tell upper case from lower case
+            number += 1
+            name = f"{path.stem}_{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def _classifier_view(image: Tensor, size: int) -> Tensor:
+    """The image itself where both sides lie within a factor of 2 of `size`, or a copy whose short side is `size`."""
+    sides = image.shape[-2:]
+    if min(sides) * 2 >= size and max(sides) <= size * 2:
+        return image
+    resized = [max(1, round(side * size / min(sides))) for side in sides]
+    return F.interpolate(image, size=resized, mode="bilinear", align_corners=False, antialias=True)
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+FROM_CHECKPOINT = "what the checkpoint was trained for"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from data import add_data_arguments
+    from latency import default_device
+
+    def noise_level(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 100:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"a noise level must be from 0 to 100, not {text}")
+        return value
+
+    def positive(text: str) -> int:
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+        return value
+
+    parser = argparse.ArgumentParser(
+        description="Measure PSNR, SSIM and accuracy of a trained network at every noise level, beside those of the\n"
+                    "noisy input, and its latency on this machine; or, with --input, denoise and classify your own\n"
+                    "pictures. --data and --size are those of the training unless you give others.",
+        epilog="examples:\n"
+               "  python eval.py --checkpoint runs/train/best.pt\n"
+               "  python eval.py --data my_images --split test --sigmas 0 0.1 0.2 --batch-size 8 --no-latency\n"
+               "  python eval.py --input holiday_pictures --output-dir denoised",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/train/best.pt", metavar="FILE",
+                        help="checkpoint that train.py wrote (default: %(default)s)")
+    parser.add_argument("--output-dir", default="runs/eval", metavar="DIR",
+                        help="folder for the results (default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--threads", type=positive, metavar="N",
+                        help="threads of torch on a CPU, as in the search, to compare latencies (default: torch's own)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
+    parser.add_argument("--clip", action="store_true",
+                        help="clip the noisy images to [0, 1], as a sensor does (default: not clipped)")
+
+    add_data_arguments(parser)
+    # Training images are not needed: none is drawn for nothing.
+    parser.set_defaults(data=FROM_CHECKPOINT, train_images=1)
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--split", choices=("val", "test"), default="val",
+                       help="part of the data to evaluate on (default: %(default)s)")
+    group.add_argument("--sigmas", type=noise_level, nargs="+", default=list(SIGMAS), metavar="SIGMA",
+                       help="noise levels, standard deviations on images in [0, 1] (default: 0 0.1 0.2 ... 1.0)")
+    group.add_argument("--batch-size", type=positive, default=32, metavar="N",
+                       help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
+                            "one by one (default: %(default)s)")
+    group.add_argument("--no-latency", action="store_true",
+                       help="do not measure the latency (at batch 32 on CUDA, 1 on a CPU)")
+
+    group = parser.add_argument_group("your own pictures")
+    group.add_argument("--input", metavar="FILE_OR_DIR",
+                       help="picture, or folder of pictures, to denoise and classify instead of an evaluation: at "
+                            "full resolution, any size. The class comes from the same pass where both sides are "
+                            "within a factor of 2 of the training size, otherwise from a copy whose short side is "
+                            "the training size")
+    group.add_argument("--sigma", type=noise_level, default=0.0, metavar="SIGMA",
+                       help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    from data import load_data
+    from latency import check_device
+    from models import load_checkpoint
+
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        device = torch.device(check_device(args.device))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        network, checkpoint = load_checkpoint(args.checkpoint, device)
+        size = args.size or checkpoint["size"]
+        if args.input is not None:
+            failures = _run_input(network, checkpoint["classes"], Path(args.input), Path(args.output_dir), size=size,
+                                  device=device, sigma=args.sigma, clip=args.clip, seed=args.seed,
+                                  about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
+            sys.exit(1 if failures else 0)
+        name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
+        data = load_data(name, root=args.data_root, size=size, seed=checkpoint["seed"], augment=False,
+                         train_images=args.train_images, val_images=args.val_images)
+        dataset = getattr(data, args.split)
+        _check_data(network, checkpoint["classes"], data, args.split)
+        _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, device=device,
+                        sigmas=args.sigmas, clip=args.clip, seed=args.seed, batch_size=args.batch_size,
+                        workers=args.workers, latency=not args.no_latency,
+                        about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "data": data.name,
+                               "split": args.split, "data_seed": checkpoint["seed"]})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _check_data(network: nn.Module, classes: list[str] | None, data, split: str) -> None:
+    """ValueError where the network cannot be measured on the data."""
+    if getattr(data, split) is None:
+        raise ValueError(f"The data {data.name} has no {split} split; use --split val.")
+    if not network.classifies:
+        return
+    if data.classes is None:
+        if not network.denoises:
+            raise ValueError(f"The data {data.name} has no labels, and the network can do nothing but classify; "
+                             "give a folder of class folders with --data.")
+    elif classes is None:
+        print("note: the network was trained without labels; its accuracy means nothing.", file=sys.stderr)
+    elif len(data.classes) != len(classes):
+        raise ValueError(f"The network knows {len(classes)} classes but the data {data.name} has "
+                         f"{len(data.classes)}; give the data it was trained for with --data.")
+    elif list(data.classes) != list(classes):
+        print(f"note: the classes of {data.name} have other names than those the network was trained for; they are "
+              "compared in their order.", file=sys.stderr)
+
+
+def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, output_dir: Path, *, size: int,
+                    device: torch.device, sigmas: list[float], clip: bool, seed: int, batch_size: int, workers: int,
+                    latency: bool, about: dict) -> None:
+    """Measure the network, write metrics.json, table.txt and grid.png, print the table."""
+    from data import make_loader
+    from models import count_macs, count_parameters, device_name, provenance, write_file, write_json
+
+    loader = make_loader(dataset, batch_size, workers=workers, device=device)
+    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device, seed), **about,
+               **evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
+                          progress=sys.stderr.isatty()),
+               "network": {"parameters": count_parameters(network), "macs": count_macs(network, size),
+                           "size_px": size},
+               "latency": None}
+    if latency:
+        from latency import default_batch, measure_network
+
+        batch = default_batch(device)
+        timing = measure_network(network, size=size, batch=batch, device=device)
+        metrics["latency"] = {**timing.as_dict(), "batch": batch, "size_px": size, "dtype": "float32",
+                              "device": device_name(device),
+                              "threads": torch.get_num_threads() if device.type == "cpu" else None}
+
+    table = format_table(metrics)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "metrics.json", strict_json(metrics))
+    write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(table + "\n"))
+    shown = sorted({sigma for sigma in sigmas if sigma > 0} or {0.0})
+    rows = min(5, len(shown))
+    shown = [shown[round(row * (len(shown) - 1) / max(1, rows - 1))] for row in range(rows)]
+    save_grid(output_dir / "grid.png", network, dataset, sigmas=shown, device=device, seed=seed, clip=clip,
+              classes=classes)
+    print(table)
+    print(f"wrote metrics.json, table.txt and grid.png to {output_dir}")
+
+
+def _run_input(network: nn.Module, classes: list[str] | None, source: Path, output_dir: Path, *, size: int,
+               device: torch.device, sigma: float, clip: bool, seed: int, about: dict) -> list[dict]:
+    """Denoise and classify the file or the folder `source`, write predictions.json; returns the files that failed."""
+    from data import list_images
+    from models import provenance, write_json
+
+    if source.is_dir():
+        paths = [path for path in list_images(source) if output_dir.resolve() not in path.resolve().parents]
+    elif source.exists():
+        paths = [source]
+    else:
+        raise ValueError(f"There is no file or folder {source}; give a picture or a folder of pictures with --input.")
+    if not paths:
+        raise ValueError(f"The folder {source} holds no picture (those in --output-dir are left out); give another "
+                         "--input.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pictures, failures = denoise_paths(network, paths, output_dir, size=size, device=device, classes=classes,
+                                       sigma=sigma, clip=clip, seed=seed)
+    write_json(output_dir / "predictions.json", {
+        "format": PREDICTIONS_FORMAT, "version": PREDICTIONS_VERSION, "made": provenance(device, seed), **about,
+        "sigma_added": sigma, "noise_clipped": clip, "training_size_px": size,
+        "pictures": pictures, "failures": failures})
+    print(f"wrote predictions.json and the pictures to {output_dir}")
+    if failures:
+        print(f"{len(failures)} of {len(paths)} files could not be used: {', '.join(f['file'] for f in failures)}",
+              file=sys.stderr)
+    return failures
+
+
+if __name__ == "__main__":
+    main()

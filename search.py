@@ -1,0 +1,646 @@
+"""Searches a network that denoises and classifies within a latency you name.
+
+    python search.py --target 12                       # milliseconds per batch of the whole network on this device
+    python search.py --target 12 --data mnist
+    python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10
+    python search.py --benchmark                       # the speed of the search on this device
+
+Reads data (see data.py) and a latency table, which it makes itself when none is given; writes into --output-dir:
+arch.json (the found network: train.py reads it), log.jsonl (one line per epoch), alpha.png (with matplotlib),
+latency.json (the table), search.pt (to go on with --resume).
+Source: TF-NAS (Hu et al. 2020) as changed by Markhorst, van Gemert and Kayhan 2024, section 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data as data_module
+import latency
+import models
+from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, number, prepare,
+                   resume_defaults, task_loss, whole)
+
+LATENCY_LOSSES = {
+    # name: (function of LAT / target, default lambda)
+    "hinge": (lambda ratio: (ratio - 1).clamp(min=0), 0.5),  # thesis, eq. 3.11
+    "absolute": (lambda ratio: (ratio - 1).abs(), 0.1),  # TF-NAS
+}
+MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target before the widths are corrected
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The supernet's two steps
+
+
+class Searcher:
+    """The supernet with its two optimizers: one step for the weights, one for the architecture.
+
+    The supernet is anything with weight_parameters(), arch_parameters(), sample_path(), other_path(), mixture(),
+    normalize_() and forward(images, choice). Weights: SGD, lr 2e-2, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
+    lr 1e-2, betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
+    """
+
+    def __init__(self, supernet: nn.Module, *, device: torch.device, lr: float, arch_lr: float, loss: str, seed: int,
+                 amp: str = "off", label_smoothing: float = 0.1, grad_clip: float = 5.0):
+        self.supernet = supernet.to(device, memory_format=torch.channels_last).train()
+        self.device, self.loss, self.amp = device, loss, amp
+        self.label_smoothing, self.grad_clip = label_smoothing, grad_clip
+        self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
+        self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5)
+        self.arch_optimizer = torch.optim.Adam(self.arch, arch_lr, (0.5, 0.999), weight_decay=5e-4)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
+        self.generator = torch.Generator().manual_seed(seed)  # of the paths, on the CPU: the same on every device
+
+    def _loss(self, batch, choice, parts: dict | None = None) -> Tensor:
+        noisy, clean, labels = batch
+        with autocast(self.device, self.amp):
+            output = self.supernet(noisy, choice)
+        total, terms = task_loss(output, clean, labels, self.loss, self.label_smoothing)
+        if parts is not None:
+            parts.update(terms)
+        return total
+
+    def weight_step(self, batch, bi_sampling: bool, where: str = "this step") -> dict[str, float]:
+        """One step of the weights: a path by Gumbel softmax, then, with `bi_sampling`, one of the other operations of
+        every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
+        self.weight_optimizer.zero_grad(set_to_none=True)  # operations that were not sampled stay as they are
+        path = self.supernet.sample_path(self.generator)
+        loss = self._loss(batch, path)
+        value = check_finite(loss, where, self.weight_optimizer.param_groups[0]["lr"])
+        self.scaler.scale(loss).backward()  # each loss at once: the graph of one path in memory, not of two
+        if bi_sampling:
+            loss = self._loss(batch, self.supernet.other_path(path, self.generator))
+            check_finite(loss, where, self.weight_optimizer.param_groups[0]["lr"])
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.weight_optimizer)
+        nn.utils.clip_grad_norm_(self.weights, self.grad_clip)
+        self.scaler.step(self.weight_optimizer)
+        self.scaler.update()
+        return {"weight_loss": value}
+
+    def arch_step(self, batch, temperature: float, latency_term=None, where: str = "this step") -> dict[str, float]:
+        """One step of alpha: every operation, summed with Gumbel-softmax weights, plus the latency term."""
+        for weight in self.weights:
+            weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
+        try:
+            loss = self._loss(batch, self.supernet.mixture(temperature, self.generator))
+            value = check_finite(loss, where, self.arch_optimizer.param_groups[0]["lr"])
+            self.arch_optimizer.zero_grad(set_to_none=True)
+            if latency_term is not None:
+                loss = loss + latency_term()
+            loss.backward()
+        finally:
+            for weight in self.weights:
+                weight.requires_grad_(True)
+        self.arch_optimizer.step()
+        self.supernet.normalize_()
+        return {"arch_loss": value}
+
+    def state_dict(self) -> dict:
+        return {"supernet": self.supernet.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict(),
+                "arch_optimizer": self.arch_optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.supernet.load_state_dict(state["supernet"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latency of the space, and the fit to the target
+
+
+class Budget:
+    """What a target latency means for a supernet: the table's value of every candidate, in the exported model.
+
+    `model` is what is exported; the parts that only the supernet has cost nothing (the tail of a C-NAS supernet that is
+    exported as a D-NAS). `target_ms` is for the whole exported network per batch, in the table's setting.
+    """
+
+    def __init__(self, table: latency.LatencyTable, supernet: models.SuperNet, model: str, target_ms: float):
+        self.table, self.supernet, self.model, self.target_ms = table, supernet, model, target_ms
+        self.base_ms = table.base_ms(model)
+
+    def exported(self, block: models.Block) -> bool:
+        return self.model != "dnas" or block.stage <= models.LAST_ENCODER_STAGE
+
+    def candidates_ms(self) -> Tensor:
+        """The table's latency of every candidate at its present width, (blocks, operations)."""
+        return torch.tensor([[self.table.block_ms(block) if self.exported(block) else 0.0 for block in row]
+                             for row in self.supernet.candidate_blocks()])
+
+    def limits(self) -> list[list[tuple[models.Block, models.Block]]]:
+        """The narrowest and the widest form of every candidate."""
+        result = []
+        for row in self.supernet.candidate_blocks():
+            result.append([])
+            for block, operation in zip(row, self.supernet.operations):
+                low, high = models.width_range(operation, block.in_channels, self.supernet.min_width)
+                result[-1].append((replace(block, mid_channels=low), replace(block, mid_channels=high)))
+        return result
+
+    def range_ms(self) -> tuple[float, float]:
+        """The fastest and the slowest network of the space, by the table."""
+        fastest = slowest = self.base_ms
+        for row in self.limits():
+            if self.exported(row[0][0]):
+                fastest += min(self.table.block_ms(narrow) for narrow, _ in row)
+                slowest += max(self.table.block_ms(wide) for _, wide in row)
+        return fastest, slowest
+
+    def fit(self, path: list[int], target_ms: float | None = None) -> tuple[list[int], list[int]]:
+        """Bring a path to the target: (path, mid channels of each block).
+
+        All widths are scaled by one factor, then single steps of models.WIDTH_STEP channels use up what is left, never
+        above the target. Where the widths of the path's operations do not reach far enough, operations are exchanged
+        first: each time the exchange that costs the least log probability per millisecond.
+        """
+        target_ms = self.target_ms if target_ms is None else target_ms
+        limits, rows = self.limits(), self.supernet.candidate_blocks()
+        log_p = torch.log_softmax(self.supernet.alpha.detach().double(), 1).tolist()
+        ends = [[tuple(self.table.block_ms(block) if self.exported(block) else 0.0 for block in pair) for pair in row]
+                for row in limits]  # [block][operation] -> (narrowest ms, widest ms)
+        path = list(path)
+
+        def reach(end: int) -> float:
+            return self.base_ms + sum(row[index][end] for row, index in zip(ends, path))
+
+        def exchange(end: int, sign: int) -> bool:
+            options = [((log_p[b][path[b]] - log_p[b][o]) / gain, b, o) for b in range(len(path))
+                       for o in range(len(self.supernet.operations))
+                       if (gain := sign * (ends[b][o][end] - ends[b][path[b]][end])) > 1e-9]
+            if options:
+                _, block, operation = min(options)
+                path[block] = operation
+            return bool(options)
+
+        while reach(0) > target_ms and exchange(0, -1):
+            pass
+        while reach(1) < target_ms and exchange(1, +1):
+            pass
+
+        chosen = [rows[b][o] for b, o in enumerate(path)]
+        bounds = [(limits[b][o][0].mid_channels, limits[b][o][1].mid_channels) for b, o in enumerate(path)]
+        starts = [self.supernet.operations[o].start_width(block.in_channels) for o, block in zip(path, chosen)]
+
+        def total(widths: list[int]) -> float:
+            return self.base_ms + sum(self.table.block_ms(replace(block, mid_channels=width))
+                                      for block, width in zip(chosen, widths) if self.exported(block))
+
+        def scaled(factor: float) -> list[int]:
+            return [min(max(models.round_width(factor * start), low), high) for start, (low, high) in zip(starts, bounds)]
+
+        low, high = 0.0, 2.0  # the floor of every width, and above the ceiling of every width
+        if total(scaled(high)) > target_ms:
+            for _ in range(30):
+                middle = (low + high) / 2
+                low, high = (middle, high) if total(scaled(middle)) <= target_ms else (low, middle)
+        else:
+            low = high
+        widths = scaled(low)
+        present = total(widths)
+        while present <= target_ms:
+            options = []
+            for b, width in enumerate(widths):
+                if self.exported(chosen[b]) and width + models.WIDTH_STEP <= bounds[b][1]:
+                    more = (self.table.block_ms(replace(chosen[b], mid_channels=width + models.WIDTH_STEP))
+                            - self.table.block_ms(replace(chosen[b], mid_channels=width)))
+                    if present + more <= target_ms:
+                        options.append((more, -width / starts[b], b))  # the largest that fits, then the most reduced
+            if not options:
+                break
+            widths[max(options)[2]] += models.WIDTH_STEP
+            present = total(widths)
+        return path, widths
+
+
+def latency_loss(kind: str, target_ms: float, weight: float):
+    """The latency term of alpha's loss as a function of the expected latency in ms (a tensor)."""
+    function, default = LATENCY_LOSSES[kind]
+    weight = default if weight is None else weight
+    return lambda expected_ms: weight * function(expected_ms / target_ms)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The search
+
+
+def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
+           output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
+           table: dict, lr: float = 2e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
+           sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
+    """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
+
+    The first `warmup_epochs` train the weights with the Gumbel path alone. Then alpha takes a step on held-out images after
+    every second weight step, the temperature falls by `temperature_decay` an epoch, and after each epoch the likeliest
+    path is scaled in width to the target (only where `pressure`: the target is within reach).
+    """
+    output_dir = Path(output_dir)
+    searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp)
+    weight_batches = NoisyBatches(weight_loader, device, sigma_max, seed)
+    arch_batches = NoisyBatches(arch_loader, device, sigma_max, seed + 1)
+    steps = len(weight_batches)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, epochs * steps)
+    rows: list[dict] = []
+    if state is not None:
+        searcher.load_state_dict(state["searcher"])
+        schedule.load_state_dict(state["schedule"])
+        rows = state["rows"]
+
+    for epoch in range(len(rows), epochs):
+        start = time.perf_counter()
+        warm = epoch < warmup_epochs
+        tau = temperature * temperature_decay ** max(0, epoch - warmup_epochs)
+        candidates_ms = budget.candidates_ms().to(device)  # widths change between epochs only
+        sums: dict[str, list[float]] = {}
+        held_out = iter(())
+        tour = 0  # of the held-out images in this epoch
+
+        def expected_ms() -> Tensor:
+            return supernet.expected_latency(candidates_ms, budget.base_ms)
+
+        progress = tqdm(weight_batches.epoch(epoch), f"search {epoch + 1}/{epochs}", steps, leave=False, unit="step")
+        for step, batch in enumerate(progress):
+            where = f"epoch {epoch + 1}, step {step + 1}"
+            values = searcher.weight_step(batch, bi_sampling=not warm, where=where)
+            schedule.step()
+            if not warm and step % 2 == 1:
+                batch = next(held_out, None)
+                if batch is None:  # the held-out images are fewer than the steps: another tour, in another order
+                    held_out = arch_batches.epoch(epoch * 1000 + tour)
+                    tour += 1
+                    batch = next(held_out)
+                values |= searcher.arch_step(batch, tau, (lambda: latency_term(expected_ms())) if pressure else None,
+                                             where=where)
+            for name, value in values.items():
+                sums.setdefault(name, []).append(value)
+            progress.set_postfix({name: f"{sum(v) / len(v):.3f}" for name, v in sums.items()})
+        if pressure and not warm:
+            path = supernet.best_path()
+            fitted, widths = budget.fit(path)
+            for block, (old, new) in enumerate(zip(path, fitted)):
+                if old != new:  # only the widths of what the search itself prefers
+                    widths[block] = len(supernet.mixed[block].candidates[old].keep)
+            supernet.set_widths(path, widths)
+            candidates_ms = budget.candidates_ms().to(device)
+        entropy = supernet.entropy()
+        rows.append({"epoch": epoch + 1, **{name: sum(v) / len(v) for name, v in sums.items()},
+                     "expected_ms": expected_ms().item(), "temperature": None if warm else tau,
+                     "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
+                     "path": [supernet.operations[index].name for index in supernet.best_path()],
+                     "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
+                     "seconds": time.perf_counter() - start})
+        models.save_checkpoint(output_dir / "search.pt", {
+            "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "flags": flags,
+            "table": table})
+        write_log(output_dir / "log.jsonl", rows)
+        tqdm.write(format_row(rows[-1], epochs))
+    return rows
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    models.write_file(path, lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def format_row(row: dict, epochs: int) -> str:
+    """An epoch in one line."""
+    arch = f"alpha loss {row['arch_loss']:.3f}  " if "arch_loss" in row else "(weights only)    "
+    return (f"epoch {row['epoch']:>3}/{epochs}  weight loss {row['weight_loss']:.3f}  {arch}"
+            f"expected {row['expected_ms']:.2f} ms  entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s")
+
+
+def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, tolerance: float = MEASURE_TOLERANCE,
+           rounds: int = 3) -> tuple[models.Arch, dict]:
+    """The likeliest network, its widths fitted to the target by the table and corrected by measurement.
+
+    Returns the architecture and {"target_ms", "predicted_ms", "measured_ms", ...}. Without `pressure` the widths stay at
+    their start. The device of the table must be this one.
+    """
+    target_ms, aim_ms = budget.target_ms, budget.target_ms
+    path = supernet.best_path()
+    widths = [len(supernet.mixed[block].candidates[index].keep) for block, index in enumerate(path)]
+    best = None
+    for _ in range(rounds):
+        if pressure:
+            path, widths = budget.fit(supernet.best_path(), aim_ms)
+        blocks = [replace(row[index], mid_channels=width)
+                  for row, index, width in zip(supernet.candidate_blocks(), path, widths)]
+        full = models.make_arch(supernet.network.arch.model, blocks, supernet.network.arch.num_classes)
+        arch = full.with_model(budget.model)
+        result = latency.compare(budget.table, arch)
+        error = abs(result["measured_ms"] / target_ms - 1)
+        if best is None or error < best[0]:
+            best = (error, arch, result)
+        if not pressure or error <= tolerance:
+            break
+        # A quiet device repeats its error, so aim where the measurement says; a burst of noise must not lead far astray.
+        aim_ms = min(max(aim_ms * target_ms / result["measured_ms"], 0.8 * target_ms), 1.25 * target_ms)
+    _, arch, result = best
+    return arch, {"target_ms": target_ms, **result}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def format_arch(arch: models.Arch, table: latency.LatencyTable) -> str:
+    """The found network as a table a person can read."""
+    lines = [f"{'stage':>5}  {'operation':<14} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} {'ms':>7}"]
+    for block in arch.blocks:
+        name = f"MBConv k{block.kernel_size} x{block.mid_channels / block.in_channels:.2f}"
+        ms = table.fixed_ms[arch.model]["stage_2"] if block.stage == 2 else table.block_ms(block)
+        lines.append(f"{block.stage:>5}  {name:<14} {block.in_channels:>4} {block.mid_channels:>5} {block.out_channels:>4} "
+                     f"{block.stride:>6} {block.se_channels or '-':>4} {ms:>7.3f}")
+    for part, ms in table.fixed_ms[arch.model].items():
+        if part != "stage_2":
+            lines.append(f"{'':>5}  {part:<14} {'':>4} {'':>5} {'':>4} {'':>6} {'':>4} {ms:>7.3f}")
+    return "\n".join(lines)
+
+
+def plot_alpha(rows: list[dict], operations: list[str], path: Path) -> bool:
+    """Draw how softmax(alpha) of every block moved; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    positions = models.searched_positions("dcnas")[:len(rows[0]["alpha"])]
+    columns = 6
+    figure, axes = pyplot.subplots(math.ceil(len(positions) / columns), columns, figsize=(14, 7), sharex=True, sharey=True,
+                                   squeeze=False)
+    for axis in axes.flat[len(positions):]:
+        axis.axis("off")
+    epochs = [row["epoch"] for row in rows]
+    for index, (axis, position) in enumerate(zip(axes.flat, positions)):
+        for operation, name in enumerate(operations):
+            axis.plot(epochs, [row["alpha"][index][operation] for row in rows], label=f"MB-{name}")
+        number_in_stage = 1 + sum(p.stage == position.stage for p in positions[:index])
+        axis.set_title(f"stage {position.stage}, block {number_in_stage}", fontsize=9)
+    figure.supxlabel("epoch")
+    figure.supylabel("softmax(alpha)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(operations))
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    models.write_file(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
+    pyplot.close(figure)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+def benchmark(*, space: int, batch_size: int, size: int, num_classes: int, device: torch.device, amp: str,
+              repeats: int = 7) -> dict:
+    """Median time of a weight step (bi-sampling) and of an alpha step of the C-NAS supernet, and peak memory."""
+    supernet = models.SuperNet("cnas", space, num_classes)
+    searcher = Searcher(supernet, device=device, lr=1e-3, arch_lr=1e-3, loss="cls", seed=0, amp=amp)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch_size, 3, size, size, generator=generator).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
+    batch = (images, images, labels)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    result = {"space": space, "batch_size": batch_size, "size": size, "amp": amp,
+              "threads": torch.get_num_threads() if device.type == "cpu" else 0}
+    for name, step in (("weight_step", lambda: searcher.weight_step(batch, bi_sampling=True)),
+                       ("alpha_step", lambda: searcher.arch_step(batch, 5.0))):
+        timing = latency.measure(step, device, warmup=2, repeats=repeats)
+        result[f"{name}_ms"] = timing.median_ms
+        result[f"{name}_spread_ms"] = [timing.p10_ms, timing.p90_ms]
+    iteration_ms = result["weight_step_ms"] + result["alpha_step_ms"] / 2
+    result["images_per_second"] = 1e3 * batch_size / iteration_ms
+    result["peak_memory_mb"] = peak_memory_mb(device)
+    return result
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MiB: what torch allocated on a GPU, or the resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def format_benchmark(result: dict) -> str:
+    memory = "-" if result["peak_memory_mb"] is None else f"{result['peak_memory_mb']:.0f} MiB"
+    return (f"space {result['space']}, batch {result['batch_size']}, {result['size']} px, {result['threads']} threads, "
+            f"amp {result['amp']}\n"
+            f"  weight step (two paths)   {result['weight_step_ms']:8.1f} ms\n"
+            f"  alpha step                {result['alpha_step_ms']:8.1f} ms\n"
+            f"  images per second         {result['images_per_second']:8.1f}  (weight step + half an alpha step)\n"
+            f"  peak memory               {memory:>8}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Search a network that denoises and classifies within a latency.",
+        epilog="examples:\n  python search.py --target 12\n  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
+               "  python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10 --space 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to search")
+    what.add_argument("--target", type=number(1e-6, 1e9), metavar="MS",
+                      help="latency of the whole exported network, decoder and heads included, in milliseconds per batch")
+    what.add_argument("--model", choices=models.MODELS, default="dcnas",
+                      help="cnas classifies, dnas denoises, dcnas does both (default: %(default)s)")
+    what.add_argument("--space", type=int, choices=sorted(models.SPACES), default=4,
+                      help="operations per block (default: %(default)s, the papers' most stable)")
+    what.add_argument("--search-images", choices=("noisy", "clean"), default="noisy",
+                      help="images during the search (default: %(default)s)")
+    what.add_argument("--search-loss", choices=("cls", "both", "den"),
+                      help="loss during the search: cls searches the classifier and attaches the decoder afterwards; both "
+                           "searches the whole dcnas; den the dnas (default: cls, or den where there are no labels)")
+    what.add_argument("--min-width", type=number(1, 8), default=models.MIN_WIDTH, metavar="X",
+                      help="smallest mid channels, in multiples of a block's input channels (default: %(default)s)")
+    cost = parser.add_argument_group("latency")
+    cost.add_argument("--table", metavar="FILE", help="latency table of this device (default: one is made)")
+    cost.add_argument("--batch", type=whole(1, 65536), metavar="N",
+                      help="images per batch of the latency (default: 32 on CUDA, 1 on a CPU)")
+    cost.add_argument("--dtype", choices=latency.DTYPES, default="float32",
+                      help="number format of the latency (default: %(default)s)")
+    cost.add_argument("--latency-loss", choices=LATENCY_LOSSES, default="hinge",
+                      help="hinge: max(LAT / target - 1, 0); absolute: |LAT / target - 1| (default: %(default)s)")
+    cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="LAMBDA",
+                      help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute)")
+    data_module.add_data_arguments(parser)
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=whole(1, 100000), default=10, metavar="N",
+                        help="passes over the images (default: %(default)s; the papers: 90)")
+    recipe.add_argument("--warmup-epochs", type=whole(0, 100000), metavar="N",
+                        help="first epochs, which train the weights only (default: a ninth of --epochs; the papers: 10)")
+    recipe.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
+                        help="images per step (default: %(default)s)")
+    recipe.add_argument("--lr", type=number(1e-8, 100), default=2e-2, metavar="LR",
+                        help="learning rate of the weights, SGD with a cosine (default: %(default)s)")
+    recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
+                        help="learning rate of alpha, Adam (default: %(default)s)")
+    recipe.add_argument("--temperature", type=number(1e-3, 1e3), default=5.0, metavar="T",
+                        help="first temperature of the Gumbel softmax (default: %(default)s)")
+    recipe.add_argument("--temperature-decay", type=number(1e-3, 1), metavar="X",
+                        help="factor per epoch (default: what reaches the papers' last temperature, 5 * 0.96^79 = 0.2)")
+    add_run_arguments(parser, "runs/search")
+    parser.add_argument_group("benchmark").add_argument(
+        "--benchmark", action="store_true", help="time the two steps of the search on this device, print, and stop")
+    return parser
+
+
+def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[str, str]:
+    """(supernet's model, loss) of a search; ValueError in one sentence when they do not go together.
+
+    The classifier is searched by L_Cls, and the decoder attached afterwards, which the papers found best (table 4). With
+    "both" the whole of DC-NAS is the supernet. D-NAS keeps stages 1 to 6 of what C-NAS's search finds, and is searched by
+    L_Den on data without labels (the papers do not say how; ours).
+    """
+    if not labelled and model != "dnas":
+        raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, or give a folder "
+                         "with one folder per class in train/ and val/.")
+    loss = search_loss or ("cls" if labelled else "den")
+    allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dnas": ("cls", "den") if labelled else ("den",)}[model]
+    if loss not in allowed:
+        raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; "
+                         f"possible: {', '.join(allowed)}.")
+    return {"cls": "cnas", "both": "dcnas", "den": "dnas"}[loss], loss
+
+
+def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict | None) -> latency.LatencyTable:
+    """The table named by --table, that of the resumed run, or a new one, made here and said so."""
+    path = os.path.join(args.output_dir, "latency.json")
+    if args.table:
+        table = latency.load_table(args.table)
+        latency.require_setting(table, setting, args.table)
+    elif state is not None:
+        table = latency.LatencyTable(state["table"])
+        latency.require_setting(table, setting, "of this run")
+    else:
+        print(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch {setting.batch}) into "
+              f"{path}; use it again with --table.")
+        content = latency.build_table(space=args.space, device=args.device, size=setting.size, batch=setting.batch,
+                                      num_classes=setting.num_classes, dtype=setting.dtype,
+                                      memory_format=setting.memory_format, min_width=args.min_width, seed=args.seed)
+        models.write_json(path, content)
+        table = latency.LatencyTable(content)
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    start = time.perf_counter()
+    try:
+        args, state = resume_defaults(parser, argv, "search.pt")
+        device = prepare(args)
+        if args.benchmark:
+            print(format_benchmark(benchmark(space=args.space, batch_size=args.batch_size, size=args.size or 64,
+                                             num_classes=10, device=device, amp=args.amp)))
+            return
+        if args.target is None:
+            parser.error("Name the latency you want, in milliseconds per batch: python search.py --target 12")
+        flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
+        data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
+                                     train_images=args.train_images, val_images=args.val_images)
+        classes = len(data.classes or [])
+        supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
+        setting = latency.current_setting(args.device, size=data.size, batch=args.batch or latency.default_batch(args.device),
+                                          dtype=args.dtype, num_classes=classes or 10)
+        table = obtain_table(args, setting, state)
+        supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
+        budget = Budget(table, supernet, args.model, args.target)
+        try:
+            fastest, slowest = budget.range_ms()
+        except ValueError as error:
+            raise ValueError(f"{error} Make one with: python latency.py --space {args.space} --min-width {args.min_width:g} "
+                             f"--size {data.size} --batch {setting.batch} --classes {setting.num_classes} --output "
+                             "NEW.json") from None
+        reachable = (f"With widths from {args.min_width:g} times the input, a {args.model} of this space takes "
+                     f"{fastest:.3f} to {slowest:.3f} ms per batch of {setting.batch} here, by the table.")
+        if args.target < fastest:
+            raise ValueError(f"The target of {args.target:g} ms is below the fastest network. {reachable} This would work: "
+                             f"python search.py --target {_round_up(1.05 * fastest)}")
+        weight_part, arch_part = data_module.stratified_split(data.train.targets, 0.8, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    pressure = args.target <= slowest
+    print(reachable)
+    if not pressure:
+        print(f"The target of {args.target:g} ms is above that: every network meets it, and the search goes on without "
+              "pressure on the latency.")
+    how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
+    loaders = [data_module.make_loader(torch.utils.data.Subset(data.train, part), args.batch_size, **how)
+               for part in (weight_part, arch_part)]
+    warmup = round(args.epochs / 9) if args.warmup_epochs is None else args.warmup_epochs
+    decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup - 1))
+    print(f"Searching {args.model} by {loss} on {args.search_images} images of {data.name}: {len(weight_part):,} for the "
+          f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup} of them for the weights only.")
+    try:
+        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup, output_dir=args.output_dir,
+                      budget=budget, pressure=pressure,
+                      latency_term=latency_loss(args.latency_loss, args.target, args.latency_weight), device=device,
+                      flags=flags, table=table.content, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
+                      temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
+                      seed=args.seed, state=state)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. Go on with: python search.py --resume {args.output_dir}")
+    except (TrainingError, OSError) as error:
+        sys.exit(f"search.py: {error}")
+    arch, result = derive(supernet, budget, pressure)
+    path = os.path.join(args.output_dir, "arch.json")
+    models.write_json(path, models.make_record(arch, models.provenance(device, args.seed),
+                                               latency={**result, "table_hash": table.hash, "setting": vars(table.setting)},
+                                               data=args.data, size=data.size))
+    picture = os.path.join(args.output_dir, "alpha.png")
+    drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], Path(picture))
+    print(f"\n{format_arch(arch, table)}\n")
+    print(f"target {args.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms "
+          f"per batch of {setting.batch} (median of {result['runs']}, 10-90 %: {result['p10_ms']:.3f}-"
+          f"{result['p90_ms']:.3f} ms) on {setting.device}")
+    for line in explain(result, pressure):
+        print(line)
+    print(f"found in {time.perf_counter() - start:.0f} s: {path}" + (f", {picture}" if drawn else
+          "; install matplotlib for a picture of how alpha moved"))
+    data_flags = "" if args.data == "digits" else f" --data {args.data}" + (f" --size {args.size}" if args.size else "")
+    print(f"next:\n  python train.py --arch {path}{data_flags}")
+
+
+def explain(result: dict, pressure: bool) -> list[str]:
+    """What a user must know when the measured latency is not what was asked for."""
+    lines = []
+    error = result["measured_ms"] / result["target_ms"] - 1
+    if pressure and abs(error) > MEASURE_TOLERANCE:
+        lines.append(f"note: the measured latency is {100 * error:+.1f} % from the target.")
+    if not 0.95 < result["slowdown"] < 1.05:
+        lines.append(f"note: the reference network now takes {result['slowdown']:.2f} times as long as when the table was "
+                     "made: something else runs on this device, or its clock changed.")
+    return lines
+
+
+def _round_up(ms: float) -> str:
+    """Two digits, rounded up."""
+    scale = 10 ** (math.floor(math.log10(ms)) - 1)
+    return f"{math.ceil(ms / scale) * scale:.6g}"
+
+
+if __name__ == "__main__":
+    main()

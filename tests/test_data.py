@@ -1,0 +1,555 @@
+"""data.py: scenes, noise, splits, image files, folders, loaders, command line; CPU, no network."""
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+def write_images(folder, count, size=(20, 16), seed=0, suffix=".png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}{suffix}")
+
+
+def pixel(path):
+    """The one colour of a loaded image."""
+    colours = data.load_image(path).getcolors()
+    assert len(colours) == 1
+    return colours[0][1]
+
+
+# --- Scenes -------------------------------------------------------------------------------------------------
+
+def digits(**kwargs):
+    return data.load_data("digits", **{"train_images": 20, "val_images": 10, **kwargs})
+
+
+def test_digits_have_ten_classes_and_the_stated_shape():
+    scenes = digits()
+    image, label = scenes.train[13]
+    assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and label == 3
+    assert scenes.train.targets == [i % 10 for i in range(20)] and len(scenes.val) == 10
+    assert scenes.classes == list("0123456789") and scenes.size == 64 and scenes.test is None
+    assert digits(size=96).train[0][0].shape == (3, 96, 96)
+
+
+def test_digits_follow_the_seed_and_fewer_are_a_prefix_of_more():
+    first, again, other = digits().train, digits().train, digits(seed=1).train
+    fewer = digits(train_images=7).train
+    assert torch.equal(first.images, again.images)
+    assert all(not torch.equal(a, b) for a, b in zip(first.images, other.images))
+    assert torch.equal(first.images[:7], fewer.images)
+    assert all(not torch.equal(a, b) for a, b in zip(first.images, digits().val.images))  # train is not val
+
+
+def test_a_scene_is_a_brighter_digit_on_constant_grey():
+    images = digits(train_images=100).train.images
+    for image in images:
+        corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+        background = corners.flatten().mode().values
+        assert 25 <= background <= 77  # 0.1 ... 0.3
+        ink = (image != background).any(0)  # (H, W)
+        height = ink.any(1).sum()
+        assert 0.3 * 64 <= height <= 0.82 * 64
+        assert 0.01 < ink.float().mean() < 0.5
+        assert image.max() >= 0.55 * 255  # the strongest channel stands out
+        assert (image[:, ~ink] == background).all()
+    difference = images.amax((2, 3)).float().std(1)  # between the channels
+    assert (difference > 10).float().mean() > 0.5  # tinted
+
+
+def test_digits_of_a_class_vary_but_agree_more_with_their_own_class():
+    scenes = digits(train_images=600, val_images=200, size=32)
+
+    def normalised(dataset):
+        rows = []
+        for image in dataset.images.float().amax(1):  # (H, W), the strongest channel
+            image = image - image.min()
+            ink = image > 15
+            ys, xs = ink.any(1).nonzero(), ink.any(0).nonzero()
+            crop = image[ys.min():ys.max() + 1, xs.min():xs.max() + 1][None, None]
+            rows.append(torch.nn.functional.interpolate(crop, (12, 8), mode="area").flatten())
+        return torch.nn.functional.normalize(torch.stack(rows))
+
+    train, val = normalised(scenes.train), normalised(scenes.val)
+    assert train.unique(dim=0).shape[0] == 600
+    nearest = (val @ train.T).argmax(1)
+    right = torch.tensor(scenes.train.targets)[nearest] == torch.tensor(scenes.val.targets)
+    assert right.float().mean() > 0.85  # labels mean shapes: nearest neighbour after cutting out the digit
+
+
+def test_mnist_scenes_are_placed_digits(tmp_path, monkeypatch):
+    class Fake:  # as torchvision's MNIST, without files
+        def __init__(self, root, train, download=False):
+            self.data = torch.zeros(30, 28, 28, dtype=torch.uint8)
+            self.data[:, 4:24, 10:14] = 255
+            self.targets = torch.arange(30) % 3 + (0 if train else 3)
+    monkeypatch.setattr(data.datasets, "MNIST", Fake)
+    scenes = data.load_data("mnist", root=tmp_path, train_images=9)
+    assert len(scenes.train) == 9 and len(scenes.val) == 30  # all by default
+    assert sorted(scenes.train.targets) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # in proportion
+    assert set(scenes.val.targets) == {3, 4, 5}
+    ink = (scenes.train[0][0] != scenes.train[0][0].flatten().mode().values).any(0)
+    height, width = int(ink.any(1).sum()), int(ink.any(0).sum())
+    assert abs(height / width - 5) < 1.0  # 20 x 4 pixels, enlarged
+    again = data.load_data("mnist", root=tmp_path, train_images=9)
+    assert torch.equal(scenes.train.images, again.train.images)
+
+
+def test_mnist_without_files_and_network_is_one_sentence(tmp_path, monkeypatch):
+    def missing(root, train, download=False):
+        raise RuntimeError("Dataset not found." if not download else "no\nnetwork")
+    monkeypatch.setattr(data.datasets, "MNIST", missing)
+    with pytest.raises(data.DataError, match=r"MNIST was not found under .*\(network\).*--data-root"):
+        data.load_data("mnist", root=tmp_path)
+
+
+# --- Noise --------------------------------------------------------------------------------------------------
+
+def test_noise_has_the_sigma_of_each_image():
+    images = torch.rand(4, 3, 64, 64)
+    sigma = torch.tensor([0.0, 0.1, 0.5, 1.0])
+    noisy = data.add_noise(images, sigma, torch.Generator().manual_seed(1))
+    error = noisy - images
+    assert torch.equal(noisy[0], images[0])
+    assert torch.allclose(error.std((1, 2, 3)), sigma, rtol=0.03)
+    assert (error.mean((1, 2, 3)).abs() < 0.03).all()
+    assert noisy.min() < -1 and noisy.max() > 2  # not clipped
+    assert torch.equal(noisy, data.add_noise(images, sigma, torch.Generator().manual_seed(1)))
+    assert not torch.equal(noisy, data.add_noise(images, sigma, torch.Generator().manual_seed(2)))
+
+
+def test_noise_of_one_sigma_clip_and_memory_format():
+    images = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    assert torch.equal(data.add_noise(images, 0.0), images)
+    noisy = data.add_noise(images, 0.5, torch.Generator().manual_seed(0), clip=True)
+    assert noisy.min() == 0 and noisy.max() == 1
+    assert noisy.is_contiguous(memory_format=torch.channels_last)
+    free = data.add_noise(images, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy, free.clamp(0, 1)) and abs(float((free - images).std()) - 0.5) < 0.02
+    assert torch.equal(images, before)  # the input is left alone
+
+
+def test_sample_sigma_is_uniform_and_seeded():
+    sigma = data.sample_sigma(4000, 0.2, 0.6, torch.Generator().manual_seed(3), "cpu")
+    assert sigma.shape == (4000,) and sigma.dtype == torch.float32
+    assert 0.2 <= sigma.min() < 0.21 and 0.59 < sigma.max() <= 0.6 and abs(float(sigma.mean()) - 0.4) < 0.01
+    assert torch.equal(sigma, data.sample_sigma(4000, 0.2, 0.6, torch.Generator().manual_seed(3), "cpu"))
+    assert (data.sample_sigma(3, 0.5, 0.5, None, "cpu") == 0.5).all()
+
+
+def test_evaluation_noise_depends_on_index_and_seed_alone():
+    noise = data.evaluation_noise((3, 48, 48), 5)
+    assert noise.dtype == torch.float32 and noise.shape == (3, 48, 48)
+    assert abs(float(noise.std()) - 1) < 0.03 and abs(float(noise.mean())) < 0.05
+    torch.manual_seed(123)
+    assert torch.equal(noise, data.evaluation_noise((3, 48, 48), 5))
+    assert not torch.equal(noise, data.evaluation_noise((3, 48, 48), 6))
+    assert not torch.equal(noise, data.evaluation_noise((3, 48, 48), 5, seed=1))
+    # a number that was once written down: another release or machine must not change published figures
+    assert float(data.evaluation_noise((1,), 0)) == pytest.approx(-0.2864522337913513, abs=1e-6)
+
+
+def test_evaluation_noise_is_the_same_for_every_batch_size():
+    scenes = digits().val
+
+    def noise(batch_size):
+        index, rows = 0, []
+        for images, _ in data.make_loader(scenes, batch_size):
+            rows += [data.evaluation_noise(image.shape, index + i) for i, image in enumerate(images)]
+            index += len(images)
+        return torch.stack(rows)
+    assert torch.equal(noise(1), noise(4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_on_the_gpu():
+    generator = torch.Generator("cuda").manual_seed(0)
+    images = data.to_float(torch.full((2, 3, 64, 64), 128, dtype=torch.uint8), "cuda")
+    sigma = data.sample_sigma(2, 0.5, 0.5, generator, "cuda")
+    noisy = data.add_noise(images, sigma, generator)
+    assert noisy.is_cuda and sigma.is_cuda and abs(float((noisy - images).std()) - 0.5) < 0.02
+
+
+# --- Splits -------------------------------------------------------------------------------------------------
+
+def test_stratified_split_is_disjoint_seeded_and_proportional():
+    targets = [0] * 50 + [1] * 20 + [2] * 2 + [3] + [-1] * 10
+    first, second = data.stratified_split(targets, 0.8, seed=0)
+    assert sorted(first + second) == list(range(len(targets))) and not set(first) & set(second)
+    count = {label: sum(targets[i] == label for i in first) for label in set(targets)}
+    assert count == {0: 40, 1: 16, 2: 1, 3: 1, -1: 8}
+    assert (first, second) == data.stratified_split(targets, 0.8, seed=0)
+    assert first != data.stratified_split(targets, 0.8, seed=1)[0]
+
+
+def test_stratified_split_refuses_a_fraction_that_empties_a_side():
+    for fraction in (0, 1, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            data.stratified_split([0, 1], fraction, 0)
+
+
+# --- Image files --------------------------------------------------------------------------------------------
+
+def test_grey_palette_and_bilevel(tmp_path):
+    Image.new("L", (4, 3), 100).save(tmp_path / "grey.png")
+    palette = Image.new("P", (4, 3), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png")
+    Image.new("1", (4, 3), 1).save(tmp_path / "bilevel.png")
+    assert pixel(tmp_path / "grey.png") == (100, 100, 100)
+    assert pixel(tmp_path / "palette.png") == (10, 20, 30)
+    assert pixel(tmp_path / "bilevel.png") == (255, 255, 255)
+
+
+def test_transparency_is_composited_over_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 100, 200, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (2, 2), (0, 100, 200, 255)).save(tmp_path / "opaque.png")
+    Image.new("LA", (2, 2), (0, 51)).save(tmp_path / "grey_alpha.png")
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "colour_key.png", transparency=(1, 2, 3))
+    assert pixel(tmp_path / "clear.png") == (255, 255, 255)
+    assert pixel(tmp_path / "opaque.png") == (0, 100, 200)
+    assert pixel(tmp_path / "grey_alpha.png") == (204, 204, 204)
+    assert pixel(tmp_path / "palette.png") == (255, 255, 255)
+    assert pixel(tmp_path / "colour_key.png") == (255, 255, 255)
+
+
+def test_sixteen_bit_and_floating_point_are_scaled(tmp_path):
+    for suffix in ("png", "tif"):
+        Image.fromarray(np.full((2, 2), 128 * 257, dtype=np.uint16)).save(tmp_path / f"deep.{suffix}")
+        assert pixel(tmp_path / f"deep.{suffix}") == (128, 128, 128)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 1 1 65535\n" + struct.pack(">H", 200 * 257))
+    assert pixel(tmp_path / "deep.pgm") == (200, 200, 200)
+    Image.fromarray(np.array([[-1, 0.2, 2, np.nan]], dtype=np.float32)).save(tmp_path / "float.tif")
+    assert np.asarray(data.load_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 51, 255, 0]
+
+
+def test_cmyk_and_rotation(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    red, green, blue = pixel(tmp_path / "cmyk.jpg")
+    assert red > 245 and green < 10 and blue < 10
+    image = Image.new("RGB", (3, 2), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    loaded = data.load_image(tmp_path / "turned.png")
+    assert loaded.size == (2, 3) and loaded.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif"])
+def test_truncated_file_is_named(tmp_path, suffix):
+    write_images(tmp_path, 1, size=(64, 64), suffix=f".{suffix}")
+    path = tmp_path / f"000.{suffix}"
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    with pytest.raises(data.DataError, match=f"000.{suffix} is damaged"):
+        data.load_image(path)
+
+
+def test_no_image_and_missing_file_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.jpg").touch()
+    for name in ("text.png", "empty.jpg"):
+        with pytest.raises(data.DataError, match=f"{name} is damaged"):
+            data.load_image(tmp_path / name)
+    with pytest.raises(data.DataError, match="no image file .*absent.png"):
+        data.load_image(tmp_path / "absent.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_images_load_and_huge_ones_are_named(tmp_path, monkeypatch):
+    write_images(tmp_path, 1, size=(100, 100))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit does not count
+    assert data.load_image(tmp_path / "000.png").size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 1000  # and is left as it was
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(data.DataError, match="huge.png has 20000 x 20000 pixels, more than the 200 million"):
+        data.load_image(tmp_path / "huge.png")
+
+
+def test_list_images_is_sorted_and_ignores_the_rest(tmp_path):
+    write_images(tmp_path, 2)
+    shutil.copy(tmp_path / "000.png", tmp_path / "B.JPG")
+    for name in (".hidden.png", "._000.png", "notes.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert [p.name for p in data.list_images(tmp_path)] == ["000.png", "001.png", "B.JPG"]
+    with pytest.raises(data.DataError, match="no folder"):
+        data.list_images(tmp_path / "absent")
+
+
+# --- Folders ------------------------------------------------------------------------------------------------
+
+def test_class_folders_with_train_and_val(tmp_path):
+    write_images(tmp_path / "train/cat", 3, seed=1)
+    write_images(tmp_path / "train/dog/more", 2, seed=2)  # nested, as in torchvision
+    write_images(tmp_path / "val/cat", 1, seed=3)
+    write_images(tmp_path / "val/dog", 2, seed=4)
+    write_images(tmp_path / "test/cat", 1, seed=5)
+    write_images(tmp_path / "test/dog", 1, seed=6)
+    write_images(tmp_path / "train/.ipynb_checkpoints", 1)
+    (tmp_path / "train/cat/Thumbs.db").touch()
+    (tmp_path / "train/labels.csv").touch()
+    images = data.load_data(str(tmp_path), size=16)
+    assert images.classes == ["cat", "dog"] and images.size == 16
+    assert images.train.targets == [0, 0, 0, 1, 1]
+    assert images.val.targets == [0, 1, 1] and images.test.targets == [0, 1]
+    image, label = images.train[4]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and label == 1
+    assert data.load_data(str(tmp_path)).size == 224
+
+
+def test_class_folders_alone_are_split_nine_to_one(tmp_path):
+    write_images(tmp_path / "a", 20)
+    write_images(tmp_path / "b", 10)
+    write_images(tmp_path / "c", 2)
+    images = data.load_data(str(tmp_path), size=16)
+    assert [images.train.targets.count(i) for i in range(3)] == [18, 9, 1]
+    assert [images.val.targets.count(i) for i in range(3)] == [2, 1, 1]
+    assert not set(images.train.paths) & set(images.val.paths)
+    assert images.val.paths == data.load_data(str(tmp_path), size=16).val.paths
+    assert images.val.paths != data.load_data(str(tmp_path), size=16, seed=1).val.paths
+
+
+@pytest.mark.parametrize("layout", ["train", "."])
+def test_images_without_labels(tmp_path, layout):
+    write_images(tmp_path / layout, 20, size=(40, 24))
+    images = data.load_data(str(tmp_path), size=16)
+    assert images.classes is None and len(images.train) == 18 and len(images.val) == 2 and images.test is None
+    assert set(images.train.targets + images.val.targets) == {-1}
+    assert images.train[0][0].shape == (3, 16, 16) and images.train[0][1] == -1
+    whole = images.val[0][0]
+    assert np.array_equal(whole.permute(1, 2, 0), data.load_image(images.val.paths[0]))
+
+
+def test_unlabelled_splits_and_small_images_are_padded(tmp_path):
+    for split, count in (("train", 4), ("val", 3), ("test", 2)):
+        write_images(tmp_path / split, count, size=(9, 5))
+    images = data.load_data(str(tmp_path), size=32)
+    assert (len(images.train), len(images.val), len(images.test)) == (4, 3, 2)
+    padded = images.train[0][0]
+    assert padded.shape == (3, 32, 32) and padded[:, :, 0].float().std() > 20  # reflected, not black
+    assert images.test[0][0].shape == (3, 5, 9)
+    batches = list(data.make_loader(images.val, 8))  # sizes may differ, so one by one
+    assert [tuple(batch.shape) for batch, _ in batches] == [(1, 3, 5, 9)] * 3
+
+
+def test_limits_choose_in_proportion(tmp_path):
+    write_images(tmp_path / "train/a", 16)
+    write_images(tmp_path / "train/b", 8)
+    write_images(tmp_path / "val/a", 4)
+    write_images(tmp_path / "val/b", 4)
+    images = data.load_data(str(tmp_path), size=16, train_images=6, val_images=2)
+    assert images.train.targets == [0, 0, 0, 0, 1, 1] and images.val.targets == [0, 1]
+    assert set(images.train.paths) <= set(data.load_data(str(tmp_path), size=16, train_images=9).train.paths)
+    assert images.train.paths != data.load_data(str(tmp_path), size=16, train_images=6, seed=1).train.paths
+    assert len(data.load_data(str(tmp_path), size=16, train_images=1000).train) == 24
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_no_images_asked_for_is_refused(tmp_path, name):
+    write_images(tmp_path, 4)
+    with pytest.raises(data.DataError, match="at least 1, not 0"):
+        data.load_data(name if name == "digits" else str(tmp_path), train_images=0)
+    with pytest.raises(data.DataError, match="at least 8 pixels, not 0"):
+        data.load_data(name if name == "digits" else str(tmp_path), size=0)
+
+
+def make(root, *folders, empty=()):
+    for folder in folders:
+        write_images(root / folder, 2)
+    for folder in empty:
+        (root / folder).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("folders, empty, message", [
+    ([], [], "holds no images; these layouts work"),
+    (["train/a", "train/b", "val/a", "val/b"], ["train/c", "val/c"], "folder .*train.c holds no images"),
+    (["train/a", "train/b", "val/a"], ["val/b"], "class folder .*val.b holds no images"),
+    (["a"], ["b"], "class folder .*b holds no images"),
+    (["a"], [], r"holds only one folder \(a\); these layouts work"),
+    ([".", "a"], [], "both images and folders; these layouts work"),
+    (["train", "train/a"], [], "train holds both images and folders; these layouts work"),
+    (["val/a", "val/b"], [], "holds val but no train folder; these layouts work"),
+    (["train/a", "train/b", "val/a", "val/c"], [], r"classes of .*train and .*val differ \(b, c\)"),
+    (["train/a", "train/b", "val"], [], "one holds class folders, the other images; these layouts work"),
+    (["train"], ["val"], "val holds no images; these layouts work"),
+])
+def test_other_layouts_are_refused_in_one_sentence(tmp_path, folders, empty, message):
+    make(tmp_path, *folders, empty=empty)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load_data(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_and_single_image_are_refused(tmp_path):
+    with pytest.raises(data.DataError, match="no folder .*absent: --data is digits, mnist or"):
+        data.load_data(str(tmp_path / "absent"))
+    write_images(tmp_path, 1)
+    with pytest.raises(data.DataError, match="too few images"):
+        data.load_data(str(tmp_path))
+
+
+def test_validation_transform_shrinks_cuts_the_centre_and_does_not_enlarge(tmp_path):
+    make(tmp_path, "a", "b")
+    transform = data.load_data(str(tmp_path), size=56).val.transform
+    ramp = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (128, 1))).convert("RGB")
+    kept = transform(ramp.crop((0, 0, 60, 60)))  # between 56 and 64: only cut
+    assert kept.shape == (3, 56, 56) and kept[0, 0].tolist() == list(range(2, 58))
+    shrunk = transform(ramp)[0, 0].float()  # 128 -> 64, then 4 pixels off either side
+    assert abs(shrunk[0] - 8.5) <= 1 and abs(shrunk[-1] - 118.5) <= 1
+    enlarged = transform(ramp.crop((0, 0, 28, 28)))[0, 0].float()  # 28 -> 56, nothing cut
+    assert enlarged[0] == 0 and enlarged[-1] == 27
+
+
+def test_augment_changes_with_the_epoch_and_can_be_turned_off(tmp_path):
+    write_images(tmp_path / "a", 4, size=(48, 48), seed=1)
+    write_images(tmp_path / "b", 4, size=(48, 48), seed=2)
+    train = data.load_data(str(tmp_path), size=32).train
+    state = torch.get_rng_state()
+    first = train[0][0]
+    assert torch.equal(first, train[0][0])  # of this epoch
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
+    loader = data.make_loader(train, 2)
+    data.set_epoch(loader, 1)
+    assert not torch.equal(first, train[0][0])
+    plain = data.load_data(str(tmp_path), size=32, augment=False).train
+    still = plain[0][0]
+    data.set_epoch(data.make_loader(plain, 2), 1)
+    assert torch.equal(still, plain[0][0])
+
+
+# --- Loaders ------------------------------------------------------------------------------------------------
+
+def order(loader):
+    return torch.cat([labels for _, labels in loader]).tolist()
+
+
+def numbered(count=12):
+    return data.Scenes(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), list(range(count)))
+
+
+def test_loader_order_follows_seed_and_epoch():
+    loader = data.make_loader(numbered(), 4, shuffle=True, seed=5)
+    zero = order(loader)
+    data.set_epoch(loader, 1)
+    one = order(loader)
+    assert sorted(zero) == sorted(one) == list(range(12)) and zero != one != list(range(12))
+    resumed = data.make_loader(numbered(), 4, shuffle=True, seed=5)  # a run that starts at epoch 1
+    torch.manual_seed(99)
+    data.set_epoch(resumed, 1)
+    assert order(resumed) == one
+    assert order(data.make_loader(numbered(), 4, shuffle=True, seed=6)) != zero
+    assert order(data.make_loader(numbered(), 4)) == list(range(12))
+
+
+def test_loader_batches():
+    assert [len(labels) for _, labels in data.make_loader(numbered(10), 4)] == [4, 4, 2]
+    assert [len(labels) for _, labels in data.make_loader(numbered(10), 4, drop_last=True)] == [4, 4]
+    # a set smaller than one batch is not dropped altogether
+    assert [len(labels) for _, labels in data.make_loader(numbered(3), 4, drop_last=True)] == [3]
+
+
+def test_workers_give_the_same_images_in_every_epoch(tmp_path):
+    write_images(tmp_path / "a", 3, size=(24, 24), seed=1)
+    write_images(tmp_path / "b", 3, size=(24, 24), seed=2)
+
+    def epochs(workers):
+        train = data.load_data(str(tmp_path), size=16).train
+        subset = torch.utils.data.Subset(train, [3, 0, 1])  # as search.py splits
+        loader = data.make_loader(subset, 2, shuffle=True, workers=workers)
+        for epoch in range(2):
+            data.set_epoch(loader, epoch)
+            yield torch.cat([images for images, _ in loader])
+    for alone, helped in zip(epochs(0), epochs(2), strict=True):
+        assert torch.equal(alone, helped)
+
+
+def test_a_worker_names_a_damaged_file_in_one_sentence(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    with pytest.raises(data.DataError) as error:
+        try:
+            data.Pictures([tmp_path / "bad.png"])[0]
+        except data.DataError:  # what a worker does; a real one that has failed takes torch 5 s to end
+            torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+    sentence = str(error.value)
+    assert sentence.startswith(f"the image {tmp_path / 'bad.png'} is damaged") and "\n" not in sentence
+
+
+def test_to_float():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    out = data.to_float(images, "cpu")
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, images.float() / 255) and out.max() == 1
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+def test_data_py_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(data.__file__, tmp_path)
+    command = [sys.executable, "data.py", "--train-images", "20", "--val-images", "10", "--size", "32"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": ""})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[1].split() == ["train", "20", "10", "32", "x", "32"]
+    with Image.open(tmp_path / "preview.png") as image:
+        assert image.size == (10 * 34 + 2, 4 * 34 + 2)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["data.py", "preview.png"]
+
+
+def test_main_shows_a_folder(tmp_path, capsys):
+    write_images(tmp_path / "in", 20)
+    data.main(["--data", str(tmp_path / "in"), "--size", "16", "--output", str(tmp_path / "out.png")])
+    out = capsys.readouterr().out
+    assert "train         18        0  16 x 16" in out and "val            2        0  whole images" in out
+    assert "no labels" in out
+    rows = np.asarray(Image.open(tmp_path / "out.png")).astype(float)
+    clean, noisy = rows[2:18, 2:18], rows[2 + 3 * 18:18 + 3 * 18, 2:18]
+    assert np.abs(clean - noisy).mean() > 60  # sigma 1 below sigma 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "absent"], "there is no folder absent"),
+    (["--size", "0"], "at least 8 pixels"),
+    (["--size", "large"], "invalid int value"),
+    (["--train-images", "-3"], "at least 1, not -3"),
+    (["--train-images", "2", "--val-images", "1", "--output", "absent/a.png"], "No such file or directory"),
+])
+def test_wrong_usage_ends_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error.splitlines()[-1] and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif("JOINT_DATA" not in os.environ, reason="JOINT_DATA names no folder with real data")
+def test_real_data():
+    root = Path(os.environ["JOINT_DATA"])
+    scenes = data.load_data("mnist", root=root, train_images=50, val_images=20)
+    assert [scenes.train.targets.count(i) for i in range(10)] != [0] * 10 and len(scenes.val) == 20
+    images = data.load_data(str(root / "imagenette112"), size=96, train_images=20, val_images=10)
+    assert len(images.classes) == 10 and sorted(set(images.train.targets)) == list(range(10))
+    batch, labels = next(iter(data.make_loader(images.val, 10)))
+    assert batch.shape == (10, 3, 96, 96) and labels.tolist() == list(range(10))

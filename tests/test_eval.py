@@ -1,0 +1,434 @@
+"""eval.py: the metrics against values computed by hand, the evaluation, the reports, the user's own pictures."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import eval as evaluation
+import models
+
+ROOT = Path(evaluation.__file__).parent
+
+
+class Identity(nn.Module):
+    """Gives back its input as the denoised image."""
+
+    denoises, classifies = True, False
+
+    def forward(self, x):
+        return models.Output(x, None)
+
+
+class Oracle(nn.Module):
+    """Classifies images whose grey level is (label + 1) / 20: the true class comes `rank` places behind the best."""
+
+    denoises, classifies = False, True
+
+    def __init__(self, rank=0, num_classes=10):
+        super().__init__()
+        self.rank, self.num_classes = rank, num_classes
+
+    def forward(self, x):
+        label = (x.mean((1, 2, 3)) * 20 - 1).round().long()
+        best_first = torch.arange(self.num_classes, dtype=torch.float32)
+        distance = (torch.arange(self.num_classes) - label[:, None] + self.rank) % self.num_classes
+        return models.Output(None, -best_first[distance])
+
+
+def grey_images(count=20, size=16):
+    labels = [i % 10 for i in range(count)]
+    return data.Scenes(torch.stack([torch.full((3, size, size), round(255 * (y + 1) / 20), dtype=torch.uint8)
+                                    for y in labels]), labels)
+
+
+def random_images(count=6, size=24):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return data.Scenes(images, [-1] * count)
+
+
+def measure(network, dataset, batch_size=4, **options):
+    return evaluation.evaluate(network, data.make_loader(dataset, batch_size), progress=False, **options)
+
+
+def strict(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- Metrics
+
+
+def test_psnr_by_hand():
+    black, half = torch.zeros(2, 3, 5, 7), torch.full((2, 3, 5, 7), 0.5)
+    half[1] = 0.1
+    assert evaluation.psnr(black, half).tolist() == pytest.approx([20 * math.log10(2), 20], abs=1e-5)
+    assert evaluation.psnr(black * 255, half * 255, data_range=255).tolist() == pytest.approx([6.0206, 20], abs=1e-4)
+    assert evaluation.psnr(half, half).tolist() == [math.inf, math.inf]
+    one_channel = black.double().clone()
+    one_channel[:, 0] = 0.3  # the error is shared by three channels: RGB, not luma
+    assert evaluation.psnr(one_channel, black.double())[0].item() == pytest.approx(10 * math.log10(3 / 0.09), abs=1e-12)
+
+
+def test_ssim_of_constant_images_is_the_closed_form():
+    a, b, c1 = 0.2, 0.7, 0.01 ** 2
+    expected = (2 * a * b + c1) / (a * a + b * b + c1)  # no variance: the second factor is 1
+    x, y = torch.full((2, 3, 16, 11), a, dtype=torch.float64), torch.full((2, 3, 16, 11), b, dtype=torch.float64)
+    assert evaluation.ssim(x, y).tolist() == pytest.approx([expected] * 2, abs=1e-12)
+    assert evaluation.ssim(x * 255, y * 255, data_range=255).tolist() == pytest.approx([expected] * 2, abs=1e-12)
+    assert evaluation.ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-12)
+
+
+def naive_ssim(x, y):
+    """The definition of Wang et al. 2004, window by window, two passes over each window."""
+    row, column = np.mgrid[-5:6, -5:6]
+    weight = np.exp(-(row ** 2 + column ** 2) / (2 * 1.5 ** 2))
+    weight /= weight.sum()
+    values = []
+    for channel in range(x.shape[0]):
+        for top in range(x.shape[1] - 10):
+            for left in range(x.shape[2] - 10):
+                a, b = (z[channel, top:top + 11, left:left + 11] for z in (x, y))
+                mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
+                var_a, var_b = (weight * (a - mean_a) ** 2).sum(), (weight * (b - mean_b) ** 2).sum()
+                covariance = (weight * (a - mean_a) * (b - mean_b)).sum()
+                luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a ** 2 + mean_b ** 2 + 1e-4)
+                values.append(luminance * (2 * covariance + 9e-4) / (var_a + var_b + 9e-4))
+    return np.mean(values)
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    clean = rng.random((2, 3, 14, 19))
+    return clean, clean + 0.3 * rng.standard_normal(clean.shape)
+
+
+def test_ssim_equals_the_definition(pair):
+    clean, noisy = pair
+    expected = [naive_ssim(a, b) for a, b in zip(noisy, clean)]
+    noisy, clean = torch.from_numpy(noisy), torch.from_numpy(clean)
+    assert evaluation.ssim(noisy, clean).tolist() == pytest.approx(expected, abs=1e-10)
+    in_float32 = evaluation.ssim(noisy.float().to(memory_format=torch.channels_last), clean.float())
+    assert in_float32.dtype == torch.float32
+    assert in_float32.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_metrics_equal_scikit_image(pair):
+    metrics = pytest.importorskip("skimage.metrics")
+    clean, noisy = pair
+    for quality, theirs in (
+            (evaluation.psnr, lambda a, b: metrics.peak_signal_noise_ratio(b, a, data_range=1)),
+            (evaluation.ssim, lambda a, b: metrics.structural_similarity(
+                a, b, data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))):
+        ours = quality(torch.from_numpy(noisy), torch.from_numpy(clean)).tolist()
+        assert ours == pytest.approx([theirs(a, b) for a, b in zip(noisy, clean)], abs=1e-10)
+
+
+def test_ssim_is_a_loss(pair):
+    clean, noisy = (torch.from_numpy(x) for x in pair)
+    small = noisy[:1, :, :12, :12].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: evaluation.ssim(x, clean[:1, :, :12, :12]), small)
+    flat = torch.zeros(1, 3, 12, 12, requires_grad=True)  # equal and constant images: no division by zero
+    evaluation.ssim(flat, torch.zeros(1, 3, 12, 12)).sum().backward()
+    assert torch.isfinite(flat.grad).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # AMP must not touch the digits
+        single, double = evaluation.ssim(noisy.float(), clean.float()), evaluation.ssim(noisy, clean)
+    assert single.tolist() == pytest.approx(double.tolist(), abs=1e-5)
+    assert evaluation.ssim(noisy.bfloat16(), clean.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("x, y, words", [
+    (torch.zeros(1, 3, 10, 40), torch.zeros(1, 3, 10, 40), "11x11"),
+    (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17), "one shape"),
+    (torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), "one shape"),
+    (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 16), "floating point"),
+])
+def test_ssim_refuses(x, y, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation.ssim(x, y)
+
+
+def test_to_8bit():
+    values = torch.tensor([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 7.0])
+    assert (evaluation.to_8bit(values) * 255).tolist() == pytest.approx([0, 0, 0, 1, 255, 255])
+
+
+def test_metrics_work_when_copied_alone(tmp_path):
+    shutil.copy(ROOT / "eval.py", tmp_path / "quality.py")
+    code = ("import torch, quality; x = torch.rand(2, 3, 16, 16)\n"
+            "print(quality.psnr(x, x + 0.1).round().tolist(), quality.ssim(x, x).round().tolist())")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.split("\n")[0] == "[20.0, 20.0] [1.0, 1.0]", result.stderr
+
+
+# --- evaluate
+
+
+def test_identity_reproduces_the_noisy_input():
+    """A network that does nothing has the input's numbers, but for the clamp and the rounding of its output."""
+    mid_grey = data.Scenes(torch.full((8, 3, 32, 32), 128, dtype=torch.uint8), [-1] * 8)
+    metrics = measure(Identity(), mid_grey, sigmas=(0, 0.05, 0.1, 0.5))
+    exact, fine, low, high = metrics["levels"]
+    for level, sigma in ((fine, 0.05), (low, 0.1), (high, 0.5)):
+        assert level["input_psnr_db"] == pytest.approx(-20 * math.log10(sigma), abs=0.15)
+    assert fine["psnr_db"] == pytest.approx(fine["input_psnr_db"], abs=0.02)  # nothing clamped, only rounded
+    assert fine["ssim"] == pytest.approx(fine["input_ssim"], abs=1e-3)
+    assert high["psnr_db"] > high["input_psnr_db"] + 1  # clamping alone helps at much noise
+    assert exact["psnr_db"] == exact["input_psnr_db"] == math.inf and exact["ssim"] == pytest.approx(1)
+    assert high["accuracy"] is None and metrics["labelled_images"] == 0 and metrics["chance_accuracy"] is None
+
+    clipped = measure(Identity(), mid_grey, sigmas=(0.5,), clip=True)["levels"][0]
+    assert clipped["psnr_db"] == pytest.approx(clipped["input_psnr_db"], abs=0.01)
+    assert clipped["psnr_db"] == pytest.approx(high["psnr_db"], abs=1e-9)
+
+
+def test_means_leave_the_infinite_out():
+    metrics = measure(Identity(), random_images(), sigmas=(0, 0.1, 0.3))
+    noisy, everything = metrics["means"]["noisy_levels"], metrics["means"]["all_levels"]
+    levels = metrics["levels"]
+    assert noisy["input_psnr_db"] == pytest.approx((levels[1]["input_psnr_db"] + levels[2]["input_psnr_db"]) / 2)
+    assert everything["input_psnr_db"] is None and everything["psnr_db"] is None
+    assert everything["ssim"] == pytest.approx(sum(level["ssim"] for level in levels) / 3)
+    text = json.dumps(evaluation.strict_json(metrics), allow_nan=False)
+    assert strict(text)["levels"][0]["input_psnr_db"] == "inf"
+    assert evaluation.format_table(strict(text)) == evaluation.format_table(metrics)  # the file is enough for the table
+    only_clean = measure(Identity(), random_images(), sigmas=(0,))
+    assert only_clean["means"]["noisy_levels"]["psnr_db"] is None and "inf" in evaluation.format_table(only_clean)
+
+
+@pytest.mark.parametrize("network", [Identity(), Oracle()])
+def test_same_numbers_for_every_batch_size(network):
+    dataset = random_images(7) if network.denoises else grey_images(7)
+    first = measure(network, dataset, batch_size=1, sigmas=(0.1, 0.7))
+    for batch_size in (2, 3, 7):
+        assert measure(network, dataset, batch_size=batch_size, sigmas=(0.1, 0.7)) == first
+    alone, other_seed = (measure(network, dataset, sigmas=(0.7,), seed=seed)["levels"][0] for seed in (0, 1))
+    assert alone == first["levels"][1]  # whatever the other levels are
+    assert other_seed != alone or not network.denoises
+
+
+@pytest.mark.parametrize("rank, top1, top5", [(0, 1, 1), (1, 0, 1), (4, 0, 1), (5, 0, 0)])
+def test_accuracy(rank, top1, top5):
+    metrics = measure(Oracle(rank), grey_images(), sigmas=(0, 0.05))
+    for level in (*metrics["levels"], metrics["means"]["all_levels"]):
+        assert (level["accuracy"], level["top5_accuracy"]) == (top1, top5)
+        assert level["psnr_db"] is None and level["input_ssim"] is None
+    assert metrics["chance_accuracy"] == pytest.approx(0.1) and metrics["labelled_images"] == 20
+
+
+def test_top5_needs_more_than_five_classes():
+    images = grey_images(4)
+    metrics = measure(Oracle(num_classes=5), images, sigmas=(0,))
+    assert metrics["levels"][0]["accuracy"] == 1 and metrics["levels"][0]["top5_accuracy"] is None
+    assert "top-5" not in evaluation.format_table(metrics)
+
+
+def test_network_gets_its_mode_back():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Identity()).train()
+    measure(network, random_images(2), sigmas=(0.1,))
+    assert network.training and network[0].training
+
+
+def test_small_images_have_no_ssim():
+    metrics = measure(Identity(), random_images(3, size=10), sigmas=(0.1,))
+    assert metrics["levels"][0]["ssim"] is None and metrics["levels"][0]["psnr_db"] > 19
+    assert metrics["ssim_images"] == 0 and metrics["images"] == 3
+    assert "SSIM of the 0" in evaluation.format_table(metrics)
+
+
+# --- Command line
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Checkpoints of untrained networks, one per kind, as train.py writes them."""
+    folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
+    for model in models.MODELS:
+        torch.manual_seed(0)
+        arch = models.named_arch(f"{model}-k3-e3", 0 if model == "dnas" else 10)
+        classes = None if model == "dnas" else [str(digit) for digit in range(10)]
+        paths[model] = folder / f"{model}.pt"
+        models.save_checkpoint(paths[model], {
+            "record": models.make_record(arch, made={}), "network": models.Network(arch).state_dict(),
+            "classes": classes, "size": 32, "epoch": 3, "data": "digits", "seed": 5})
+    return paths
+
+
+def run(*argv):
+    """Run main in this process, return its exit code."""
+    try:
+        evaluation.main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("model, columns", [("dcnas", 3), ("dnas", 3), ("cnas", 2)])
+def test_evaluation_writes_its_files(checkpoints, tmp_path, capsys, model, columns):
+    assert run("--checkpoint", checkpoints[model], "--val-images", 4, "--sigmas", 0, 0.2, "--output-dir", tmp_path) == 0
+    printed = capsys.readouterr().out
+    table = (tmp_path / "table.txt").read_text()
+    assert table in printed
+    metrics = strict((tmp_path / "metrics.json").read_text())
+    assert list(metrics)[:3] == ["format", "version", "made"]
+    assert (metrics["format"], metrics["version"]) == ("joint-eval", 1)
+    assert metrics["data"] == "digits" and metrics["data_seed"] == 5 and metrics["images"] == 4
+    assert metrics["network"]["parameters"] > 100_000 and metrics["latency"]["median_ms"] > 0
+    level = metrics["levels"][1]
+    assert (level["psnr_db"] is None) == (model == "cnas") and (level["accuracy"] is None) == (model == "dnas")
+    for words, there in (("PSNR", model != "cnas"), ("by chance 10.0%", model != "dnas"), ("latency", True),
+                         ("not clipped", True), ("multiply-accumulates", True)):
+        assert (words in table) == there, words
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width == 8 + columns * (192 + 8) and len(set(grid.convert("L").tobytes())) > 50
+
+
+def test_grid_shows_noisy_denoised_clean(tmp_path):
+    class Joint(nn.Module):
+        denoises = classifies = True
+
+        def forward(self, x):
+            return models.Output(torch.zeros_like(x), torch.tensor([[0.0, 9.0]]))
+
+    white = data.Scenes(torch.full((2, 3, 64, 64), 255, dtype=torch.uint8), [1, 0])
+    evaluation.save_grid(tmp_path / "grid.png", Joint(), white, sigmas=(0.5, 0.5), classes=["cat", "a dog " * 40])
+    grid = np.array(Image.open(tmp_path / "grid.png"))
+    top, left, step = 28, 8, 200
+    tiles = [grid[top:top + 192, left + i * step:left + i * step + 192] for i in range(3)]
+    assert grid.shape == (28 + 2 * (192 + 2 * 20 + 16), 8 + 3 * 200, 3)
+    assert (tiles[1] == 0).all() and (tiles[2] == 255).all() and 20 < tiles[0].std()
+    assert (tiles[0][0::3, 0::3] == tiles[0][2::3, 2::3]).all()  # 64 pixels, each shown as 3x3
+    text = grid[top + 192:top + 192 + 48].reshape(-1, 3).astype(int)
+    second = grid[top + 248 + 192:].reshape(-1, 3).astype(int)
+    assert ((text[:, 1] - text[:, 0]) > 60).any() and not ((text[:, 0] - text[:, 1]) > 60).any()  # right: green
+    assert ((second[:, 0] - second[:, 1]) > 60).any()  # wrong: red
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Grey, RGBA, odd sizes, two files of one stem, and a damaged one."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+
+    def noise(*shape):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(noise(37, 61)).save(folder / "grey.png")
+    Image.fromarray(noise(30, 40, 4)).save(folder / "alpha.png")
+    Image.fromarray(noise(33, 201, 3)).save(folder / "twin.png")
+    Image.fromarray(noise(5, 3, 3)).save(folder / "twin.bmp")
+    (folder / "bad.jpg").write_bytes(b"not a picture")
+    return folder
+
+
+def test_own_pictures(checkpoints, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--checkpoint", checkpoints["dcnas"], "--input", pictures, "--output-dir", out) == 1  # one was bad
+    printed = capsys.readouterr()
+    assert "bad.jpg" in printed.err and "1 of 5" in printed.err and "Traceback" not in printed.err
+    result = strict((out / "predictions.json").read_text())
+    assert (result["format"], result["version"], result["sigma_added"]) == ("joint-predictions", 1, 0)
+    assert [Path(failure["file"]).name for failure in result["failures"]] == ["bad.jpg"]
+    sizes = {}
+    for record in result["pictures"]:
+        denoised = Image.open(record["denoised"])
+        assert denoised.mode == "RGB" and denoised.size == (record["width_px"], record["height_px"])
+        assert len(record["classes"]) == 5 and record["classes"][0]["probability"] > 0.1
+        assert record["classes"][0]["name"] in printed.out
+        sizes[Path(record["file"]).name] = record["classified_at_px"]
+    # Trained at 32 pixels: from 16 to 64 a picture is classified as it is, others with a short side of 32.
+    assert sizes == {"alpha.png": [30, 40], "grey.png": [37, 61], "twin.bmp": [53, 32], "twin.png": [32, 195]}
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        "alpha_denoised.png", "grey_denoised.png", "twin_2_denoised.png", "twin_denoised.png"]
+
+
+def test_own_picture_with_noise(checkpoints, pictures, tmp_path):
+    command = ("--checkpoint", checkpoints["dcnas"], "--input", pictures / "grey.png", "--output-dir", tmp_path / "out")
+    assert run(*command, "--sigma", 0.1) == 0
+    clean, noisy = (np.array(Image.open(path).convert("RGB")) / 255
+                    for path in (pictures / "grey.png", tmp_path / "out" / "grey_noisy.png"))
+    inside = (clean > 0.3) & (clean < 0.7)
+    assert np.std((noisy - clean)[inside]) == pytest.approx(0.1, rel=0.1)
+
+
+def test_own_pictures_denoised_only_and_classified_only(checkpoints, pictures, tmp_path, capsys):
+    picture = pictures / "twin.png"
+    assert run("--checkpoint", checkpoints["dnas"], "--input", picture, "--output-dir", tmp_path / "d") == 0
+    assert "classes" not in strict((tmp_path / "d" / "predictions.json").read_text())["pictures"][0]
+    assert run("--checkpoint", checkpoints["cnas"], "--input", picture, "--output-dir", tmp_path / "c") == 0
+    record = strict((tmp_path / "c" / "predictions.json").read_text())["pictures"][0]
+    assert "denoised" not in record and record["classes"] and not list((tmp_path / "c").glob("*.png"))
+
+
+def test_names_never_collide():
+    paths = [Path(name) for name in ("a/x.png", "b/x.jpg", "b/X.bmp", "b/x_2.png")]
+    names = evaluation._output_names(paths)
+    assert names == ["x", "x_2", "X_3", "x_2_2"] and len({name.lower() for name in names}) == 4
+
+
+def test_pictures_of_an_earlier_run_are_not_taken_again(checkpoints, pictures):
+    (pictures / "bad.jpg").unlink()
+    for _ in range(2):
+        assert run("--checkpoint", checkpoints["dnas"], "--input", pictures, "--output-dir", pictures / "out") == 0
+    assert len(list((pictures / "out").glob("*.png"))) == 4
+
+
+def test_whole_unlabelled_pictures_of_different_sizes(checkpoints, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for size in ((40, 33), (9, 50)):
+            Image.new("RGB", size, (90, 120, 60)).save(tmp_path / split / f"{size[0]}.png")
+    assert run("--checkpoint", checkpoints["dcnas"], "--data", tmp_path, "--sigmas", 0.2, "--no-latency",
+               "--output-dir", tmp_path / "out") == 0
+    metrics = strict((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["images"] == 2 and metrics["ssim_images"] == 1 and metrics["latency"] is None
+    level = metrics["levels"][0]
+    assert level["accuracy"] is None and level["input_psnr_db"] == pytest.approx(14, abs=0.5)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--checkpoint", "none.pt"], "no checkpoint"),
+    (["--input", "nowhere"], "nowhere"),
+    (["--input", "empty"], "holds no picture"),
+    (["--split", "test"], "no test split"),
+    (["--data", "missing"], "missing"),
+    (["--data", "two"], "10 classes"),
+    (["--data", "plain", "--checkpoint", "cnas"], "no labels"),
+    (["--sigmas", "-1"], "noise level"),
+    (["--sigmas", "nan"], "noise level"),
+    (["--sigma", "x"], "--sigma"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--device", "nonsense"], "nonsense"),
+])
+def test_wrong_usage_ends_in_one_sentence(checkpoints, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "two/train/a", "two/train/b", "two/val/a", "two/val/b", "plain/train", "plain/val"):
+        Path(folder).mkdir(parents=True)
+        if folder != "empty":
+            Image.new("RGB", (32, 32)).save(Path(folder) / "image.png")
+    words = [str(checkpoints.get(word, word)) for word in words]
+    assert run("--checkpoint", checkpoints["dcnas"], *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert sentence in error[-1] and error[-1].startswith(("eval.py: error:", f"{Path(sys.argv[0]).name}: error:"))
+    assert not Path("runs").exists()  # refused before any work
+
+
+def test_help_is_complete(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for flag in ("--checkpoint", "--data", "--split", "--sigmas", "--input", "--sigma", "--clip", "--batch-size",
+                 "--seed", "--threads", "--device", "--output-dir", "--no-latency", "--val-images", "examples:"):
+        assert flag in text
