@@ -224,8 +224,8 @@ def _fit_digit(digit, height, limit):
 
 def _render_scene(digit_mask, size, rng):
     """One scene, (3, size, size) uint8; digit_mask(height, limit) gives the coverage of the digit."""
-    height = max(6, round(rng.uniform(0.35, 0.80) * size))
-    background, brightness, saturation = rng.uniform((0.1, 0.6, 0), (0.3, 1.0, 0.8))
+    height = max(6, round(rng.uniform(0.45, 0.85) * size))
+    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.6))
     tint = rng.random(3)
     ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
     x, y = rng.random(2)
@@ -560,6 +560,7 @@ def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
 
 def build_parser():
     parser = argparse.ArgumentParser(
+        usage="python data.py [options]",
         description="Show what a source of images holds, and write a picture of it with noise added.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
   python data.py --output preview.png

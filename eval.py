@@ -242,8 +242,8 @@ def format_table(metrics: dict) -> str:
     if metrics.get("latency"):
         record = metrics["latency"]
         threads = f", threads: {record['threads']}" if record["threads"] else ""
-        lines.append(f"latency {record['median_ms']:.2f} ms per batch of {record['batch']} at {record['size_px']}x"
-                     f"{record['size_px']} ({record['p10_ms']:.2f} to {record['p90_ms']:.2f}, 10 to 90 % of "
+        lines.append(f"latency {record['median_ms']:.2f} ms per batch of {record['batch']} at {record['size']}x"
+                     f"{record['size']} ({record['p10_ms']:.2f} to {record['p90_ms']:.2f}, 10 to 90 % of "
                      f"{record['count']} runs) on {record['device']}{threads}")
     if "psnr_db" in names:
         protocol = metrics["protocol"]
@@ -450,6 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
         return value
 
     parser = argparse.ArgumentParser(
+        usage="python eval.py [options]  (--help lists them)",
         description="Measure PSNR, SSIM and accuracy of a trained network at every noise level, beside those of the\n"
                     "noisy input, and its latency on this machine; or, with --input, denoise and classify your own\n"
                     "pictures. --data and --size are those of the training unless you give others.",
@@ -464,7 +465,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--threads", type=positive, metavar="N",
-                        help="threads of torch on a CPU, as in the search, to compare latencies (default: torch's own)")
+                        help="threads of torch on a CPU; the latency is that of the search's setting (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
     parser.add_argument("--clip", action="store_true",
@@ -483,7 +484,7 @@ def build_parser() -> argparse.ArgumentParser:
                        help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
                             "one by one (default: %(default)s)")
     group.add_argument("--no-latency", action="store_true",
-                       help="do not measure the latency (at batch 32 on CUDA, 1 on a CPU)")
+                       help="do not measure the latency (in the setting of the search, or at batch 32 on CUDA, 1 on a CPU)")
 
     group = parser.add_argument_group("your own pictures")
     group.add_argument("--input", metavar="FILE_OR_DIR",
@@ -521,11 +522,23 @@ def main(argv: list[str] | None = None) -> None:
         _check_data(network, checkpoint["classes"], data, args.split)
         _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, device=device,
                         sigmas=args.sigmas, clip=args.clip, seed=args.seed, batch_size=args.batch_size,
-                        workers=args.workers, latency=not args.no_latency,
+                        workers=args.workers,
+                        latency_setting=None if args.no_latency else _latency_setting(checkpoint, args.device, size),
                         about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "data": data.name,
                                "split": args.split, "data_seed": checkpoint["seed"]})
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _latency_setting(checkpoint: dict, device: str, size: int):
+    """The setting that the network was searched for, so that the latency compares with its target, or the default."""
+    from latency import this_setting
+
+    found = checkpoint["record"].get("latency", {}).get("setting", {})
+    if found.get("device_type") != torch.device(device).type:
+        found = {}
+    return this_setting(device, size=size, num_classes=len(checkpoint["classes"] or []), batch=found.get("batch"),
+                        threads=found.get("threads", 1), dtype=found.get("dtype", "float32"))
 
 
 def _check_data(network: nn.Module, classes: list[str] | None, data, split: str) -> None:
@@ -550,26 +563,24 @@ def _check_data(network: nn.Module, classes: list[str] | None, data, split: str)
 
 def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, output_dir: Path, *, size: int,
                     device: torch.device, sigmas: list[float], clip: bool, seed: int, batch_size: int, workers: int,
-                    latency: bool, about: dict) -> None:
+                    latency_setting, about: dict) -> None:
     """Measure the network, write metrics.json, table.txt and grid.png, print the table."""
     from data import make_loader
-    from models import count_macs, count_parameters, device_name, provenance, write_file, write_json
+    from latency import device_name
+    from models import count_macs, count_parameters, provenance, write_file, write_json
 
     loader = make_loader(dataset, batch_size, workers=workers, device=device)
-    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device, seed), **about,
+    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), seed), **about,
                **evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
                           progress=sys.stderr.isatty()),
                "network": {"parameters": count_parameters(network), "macs": count_macs(network, size),
                            "size_px": size},
                "latency": None}
-    if latency:
-        from latency import default_batch, measure_network
+    if latency_setting is not None:
+        from latency import measure_network
 
-        batch = default_batch(device)
-        timing = measure_network(network, size=size, batch=batch, device=device)
-        metrics["latency"] = {**timing.as_dict(), "batch": batch, "size_px": size, "dtype": "float32",
-                              "device": device_name(device),
-                              "threads": torch.get_num_threads() if device.type == "cpu" else None}
+        timing = measure_network(network, latency_setting)
+        metrics["latency"] = {**timing.as_dict(), **vars(latency_setting)}
 
     table = format_table(metrics)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -588,6 +599,7 @@ def _run_input(network: nn.Module, classes: list[str] | None, source: Path, outp
                device: torch.device, sigma: float, clip: bool, seed: int, about: dict) -> list[dict]:
     """Denoise and classify the file or the folder `source`, write predictions.json; returns the files that failed."""
     from data import list_images
+    from latency import device_name
     from models import provenance, write_json
 
     if source.is_dir():
@@ -603,7 +615,7 @@ def _run_input(network: nn.Module, classes: list[str] | None, source: Path, outp
     pictures, failures = denoise_paths(network, paths, output_dir, size=size, device=device, classes=classes,
                                        sigma=sigma, clip=clip, seed=seed)
     write_json(output_dir / "predictions.json", {
-        "format": PREDICTIONS_FORMAT, "version": PREDICTIONS_VERSION, "made": provenance(device, seed), **about,
+        "format": PREDICTIONS_FORMAT, "version": PREDICTIONS_VERSION, "made": provenance(device_name(device), seed), **about,
         "sigma_added": sigma, "noise_clipped": clip, "training_size_px": size,
         "pictures": pictures, "failures": failures})
     print(f"wrote predictions.json and the pictures to {output_dir}")

@@ -16,11 +16,13 @@ import argparse
 import hashlib
 import json
 import math
+import platform
 import statistics
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,12 +56,35 @@ class Setting:
 
     device: str  # name of the GPU or CPU
     device_type: str  # "cuda" or "cpu"
-    threads: int  # of torch on a CPU; 0 on a GPU
+    threads: int  # of torch on a CPU while timing; 0 on a GPU
     dtype: str
     batch: int
     size: int  # pixels, height and width
     memory_format: str  # "channels_last" or "contiguous"
     num_classes: int
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of the GPU, or of the CPU model."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def this_setting(device: str, *, size: int, num_classes: int, batch: int | None = None, threads: int = 1,
+                 dtype: str = "float32", memory_format: str = "channels_last") -> Setting:
+    """A setting on this device. Batch: the papers' protocol, 32, on a GPU; one image at a time on a CPU."""
+    kind = torch.device(device).type
+    batch = (32 if kind == "cuda" else 1) if batch is None else batch
+    return Setting(device_name(device), kind, threads if kind == "cpu" else 0, dtype, batch, size, memory_format,
+                   num_classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -87,27 +112,33 @@ def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 
 
 
 @contextmanager
-def prepared(network: nn.Module, device: torch.device | str, *, size: int, batch: int, dtype: str = "float32",
-             memory_format: str = "channels_last"):
-    """Yield (network, input) in inference form on the device; afterwards the network is as it was before."""
-    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+def prepared(network: nn.Module, setting: Setting):
+    """Yield (network, input) in inference form and in a setting; afterwards network and threads are as before.
+
+    One thread by default: at batch 1 a second one gains little, and where anything else runs on the cores, OpenMP's threads
+    wait for each other so long that a network can seem hundreds of times slower.
+    """
+    layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
     parameter = next(network.parameters())
-    before = (parameter.device, parameter.dtype, network.training)
-    network.to(device=device, dtype=DTYPES[dtype], memory_format=layout).eval()
-    images = torch.rand(batch, 3, size, size, device=device, dtype=DTYPES[dtype]).contiguous(memory_format=layout)
+    before = (parameter.device, parameter.dtype, network.training, torch.get_num_threads())
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
+    network.to(**how, memory_format=layout).eval()
+    images = torch.rand(setting.batch, 3, setting.size, setting.size, **how).contiguous(memory_format=layout)
     try:
         with torch.inference_mode():
             yield network, images
     finally:
         network.to(device=before[0], dtype=before[1]).train(before[2])
+        torch.set_num_threads(before[3])
 
 
-def measure_network(network: nn.Module, *, size: int, batch: int, device: torch.device | str, dtype: str = "float32",
-                    memory_format: str = "channels_last", warmup: int = 10, repeats: int = 50,
+def measure_network(network: nn.Module, setting: Setting, *, warmup: int = 10, repeats: int = 50,
                     seconds: float = 1.0) -> Timing:
-    """Milliseconds per batch of (batch, 3, size, size) through a network in inference form."""
-    with prepared(network, device, size=size, batch=batch, dtype=dtype, memory_format=memory_format) as (net, images):
-        return measure(lambda: net(images), device, warmup=warmup, repeats=repeats, seconds=seconds)
+    """Milliseconds per batch through a network in inference form, in a setting (see `this_setting`)."""
+    with prepared(network, setting) as (network, images):
+        return measure(lambda: network(images), setting.device_type, warmup=warmup, repeats=repeats, seconds=seconds)
 
 
 class PartTimer:
@@ -220,12 +251,6 @@ class LatencyTable:
         """Milliseconds per batch of a whole network, in the table's setting."""
         return self.base_ms(arch.model) + sum(self.block_ms(block) for block in arch.blocks if block.stage > 2)
 
-    def measure(self, network: nn.Module, **options) -> Timing:
-        """Time a network in the table's setting, on this device."""
-        setting = self.setting
-        return measure_network(network, size=setting.size, batch=setting.batch, device=setting.device_type,
-                               dtype=setting.dtype, memory_format=setting.memory_format, **options)
-
 
 def _positive(value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
@@ -251,9 +276,7 @@ def _named_parts(network) -> dict[str, nn.Module]:
     return parts | {name: getattr(network, name) for name in ("decoder", "head") if getattr(network, name) is not None}
 
 
-def build_table(*, space: int, device: str, size: int, batch: int, num_classes: int, dtype: str = "float32",
-                memory_format: str = "channels_last", min_width: float, rounds: int = 3, seed: int = 0,
-                progress: bool = True) -> dict:
+def build_table(setting: Setting, *, space: int, min_width: float, rounds: int = 3, seed: int = 0) -> dict:
     """Time the space on this device and return the content of a table file.
 
     Every operation of every block shape is timed at several widths inside whole DC-NAS networks ("carriers") that
@@ -267,8 +290,7 @@ def build_table(*, space: int, device: str, size: int, batch: int, num_classes: 
     from tqdm import tqdm
 
     rng = random.Random(seed)
-    target = torch.device(device)
-    how = dict(size=size, batch=batch, dtype=dtype, memory_format=memory_format)
+    device, num_classes = torch.device(setting.device_type), setting.num_classes
     positions = models.searched_positions("dcnas")
     shapes = sorted(set(positions), key=positions.index)
     choices = {shape: _width_grid(shape, models.SPACES[space], min_width) for shape in shapes}
@@ -288,13 +310,13 @@ def build_table(*, space: int, device: str, size: int, batch: int, num_classes: 
 
     reference = models.Network(models.named_arch(REFERENCE, num_classes))
     reference_samples, runs = [], []
-    with prepared(reference, device, **how) as (reference, images):
+    with prepared(reference, setting) as (reference, images):
         measure(lambda: reference(images), device, seconds=1.0)  # warm the clocks
-        for arch in tqdm(carriers, desc="latency table", unit="network", disable=not progress, leave=False):
-            with prepared(models.Network(arch), device, **how) as (network, _):
+        for arch in tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False):
+            with prepared(models.Network(arch), setting) as (network, _):
                 reference_samples.append(measure(lambda: reference(images), device, warmup=2, repeats=5).median_ms)
                 whole = measure(lambda: network(images), device, warmup=2, repeats=5).median_ms
-                with PartTimer(_named_parts(network), target) as timer:
+                with PartTimer(_named_parts(network), device) as timer:
                     for _ in range(7):
                         network(images)
                 runs.append((arch, whole, timer.medians_ms()))
@@ -323,9 +345,7 @@ def build_table(*, space: int, device: str, size: int, batch: int, num_classes: 
                            "ms": [round(ms, 6) for ms in _non_decreasing([t.median_ms for t in timings])],
                            "p10_ms": [round(t.p10_ms, 6) for t in timings],
                            "p90_ms": [round(t.p90_ms, 6) for t in timings]})
-    setting = current_setting(device, size=size, batch=batch, dtype=dtype, memory_format=memory_format,
-                              num_classes=num_classes)
-    return {"format": FORMAT, "version": VERSION, "made": models.provenance(device, seed), "setting": asdict(setting),
+    return {"format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed), "setting": asdict(setting),
             "space": space, "min_width": min_width, "networks_timed": len(carriers), "reference": REFERENCE,
             "reference_ms": reference_ms, "reference_spread": Timing.of(reference_samples).as_dict(),
             # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
@@ -353,23 +373,8 @@ def _width_grid(shape, operations, min_width: float) -> list:
     return sorted(blocks, key=lambda block: (_key(block), block.mid_channels))
 
 
-def current_setting(device: str, *, size: int, batch: int, dtype: str = "float32", memory_format: str = "channels_last",
-                    num_classes: int) -> Setting:
-    """The setting that this process would time in."""
-    import models
-
-    kind = torch.device(device).type
-    return Setting(models.device_name(device), kind, 0 if kind == "cuda" else torch.get_num_threads(), dtype, batch,
-                   size, memory_format, num_classes)
-
-
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_batch(device: str) -> int:
-    """The papers' protocol, 32, on a GPU; one image at a time on a CPU."""
-    return 32 if torch.device(device).type == "cuda" else 1
 
 
 def load_table(path) -> LatencyTable:
@@ -397,9 +402,9 @@ def compare(table: LatencyTable, arch, **options) -> dict:
 
     network = models.Network(arch)
     reference = models.Network(models.named_arch(table.content["reference"], table.setting.num_classes))
-    before = table.measure(reference, **options).median_ms
-    timing = table.measure(network, **options)
-    after = table.measure(reference, **options).median_ms
+    before = measure_network(reference, table.setting, **options).median_ms
+    timing = measure_network(network, table.setting, **options)
+    after = measure_network(reference, table.setting, **options).median_ms
     return {"predicted_ms": table.predict_ms(arch), "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms,
             "p90_ms": timing.p90_ms, "runs": timing.count, "slowdown": (before + after) / 2 / table.reference_ms}
 
@@ -417,7 +422,7 @@ def check(table: LatencyTable, count: int, seed: int = 1) -> dict:
 
     rng = random.Random(seed)
     rows = []
-    for _ in tqdm(range(count), desc="check", unit="network", leave=False):
+    for _ in tqdm(range(count), desc="check", unit="network", disable=None, leave=False):
         arch = models.random_arch("dcnas", table.content["space"], rng, table.setting.num_classes,
                                   table.content["min_width"])
         row = compare(table, arch, seconds=0.3)
@@ -453,6 +458,7 @@ def format_table(table: LatencyTable) -> str:
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
+        usage="python latency.py [options]  (--help lists them)",
         description="Build the latency table of this device, or compare a table with measurements.",
         epilog="examples:\n  python latency.py --output latency.json\n"
                "  python latency.py --device cuda --size 224 --classes 100 --output gpu.json\n"
@@ -463,7 +469,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     build.add_argument("--space", type=int, choices=(4, 6, 8), default=8,
                        help="operations per block; a table of 8 serves all (default: %(default)s)")
     build.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
-    build.add_argument("--threads", type=int, metavar="N", help="threads of torch on a CPU (default: torch's own)")
+    build.add_argument("--threads", type=int, default=1, metavar="N",
+                       help="threads of torch on a CPU (default: %(default)s, what a quiet and a busy machine agree on)")
     build.add_argument("--size", type=int, default=64, metavar="PIXELS",
                        help="height and width of the images (default: %(default)s)")
     build.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 32 on CUDA, 1 on a CPU)")
@@ -495,17 +502,13 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     import models
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         device = check_device(args.device)
         if args.table:
             table = load_table(args.table)
-            wanted = current_setting(table.setting.device_type, size=table.setting.size, batch=table.setting.batch,
-                                     dtype=table.setting.dtype, memory_format=table.setting.memory_format,
-                                     num_classes=table.setting.num_classes)
             if args.check or args.arch:
-                require_setting(table, wanted, args.table)
+                here = device_name(check_device(table.setting.device_type))
+                require_setting(table, replace(table.setting, device=here), args.table)
             if args.arch:
                 arch = models.Arch.from_dict(models.load_record(args.arch))
                 row = compare(table, arch)
@@ -520,11 +523,10 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(table.content, indent=1) if args.json else format_table(table))
             return
         start = time.perf_counter()
-        content = build_table(space=args.space, device=device, size=args.size,
-                              batch=args.batch or default_batch(device), num_classes=args.classes, dtype=args.dtype,
-                              memory_format=args.memory_format,
-                              min_width=models.MIN_WIDTH if args.min_width is None else args.min_width,
-                              rounds=args.rounds, seed=args.seed)
+        setting = this_setting(device, size=args.size, num_classes=args.classes, batch=args.batch, threads=args.threads,
+                               dtype=args.dtype, memory_format=args.memory_format)
+        content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
+                              min_width=models.MIN_WIDTH if args.min_width is None else args.min_width)
         table = LatencyTable(content)
         models.write_json(args.output, content)
         print(json.dumps(content, indent=1) if args.json else format_table(table))

@@ -361,6 +361,16 @@ class ElasticMBConv(nn.Module):
         return x + out if self.residual else out
 
     @torch.no_grad()
+    def inherit(self, larger: ElasticMBConv) -> None:
+        """Take over the centre of a larger candidate's kernels, and its strongest channels where it has more."""
+        norm = larger.depthwise_weight[larger.keep].abs().sum(dim=(1, 2, 3))
+        source = larger.keep[norm.topk(len(self.keep)).indices]
+        size, edge = self.operation.kernel_size, (larger.operation.kernel_size - self.operation.kernel_size) // 2
+        self.expand_weight[self.keep] = larger.expand_weight[source]
+        self.depthwise_weight[self.keep] = larger.depthwise_weight[source, :, edge:edge + size, edge:edge + size]
+        self.project_weight[:, self.keep] = larger.project_weight[:, source]
+
+    @torch.no_grad()
     def copy_to(self, block: MBConv) -> None:
         """Copy the kept weights into an MBConv of the same shape."""
         expand, depthwise, project = self._weights()
@@ -559,6 +569,21 @@ class SuperNet(nn.Module):
         steps = torch.randint(1, len(self.operations), (len(path),), generator=generator).tolist()
         return [(index + step) % len(self.operations) for index, step in zip(path, steps)]
 
+    def largest_path(self) -> list[int]:
+        """The plain operation with the largest kernel and expansion in every block."""
+        sizes = [(not operation.se, operation.kernel_size, operation.expansion) for operation in self.operations]
+        return [sizes.index(max(sizes))] * len(self.mixed)
+
+    def inherit_(self) -> None:
+        """Give every candidate the weights of the largest one of its block, as far as they fit.
+
+        Squeeze-and-excitation keeps its first weights: it scales all channels about alike, which the norm undoes.
+        """
+        for mixed, largest in zip(self.mixed, self.largest_path()):
+            for index, candidate in enumerate(mixed.candidates):
+                if index != largest:
+                    candidate.inherit(mixed.candidates[largest])
+
     def mixture(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
         """Gumbel-softmax weights (blocks, operations) for the step of alpha, differentiable."""
         return F.softmax((self.alpha + self._gumbel(generator)) / temperature, 1)
@@ -665,21 +690,7 @@ ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
 
 
-def device_name(device: torch.device | str) -> str:
-    """The name of the GPU, or of the CPU model."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def provenance(device: torch.device | str, seed: int | None = None) -> dict:
+def provenance(device_name: str, seed: int | None = None) -> dict:
     """How a file was made: command, date (UTC), seed, commit of this code if it is a checkout, versions, device."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
     try:
@@ -688,8 +699,8 @@ def provenance(device: torch.device | str, seed: int | None = None) -> dict:
         commit = None
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "seed": seed,
-            "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-            "device": device_name(device)}
+            "commit": commit, "torch": str(torch.__version__), "python": platform.python_version(),
+            "device": device_name}
 
 
 def write_file(path: str | Path, write) -> None:
@@ -793,6 +804,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        usage="python models.py [options]",
         description="List every named model: parameters, and multiply-accumulates at its paper's input size.",
         epilog="examples:\n  python models.py\n  python models.py --json\n  python models.py --classes 10 --input 64",
         formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -48,8 +48,8 @@ class Searcher:
     """The supernet with its two optimizers: one step for the weights, one for the architecture.
 
     The supernet is anything with weight_parameters(), arch_parameters(), sample_path(), other_path(), mixture(),
-    normalize_() and forward(images, choice). Weights: SGD, lr 2e-2, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
-    lr 1e-2, betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
+    normalize_() and forward(images, choice). Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
+    betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
     """
 
     def __init__(self, supernet: nn.Module, *, device: torch.device, lr: float, arch_lr: float, loss: str, seed: int,
@@ -72,11 +72,12 @@ class Searcher:
             parts.update(terms)
         return total
 
-    def weight_step(self, batch, bi_sampling: bool, where: str = "this step") -> dict[str, float]:
-        """One step of the weights: a path by Gumbel softmax, then, with `bi_sampling`, one of the other operations of
-        every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
+    def weight_step(self, batch, bi_sampling: bool, path: list[int] | None = None,
+                    where: str = "this step") -> dict[str, float]:
+        """One step of the weights: a path by Gumbel softmax (or the one given), then, with `bi_sampling`, one of the other
+        operations of every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
         self.weight_optimizer.zero_grad(set_to_none=True)  # operations that were not sampled stay as they are
-        path = self.supernet.sample_path(self.generator)
+        path = self.supernet.sample_path(self.generator) if path is None else path
         loss = self._loss(batch, path)
         value = check_finite(loss, where, self.weight_optimizer.param_groups[0]["lr"])
         self.scaler.scale(loss).backward()  # each loss at once: the graph of one path in memory, not of two
@@ -242,11 +243,13 @@ def latency_loss(kind: str, target_ms: float, weight: float):
 
 def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
            output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
-           table: dict, lr: float = 2e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
+           table: dict, warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
            sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
     """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
 
-    The first `warmup_epochs` train the weights with the Gumbel path alone. Then alpha takes a step on held-out images after
+    The first `warmup_epochs` train weights only, one path a step: with `warmup` "sampled" by Gumbel softmax, as in TF-NAS;
+    with "inherit" the largest operations, whose weights all others then take over. (A supernet learns its first features
+    many times slower through random paths: a long search can afford that, a short one would choose by noise.) Then alpha takes a step on held-out images after
     every second weight step, the temperature falls by `temperature_decay` an epoch, and after each epoch the likeliest
     path is scaled in width to the target (only where `pressure`: the target is within reach).
     """
@@ -265,6 +268,8 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
     for epoch in range(len(rows), epochs):
         start = time.perf_counter()
         warm = epoch < warmup_epochs
+        if warmup == "inherit" and epoch == warmup_epochs > 0:
+            supernet.inherit_()
         tau = temperature * temperature_decay ** max(0, epoch - warmup_epochs)
         candidates_ms = budget.candidates_ms().to(device)  # widths change between epochs only
         sums: dict[str, list[float]] = {}
@@ -274,10 +279,12 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
         def expected_ms() -> Tensor:
             return supernet.expected_latency(candidates_ms, budget.base_ms)
 
-        progress = tqdm(weight_batches.epoch(epoch), f"search {epoch + 1}/{epochs}", steps, leave=False, unit="step")
+        progress = tqdm(weight_batches.epoch(epoch), f"search {epoch + 1}/{epochs}", steps, leave=False, unit="step",
+                        disable=None)
         for step, batch in enumerate(progress):
             where = f"epoch {epoch + 1}, step {step + 1}"
-            values = searcher.weight_step(batch, bi_sampling=not warm, where=where)
+            values = searcher.weight_step(batch, bi_sampling=not warm, where=where,
+                                          path=supernet.largest_path() if warm and warmup == "inherit" else None)
             schedule.step()
             if not warm and step % 2 == 1:
                 batch = next(held_out, None)
@@ -458,6 +465,7 @@ def format_benchmark(result: dict) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="python search.py --target MS [options]  (--help lists them)",
         description="Search a network that denoises and classifies within a latency.",
         epilog="examples:\n  python search.py --target 12\n  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
                "  python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10 --space 8",
@@ -480,6 +488,8 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--table", metavar="FILE", help="latency table of this device (default: one is made)")
     cost.add_argument("--batch", type=whole(1, 65536), metavar="N",
                       help="images per batch of the latency (default: 32 on CUDA, 1 on a CPU)")
+    cost.add_argument("--latency-threads", type=whole(1, 4096), default=1, metavar="N",
+                      help="threads of torch that the latency is for, on a CPU (default: %(default)s)")
     cost.add_argument("--dtype", choices=latency.DTYPES, default="float32",
                       help="number format of the latency (default: %(default)s)")
     cost.add_argument("--latency-loss", choices=LATENCY_LOSSES, default="hinge",
@@ -491,11 +501,14 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--epochs", type=whole(1, 100000), default=10, metavar="N",
                         help="passes over the images (default: %(default)s; the papers: 90)")
     recipe.add_argument("--warmup-epochs", type=whole(0, 100000), metavar="N",
-                        help="first epochs, which train the weights only (default: a ninth of --epochs; the papers: 10)")
+                        help="first epochs, which train the weights only (default: a third of --epochs, at most 10, the papers')")
+    recipe.add_argument("--warmup", choices=("inherit", "sampled"), default="inherit",
+                        help="inherit: train the largest operations, then give their weights to all; sampled: random paths, "
+                             "as in the papers, for long searches (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
                         help="images per step (default: %(default)s)")
-    recipe.add_argument("--lr", type=number(1e-8, 100), default=2e-2, metavar="LR",
-                        help="learning rate of the weights, SGD with a cosine (default: %(default)s)")
+    recipe.add_argument("--lr", type=number(1e-8, 100), default=5e-2, metavar="LR",
+                        help="learning rate of the weights, SGD with a cosine (default: %(default)s; the papers: 0.02)")
     recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
                         help="learning rate of alpha, Adam (default: %(default)s)")
     recipe.add_argument("--temperature", type=number(1e-3, 1e3), default=5.0, metavar="T",
@@ -538,9 +551,7 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
     else:
         print(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch {setting.batch}) into "
               f"{path}; use it again with --table.")
-        content = latency.build_table(space=args.space, device=args.device, size=setting.size, batch=setting.batch,
-                                      num_classes=setting.num_classes, dtype=setting.dtype,
-                                      memory_format=setting.memory_format, min_width=args.min_width, seed=args.seed)
+        content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
         models.write_json(path, content)
         table = latency.LatencyTable(content)
     return table
@@ -563,8 +574,8 @@ def main(argv: list[str] | None = None) -> None:
                                      train_images=args.train_images, val_images=args.val_images)
         classes = len(data.classes or [])
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
-        setting = latency.current_setting(args.device, size=data.size, batch=args.batch or latency.default_batch(args.device),
-                                          dtype=args.dtype, num_classes=classes or 10)
+        setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
+                                       threads=args.latency_threads, dtype=args.dtype)
         table = obtain_table(args, setting, state)
         supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
         budget = Budget(table, supernet, args.model, args.target)
@@ -590,15 +601,15 @@ def main(argv: list[str] | None = None) -> None:
     how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
     loaders = [data_module.make_loader(torch.utils.data.Subset(data.train, part), args.batch_size, **how)
                for part in (weight_part, arch_part)]
-    warmup = round(args.epochs / 9) if args.warmup_epochs is None else args.warmup_epochs
-    decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup - 1))
+    warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
+    decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
     print(f"Searching {args.model} by {loss} on {args.search_images} images of {data.name}: {len(weight_part):,} for the "
-          f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup} of them for the weights only.")
+          f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for the weights only.")
     try:
-        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup, output_dir=args.output_dir,
+        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs, output_dir=args.output_dir,
                       budget=budget, pressure=pressure,
                       latency_term=latency_loss(args.latency_loss, args.target, args.latency_weight), device=device,
-                      flags=flags, table=table.content, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
+                      flags=flags, table=table.content, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
                       temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
                       seed=args.seed, state=state)
     except KeyboardInterrupt:
@@ -607,7 +618,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"search.py: {error}")
     arch, result = derive(supernet, budget, pressure)
     path = os.path.join(args.output_dir, "arch.json")
-    models.write_json(path, models.make_record(arch, models.provenance(device, args.seed),
+    models.write_json(path, models.make_record(arch, models.provenance(latency.device_name(device), args.seed),
                                                latency={**result, "table_hash": table.hash, "setting": vars(table.setting)},
                                                data=args.data, size=data.size))
     picture = os.path.join(args.output_dir, "alpha.png")

@@ -208,7 +208,8 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
         network.train()
         sums: dict[str, float] = {}
         count = 0
-        progress = tqdm(batches.epoch(epoch), f"epoch {epoch + 1}/{epochs}", len(batches), leave=False, unit="batch")
+        progress = tqdm(batches.epoch(epoch), f"epoch {epoch + 1}/{epochs}", len(batches), leave=False, unit="batch",
+                        disable=None)
         for step, (noisy, clean, labels) in enumerate(progress):
             rate = optimizer.param_groups[0]["lr"]
             with autocast(device, amp):
@@ -333,6 +334,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="python train.py [options]  (--help lists them)",
         description="Train a found or named network to denoise and classify.",
         epilog="examples:\n  python train.py\n  python train.py --arch runs/search/arch.json --data mnist --epochs 5\n"
                "  python train.py --model dcnas-k3-e3 --data photos --epochs 250 --batch-size 512 --size 224",
@@ -352,7 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
                         help="noise is drawn from U[0, S] per image, for images in [0, 1]; 0: clean (default: %(default)s)")
-    recipe.add_argument("--epochs", type=whole(1, 100000), default=20, metavar="N",
+    recipe.add_argument("--epochs", type=whole(1, 100000), default=25, metavar="N",
                         help="passes over the images; the papers train 250 (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
                         help="images per step (default: %(default)s; the papers: 512)")
@@ -383,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
             record = state["record"]
         elif args.model:
             record = models.make_record(models.named_arch(args.model, len(classes or [])),
-                                        models.provenance(device, args.seed))
+                                        models.provenance(latency.device_name(device), args.seed))
         else:
             record = models.load_record(args.arch)
         network = models.build_network(record, args.dropout, args.drop_connect)
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
                data_module.make_loader(data.val, args.batch_size, **how))
     warmup = min(5, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
     about = {"record": record, "classes": classes, "size": data.size, "data": args.data, "seed": args.seed, "loss": loss,
-             "made": models.provenance(device, args.seed), "flags": flags}
+             "made": models.provenance(latency.device_name(device), args.seed), "flags": flags}
     start = time.perf_counter()
     try:
         best = train(network, *loaders, loss=loss, epochs=args.epochs, lr=args.lr, output_dir=args.output_dir, about=about,

@@ -1,0 +1,188 @@
+"""latency.py: the timing, the table, its prediction; small and with made-up times, so that it is the same everywhere."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import latency
+import models
+from fake_table import fake_table
+
+ROOT = Path(latency.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def built():
+    """A real table of this machine, as small as it gets."""
+    setting = latency.this_setting("cpu", size=32, num_classes=3)
+    return latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
+
+
+def test_timing_is_the_median_with_its_spread():
+    timing = latency.Timing.of([5.0, 1.0, 2.0, 3.0, 100.0])
+    assert (timing.median_ms, timing.p10_ms, timing.p90_ms, timing.count) == (3.0, 1.0, 100.0, 5)
+
+
+def test_measure_times_what_it_is_given():
+    timing = latency.measure(lambda: time.sleep(0.004), "cpu", warmup=1, repeats=5)
+    assert 4 <= timing.median_ms < 40 and timing.count == 5
+
+
+def test_a_built_table_is_positive_never_decreasing_and_covers_the_space(built):
+    table = latency.LatencyTable(built)
+    for widths, ms in table.curves.values():
+        assert len(widths) >= 4 and min(ms) > 0 and ms == sorted(ms) and widths == sorted(set(widths))
+    import random
+    for seed in range(20):
+        arch = models.random_arch("dcnas", 4, random.Random(seed), 3)
+        assert table.predict_ms(arch) > table.base_ms("dcnas") > 0
+    with pytest.raises(ValueError, match="does not cover"):
+        table.predict_ms(models.random_arch("dcnas", 8, random.Random(0), 3))
+
+
+def test_a_built_table_predicts_this_machine(built):
+    """A loose bound, since other work may run here: far off means that the method broke, not the machine."""
+    table = latency.LatencyTable(built)
+    network = models.Network(models.named_arch("dcnas-k3-e6", 3))
+    ratios = []
+    for _ in range(5):
+        measured = latency.measure_network(network, table.setting, repeats=20, seconds=0.1).median_ms
+        ratios.append(table.predict_ms(network.arch) / measured)
+    assert any(0.6 < ratio < 1.6 for ratio in ratios), ratios
+
+
+def test_a_table_says_how_it_was_made(built):
+    assert list(built)[:4] == ["format", "version", "made", "setting"]
+    assert built["made"]["torch"] == torch.__version__ and built["made"]["date"]
+    assert built["setting"]["threads"] == 1 and built["setting"]["batch"] == 1
+    assert json.loads(json.dumps(built, allow_nan=False)) == built
+
+
+def test_interpolation_between_widths_by_hand():
+    content = fake_table(space=4)
+    row = next(r for r in content["operations"] if r["stage"] == 5 and r["in_channels"] == 80 and r["kernel_size"] == 5)
+    row["mid_channels"], row["ms"] = [104, 200, 640], [1.0, 2.0, 10.0]
+    table = latency.LatencyTable(content)
+    block = models.Block(5, 80, 0, 80, 5, 1, 0, "silu")
+    for mid, ms in ((104, 1.0), (152, 1.5), (200, 2.0), (420, 6.0), (640, 10.0)):
+        assert table.block_ms(replace(block, mid_channels=mid)) == pytest.approx(ms)
+    for mid in (96, 641):
+        with pytest.raises(ValueError, match="does not cover"):
+            table.block_ms(replace(block, mid_channels=mid))
+
+
+def test_prediction_is_the_sum_of_the_parts():
+    table = latency.LatencyTable(fake_table(space=8))
+    arch = models.named_arch("dnas-k3-e3")
+    expected = sum(table.fixed_ms["dnas"].values()) + sum(table.block_ms(block) for block in arch.blocks[1:])
+    assert table.predict_ms(arch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_pooling_gives_the_nearest_sequence_that_never_decreases():
+    assert latency._non_decreasing([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
+    assert latency._non_decreasing([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
+    assert latency._non_decreasing([1.0, 2.0]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop("setting"),
+    lambda t: t["setting"].pop("threads"),
+    lambda t: t["setting"].update(colour=1),
+    lambda t: t.update(operations={}) or t.update(operations=[{}]),
+    lambda t: t.update(fixed_ms=[]),
+    lambda t: t["fixed_ms"]["dcnas"].update(stem=-1),
+    lambda t: t["fixed_ms"]["dcnas"].update(stem=float("nan")),
+    lambda t: t["operations"][0]["ms"].__setitem__(0, "fast"),
+    lambda t: t["operations"][0]["ms"].__setitem__(0, -0.24),
+    lambda t: t["operations"][0]["ms"].__setitem__(0, 1e6),
+    lambda t: t["operations"][0]["mid_channels"].reverse(),
+    lambda t: t["operations"][0]["ms"].pop(),
+])
+def test_wrong_tables_are_refused_in_one_sentence(change):
+    content = copy.deepcopy(fake_table(space=4))
+    change(content)
+    with pytest.raises(ValueError, match="table is not valid") as caught:
+        latency.LatencyTable(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_another_setting_is_refused_with_the_command_that_makes_the_right_one():
+    table = latency.LatencyTable(fake_table(space=4))
+    for change in ({"device": "another CPU"}, {"size": 128}, {"batch": 7}, {"threads": 9}, {"dtype": "bfloat16"}):
+        wanted = replace(table.setting, **change)
+        with pytest.raises(ValueError) as caught:
+            latency.require_setting(table, wanted, "t.json")
+        assert f"python latency.py --device cpu --size {wanted.size} --batch {wanted.batch}" in str(caught.value)
+        assert next(iter(change)) in str(caught.value)
+    latency.require_setting(table, table.setting, "t.json")
+
+
+def test_networks_and_threads_are_left_as_they_were():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3)).train()
+    threads = torch.get_num_threads()
+    setting = latency.this_setting("cpu", size=16, num_classes=1, dtype="bfloat16", threads=1)
+    with latency.prepared(network, setting) as (inside, images):
+        assert not inside.training and images.dtype == torch.bfloat16 and torch.get_num_threads() == 1
+    assert network.training and network[0].weight.dtype == torch.float32 and torch.get_num_threads() == threads
+
+
+def test_parts_add_up_to_the_whole():
+    network = models.Network(models.named_arch("dcnas-k3-e3", 3))
+    with latency.prepared(network, latency.this_setting("cpu", size=64, num_classes=3)) as (network, images):
+        parts = latency._named_parts(network)
+        network(images)
+        shares = []
+        for _ in range(10):
+            with latency.PartTimer(parts, torch.device("cpu")) as timer:
+                start = time.perf_counter()
+                network(images)
+                whole = (time.perf_counter() - start) * 1e3
+            shares.append(sum(timer.medians_ms().values()) / whole)
+    assert 0.6 < sorted(shares)[5] <= 1.0
+    assert not network.stem._forward_hooks and not network.stem._forward_pre_hooks
+
+
+def test_command_line_builds_prints_and_compares(tmp_path, capsys, monkeypatch):
+    table = tmp_path / "t.json"
+    latency.main(["--output", str(table), "--size", "32", "--space", "4", "--rounds", "1", "--classes", "3"])
+    assert "dcnas fixed parts" in capsys.readouterr().out
+    models.write_json(tmp_path / "arch.json", models.make_record(models.named_arch("dcnas-k3-e3", 3), {}))
+    latency.main(["--table", str(table), "--arch", str(tmp_path / "arch.json"), "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["predicted_ms"] > 0 and row["measured_ms"] > 0
+    latency.main(["--table", str(table), "--check", "2", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["networks"]) == 2
+    row = result["networks"][0]
+    assert row["error"] == pytest.approx(100 * (row["predicted_ms"] / row["measured_ms"] - 1))
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--table", "missing.json"], "missing.json"),
+    (["--check", "3"], "--table"),
+    (["--size", "0"], "--size"),
+    (["--device", "quantum"], "quantum"),
+])
+def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        latency.main(argv)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and word in error and "Traceback" not in error
+
+
+def test_latency_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "latency.py", tmp_path)
+    code = ("import torch, latency; s = latency.this_setting('cpu', size=8, num_classes=1);"
+            "print(latency.measure_network(torch.nn.Conv2d(3, 4, 3), s, repeats=3, seconds=0).count)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.strip() == "3", run.stderr

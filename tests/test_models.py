@@ -1,0 +1,333 @@
+"""models.py: the record, the networks, and above all that the supernet is what it exports."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from models import Arch, MBConv, Network, SuperNet, make_arch, named_arch
+
+ROOT = Path(models.__file__).parent
+
+
+def random_alpha(supernet, seed=0):
+    with torch.no_grad():
+        supernet.alpha.copy_(torch.randn(supernet.alpha.shape, generator=torch.Generator().manual_seed(seed)))
+        supernet.normalize_()
+    return supernet
+
+
+# --- one-hot supernet == exported network -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [4, 6, 8])
+@pytest.mark.parametrize("model", models.MODELS)
+def test_one_hot_supernet_equals_the_exported_network_with_copied_weights(model, space):
+    torch.manual_seed(space)
+    supernet = random_alpha(SuperNet(model, space, 0 if model == "dnas" else 7), seed=space)
+    generator = torch.Generator().manual_seed(space)
+    path = supernet.other_path(supernet.best_path(), generator)
+    widths = [models.width_range(row[index].operation, row[index].position.in_channels)
+              for row, index in ((mixed.candidates, i) for mixed, i in zip(supernet.mixed, path))]
+    # narrowest, widest, starting width in turn: sliced weights must be the copied ones
+    supernet.set_widths(path, [(low, high, len(mixed.candidates[i].keep))[n % 3]
+                               for n, ((low, high), mixed, i) in enumerate(zip(widths, supernet.mixed, path))])
+    network = Network(supernet.arch(path))
+    supernet.copy_to(network, path)
+    images = torch.rand(3, 3, 40, 72, generator=generator)  # an odd multiple of nothing: padded and cropped inside
+    one_hot = torch.nn.functional.one_hot(torch.tensor(path), len(supernet.operations)).float()
+    with torch.no_grad():
+        exported = network.train()(images)  # batch statistics, as in the search
+        for choice in (path, one_hot):
+            found = supernet(images, choice)
+            for ours, theirs in zip(found, exported):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        wrong = list(path)
+        wrong[3] = (path[3] + 1) % len(supernet.operations)
+        different = supernet(images, wrong)
+    ours, theirs = (different.logits, exported.logits) if network.classifies else (different.image, exported.image)
+    assert (ours - theirs).abs().max() > 1e-3
+
+
+def test_exported_record_has_the_kept_widths_and_survives_json():
+    supernet = random_alpha(SuperNet("cnas", 8, 5))
+    path = supernet.best_path()
+    mids = [models.width_range(m.candidates[i].operation, m.candidates[i].position.in_channels)[0]
+            for m, i in zip(supernet.mixed, path)]
+    supernet.set_widths(path, mids)
+    arch = supernet.arch()
+    assert [block.mid_channels for block in arch.blocks[1:]] == mids
+    assert Arch.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+
+
+def test_set_width_keeps_the_largest_depthwise_kernels():
+    supernet = SuperNet("cnas", 4, 5)
+    candidate = supernet.mixed[2].candidates[0]
+    with torch.no_grad():
+        candidate.depthwise_weight.zero_()
+        strong = torch.tensor([1, 5, 40, 41, 60] + list(range(10, 29)))
+        candidate.depthwise_weight[strong] = -1.0
+    candidate.set_width(24)
+    assert candidate.keep.tolist() == sorted(strong.tolist())
+
+
+def test_supernet_state_survives_other_widths():
+    source, target = random_alpha(SuperNet("cnas", 4, 5)), SuperNet("cnas", 4, 5)
+    source.set_widths(source.best_path(), [m.candidates[i].block.in_channels * 2
+                                           for m, i in zip(source.mixed, source.best_path())])
+    target.load_state_dict(source.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(source(images, source.best_path()).logits, target(images, source.best_path()).logits)
+    assert target.arch() == source.arch()
+
+
+# --- sampling ------------------------------------------------------------------------------------------------
+
+
+def test_paths_follow_alpha_and_the_second_path_never_repeats_the_first():
+    supernet = SuperNet("cnas", 4, 5)
+    with torch.no_grad():
+        supernet.alpha.copy_(torch.tensor([0.7, 0.2, 0.08, 0.02]).log().repeat(len(supernet.mixed), 1))
+    generator = torch.Generator().manual_seed(0)
+    first, second = [], []
+    for _ in range(500):
+        path = supernet.sample_path(generator)
+        other = supernet.other_path(path, generator)
+        assert all(a != b for a, b in zip(path, other))
+        first += path
+        second += [(b - a) % 4 for a, b in zip(path, other)]
+    shares = torch.bincount(torch.tensor(first), minlength=4) / len(first)
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.08, 0.02]), rtol=0, atol=0.02)
+    steps = torch.bincount(torch.tensor(second), minlength=4) / len(second)
+    torch.testing.assert_close(steps, torch.tensor([0, 1, 1, 1]) / 3, rtol=0, atol=0.02)
+
+
+def test_mixture_hardens_with_the_temperature():
+    supernet = random_alpha(SuperNet("cnas", 4, 5))
+    soft = supernet.mixture(100.0, torch.Generator().manual_seed(1))
+    hard = supernet.mixture(0.01, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(soft.sum(1), torch.ones(len(soft)))
+    assert soft.max() < 0.3 and hard.max(1).values.median() > 0.99
+    assert hard.argmax(1).tolist() == supernet.sample_path(torch.Generator().manual_seed(1))  # the same Gumbel sample
+
+
+def test_entropy_is_one_for_undecided_and_zero_for_decided():
+    supernet = SuperNet("cnas", 4, 5)
+    torch.testing.assert_close(supernet.entropy(), torch.ones(18))
+    with torch.no_grad():
+        supernet.alpha[:, 1] += 100
+        supernet.normalize_()
+    torch.testing.assert_close(supernet.entropy(), torch.zeros(18), rtol=0, atol=1e-6)
+
+
+# --- networks ------------------------------------------------------------------------------------------------
+
+
+def test_decoder_costs_what_the_facts_say_at_224():
+    macs = {model: models.count_macs(Network(named_arch(f"{model}-k3-e3", 100)), 224) for model in ("cnas", "dcnas")}
+    assert (macs["dcnas"] - macs["cnas"]) / 1e6 == pytest.approx(222, abs=1)
+
+
+def test_macs_of_one_mbconv_by_hand():
+    block = MBConv(8, 24, 16, 5, stride=2)
+    expected = 24 * 8 * 32 * 32 + 24 * 25 * 16 * 16 + 16 * 24 * 16 * 16
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        block(torch.rand(1, 8, 32, 32))
+    assert counter.get_total_flops() == 2 * expected
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 50), (16, 16), (33, 47), (64, 64)])
+def test_any_size_works(height, width):
+    network = Network(named_arch("dcnas-k3-e3", 4)).eval()
+    output = network(torch.rand(2, 3, height, width))
+    assert output.image.shape == (2, 3, height, width) and output.logits.shape == (2, 4)
+    assert torch.isfinite(output.image).all() and torch.isfinite(output.logits).all()
+
+
+def test_padding_mirrors_and_does_not_change_what_fits():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    padded = models.pad_to_multiple(x, 4)
+    assert padded.shape == (1, 1, 4, 4) and torch.equal(padded[..., 3, :], x[..., 1, :])
+    assert models.pad_to_multiple(padded, 4) is padded
+
+
+def test_normalisation_is_inside_the_network():
+    network = Network(named_arch("cnas-k3-e3", 4)).eval()
+    seen = []
+    network.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(torch.full((1, 3, 8, 8), 0.485))
+    assert seen[0][0, 0].abs().max() < 1e-6
+
+
+def test_drop_connect_grows_with_depth_and_is_off_in_eval():
+    network = Network(named_arch("cnas-k3-e3", 4), drop_connect=0.2)
+    rates = [block.drop_connect.p for block in network.blocks()[1:]]
+    assert rates == sorted(rates) and rates[0] < 0.02 and 0.18 < rates[-1] < 0.2
+    network.eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(x).logits, network(x).logits)
+
+
+# --- the record ----------------------------------------------------------------------------------------------
+
+
+def test_record_survives_the_disk(tmp_path):
+    arch = named_arch("dcnas-k5-e6", 3)
+    models.write_json(tmp_path / "arch.json", models.make_record(arch, {"seed": 1}, latency={"target_ms": 12}))
+    record = models.load_record(tmp_path / "arch.json")
+    assert Arch.from_dict(record) == arch and record["made"] == {"seed": 1} and record["latency"] == {"target_ms": 12}
+    assert list(record)[:3] == ["format", "version", "method"]
+
+
+def broken(change):
+    record = models.make_record(named_arch("dcnas-k3-e3", 3), {})
+    change(record)
+    return record
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda r: r.update(model="resnet"), "model must be"),
+    (lambda r: r.update(num_classes=0), "num_classes"),
+    (lambda r: r.update(num_classes=True), "num_classes"),
+    (lambda r: r.update(version=99), "version 99"),
+    (lambda r: r.update(format="other"), "not a joint-arch"),
+    (lambda r: r.update(method="magic"), "method"),
+    (lambda r: r.pop("blocks"), "blocks"),
+    (lambda r: r.update(blocks=[1, 2]), "blocks"),
+    (lambda r: r["blocks"][4].pop("stride"), "stride"),
+    (lambda r: r["blocks"][4].update(color="red"), "color"),
+    (lambda r: r["blocks"][4].update(in_channels=25), "channels"),
+    (lambda r: r["blocks"][4].update(mid_channels=2), "mid_channels"),
+    (lambda r: r["blocks"][4].update(mid_channels="9"), "mid_channels"),
+    (lambda r: r["blocks"][4].update(mid_channels=10**12), "mid_channels"),
+    (lambda r: r["blocks"][4].update(kernel_size=4), "kernel_size"),
+    (lambda r: r["blocks"][4].update(activation=["relu"]), "activation"),
+    (lambda r: r["blocks"][3].update(stride=1), "stage 4"),
+    (lambda r: r["blocks"].pop(), "stage"),
+])
+def test_bad_records_are_refused_in_one_sentence(tmp_path, change, word):
+    path = tmp_path / "arch.json"
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(ValueError) as caught:
+        models.load_record(path)
+    assert word in str(caught.value) and "arch.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "joint-arch"', "\x00\xff", "[" * 100000])
+def test_damaged_json_is_refused_in_one_sentence(tmp_path, text):
+    path = tmp_path / "arch.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="arch.json"):
+        models.load_record(path)
+
+
+def test_dnas_keeps_the_encoder():
+    arch = named_arch("dcnas-k3-e3", 3)
+    assert arch.with_model("dnas") == named_arch("dnas-k3-e3")
+    assert arch.with_model("cnas") == named_arch("cnas-k3-e3", 3)
+
+
+def test_width_range_is_stated_and_keeps_the_expansion():
+    operation = models.Operation(3, 6)
+    assert models.width_range(operation, 16, 1.0) == (24, 128)
+    assert models.width_range(operation, 40) == (56, 320)
+    assert models.width_range(models.Operation(3, 3), 24) == (32, 96)
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    models.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        models.write_json(path, {"a": float("nan")})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("No space left on device")
+    with pytest.raises(OSError):
+        models.write_file(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_load_without_running_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+    path = tmp_path / "last.pt"
+    torch.save({"format": "joint-checkpoint", "version": 1, "x": Evil()}, path)
+    with pytest.raises(ValueError, match="last.pt"):
+        models.load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_errors_name_the_file(tmp_path):
+    record = models.make_record(named_arch("cnas-k3-e3", 2), models.provenance("a CPU", 0))
+    path = tmp_path / "best.pt"
+    network = models.build_network(record)
+    models.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": None})
+    loaded, checkpoint = models.load_checkpoint(path)
+    assert not loaded.training and checkpoint["record"] == record
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="best.pt"):
+            models.load_checkpoint(path)
+    record["num_classes"] = 3  # weights of another model
+    models.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": None})
+    with pytest.raises(ValueError, match="best.pt"):
+        models.load_checkpoint(path)
+
+
+def test_models_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "models.py", tmp_path)
+    code = ("import torch, models; n = models.Network(models.named_arch('dcnas-k3-e3', 5)).eval();"
+            "print(tuple(n(torch.rand(1, 3, 30, 30)).image.shape))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.strip() == "(1, 3, 30, 30)", run.stderr
+
+
+def test_listing(capsys):
+    models.main(["--classes", "10", "--input", "64", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(models.NAMED) and rows["dnas-k3-e3"]["classifies"] is False
+    network = Network(named_arch("cnas-k3-e6", 10))
+    assert rows["cnas-k3-e6"]["parameters"] == sum(p.numel() for p in network.parameters())
+    models.main([])
+    assert "dcnas-k5-e6" in capsys.readouterr().out
+
+
+def test_mbconv_refuses_too_few_mid_channels():
+    with pytest.raises(ValueError, match="mid_channels"):
+        MBConv(16, 8, 16)
+    with pytest.raises(ValueError, match="mid_channels"):
+        make_arch("cnas", [replace(models.searched_positions("cnas")[0], kernel_size=3, mid_channels=8)], 2)
+
+
+def test_candidates_inherit_the_centre_and_the_strongest_channels_of_the_largest():
+    supernet = SuperNet("cnas", 8, 5)
+    assert {supernet.operations[index].name for index in supernet.largest_path()} == {"k5-e6"}
+    supernet.inherit_()
+    mixed = supernet.mixed[4]
+    largest = mixed.candidates[supernet.largest_path()[4]]
+    small = next(c for c in mixed.candidates if c.operation.name == "k3-e3-se")
+    strongest = largest.depthwise_weight[largest.keep].abs().sum((1, 2, 3)).argsort(descending=True)[:len(small.keep)]
+    assert torch.equal(small.depthwise_weight[small.keep], largest.depthwise_weight[strongest][..., 1:4, 1:4])
+    assert torch.equal(small.expand_weight[small.keep], largest.expand_weight[strongest])
+    assert torch.equal(small.project_weight[:, small.keep], largest.project_weight[:, strongest])
+    images = torch.rand(2, 3, 32, 32)
+    twin = next(i for i, op in enumerate(supernet.operations) if op.name == "k5-e6-se")
+    with torch.no_grad():  # channels in another order, squeeze-and-excitation near 0.5: almost the same function
+        outputs = [supernet(images, [index] * 18).logits for index in (supernet.largest_path()[0], twin)]
+    assert torch.nn.functional.cosine_similarity(*outputs).min() > 0.9

@@ -1,0 +1,381 @@
+"""search.py: the two steps, the latency term, the fit to the target, and the search as a whole on made-up tables."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import latency
+import models
+import search
+from fake_table import fake_table
+
+ROOT = Path(search.__file__).parent
+CPU = torch.device("cpu")
+
+
+def make(model="dcnas", supernet="cnas", space=4, target=2.0, cost=None):
+    supernet = models.SuperNet(supernet, space, 0 if supernet == "dnas" else 10)
+    table = latency.LatencyTable(fake_table(space, cost=cost))
+    return supernet, search.Budget(table, supernet, model, target)
+
+
+def set_alpha(supernet, rows):
+    with torch.no_grad():
+        supernet.alpha.copy_(rows)
+        supernet.normalize_()
+
+
+# --- expected latency ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [4, 6, 8])
+@pytest.mark.parametrize("model, supernet", [("cnas", "cnas"), ("dcnas", "cnas"), ("dcnas", "dcnas"), ("dnas", "cnas"),
+                                             ("dnas", "dnas")])
+def test_expected_latency_of_a_one_hot_supernet_is_the_prediction_for_the_export(model, supernet, space):
+    supernet, budget = make(model, supernet, space)
+    generator = torch.Generator().manual_seed(space)
+    path = supernet.sample_path(generator)
+    widths = [models.width_range(supernet.operations[i], m.candidates[i].position.in_channels)[n % 2]
+              for n, (m, i) in enumerate(zip(supernet.mixed, path))]
+    supernet.set_widths(path, widths)
+    set_alpha(supernet, 1e3 * torch.nn.functional.one_hot(torch.tensor(path), len(supernet.operations)).float())
+    expected = supernet.expected_latency(budget.candidates_ms(), budget.base_ms).item()
+    exported = supernet.arch(path).with_model(model)
+    assert expected == pytest.approx(budget.table.predict_ms(exported), rel=1e-5)
+
+
+def test_gradient_of_the_expected_latency_agrees_with_finite_differences():
+    supernet, budget = make(space=8)
+    supernet = supernet.double()
+    set_alpha(supernet, torch.randn(supernet.alpha.shape, dtype=torch.float64,
+                                    generator=torch.Generator().manual_seed(0)))
+    costs = budget.candidates_ms().double()
+    term = search.latency_loss("hinge", 0.5, None)
+
+    def loss():
+        return term(supernet.expected_latency(costs, budget.base_ms))
+
+    loss().backward()
+    gradient = supernet.alpha.grad.clone()
+    for block, operation in ((0, 0), (5, 3), (17, 7), (9, 4)):
+        step = 1e-5
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                supernet.alpha[block, operation] += sign * step
+                values.append(loss().item())
+                supernet.alpha[block, operation] -= sign * step
+        assert gradient[block, operation].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_latency_losses_by_hand():
+    hinge, absolute = search.latency_loss("hinge", 10.0, None), search.latency_loss("absolute", 10.0, None)
+    assert hinge(torch.tensor(12.0)).item() == pytest.approx(0.5 * 0.2) and hinge(torch.tensor(8.0)).item() == 0
+    assert absolute(torch.tensor(12.0)).item() == pytest.approx(0.1 * 0.2)
+    assert absolute(torch.tensor(8.0)).item() == pytest.approx(0.1 * 0.2)
+    assert search.latency_loss("hinge", 10.0, 2.0)(torch.tensor(15.0)).item() == pytest.approx(1.0)
+
+
+def test_a_dnas_costs_nothing_beyond_stage_6():
+    supernet, budget = make("dnas", "cnas")
+    costs = budget.candidates_ms()
+    tail = [row[0].stage > 6 for row in supernet.candidate_blocks()]
+    assert sum(tail) == 5
+    assert all((row == 0).all() if beyond else (row > 0).all() for row, beyond in zip(costs, tail))
+
+
+# --- the two steps -------------------------------------------------------------------------------------------
+
+
+def batch_of(size=32, count=4):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(count, 3, size, size, generator=generator)
+    return clean + 0.1, clean, torch.arange(count) % 10
+
+
+def searcher_of(supernet, loss="cls"):
+    return search.Searcher(supernet, device=CPU, lr=0.02, arch_lr=0.01, loss=loss, seed=0)
+
+
+def test_a_weight_step_changes_only_the_sampled_operations():
+    supernet = models.SuperNet("cnas", 4, 10)
+    searcher = searcher_of(supernet)
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    path = supernet.sample_path(torch.Generator().manual_seed(0))
+    searcher.weight_step(batch_of(), bi_sampling=False)
+    for block, mixed in enumerate(supernet.mixed):
+        for index, candidate in enumerate(mixed.candidates):
+            name = next(n for n, p in supernet.named_parameters() if p is candidate.project_weight)
+            assert torch.equal(before[name], candidate.project_weight) == (index != path[block])
+    assert torch.equal(before["alpha"], supernet.alpha)
+
+
+def test_bi_sampling_adds_the_losses_of_two_paths():
+    torch.manual_seed(0)
+    supernet = models.SuperNet("cnas", 4, 10)
+    searcher = searcher_of(supernet)
+    searcher.weight_optimizer.step = lambda: None
+    searcher.grad_clip = 1e9
+    batch = batch_of()
+    searcher.weight_step(batch, bi_sampling=True)
+    found = [None if p.grad is None else p.grad.clone() for p in searcher.weights]
+    generator = torch.Generator().manual_seed(0)
+    first = supernet.sample_path(generator)
+    second = supernet.other_path(first, generator)
+    supernet.zero_grad(set_to_none=True)
+    total = sum(torch.nn.functional.cross_entropy(supernet(batch[0], path).logits, batch[2], label_smoothing=0.1)
+                for path in (first, second))
+    total.backward()
+    for ours, parameter in zip(found, searcher.weights):
+        assert (ours is None) == (parameter.grad is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_alpha_step_moves_alpha_only_and_leaves_log_probabilities():
+    supernet = models.SuperNet("cnas", 4, 10)
+    searcher = searcher_of(supernet)
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    for _ in range(3):
+        searcher.arch_step(batch_of(), 5.0)
+    assert all(torch.equal(value, before[name]) for name, value in supernet.state_dict().items() if name != "alpha")
+    assert not torch.equal(before["alpha"], supernet.alpha)
+    torch.testing.assert_close(supernet.alpha.exp().sum(1), torch.ones(18))
+    assert all(p.grad is None and p.requires_grad for p in searcher.weights)  # none was computed
+
+
+def test_a_loss_that_is_not_finite_stops_the_search_at_its_step():
+    supernet = models.SuperNet("cnas", 4, 10)
+    noisy, clean, labels = batch_of()
+    with pytest.raises(search.TrainingError, match="nan at epoch 3, step 7"):
+        searcher_of(supernet).weight_step((noisy * float("nan"), clean, labels), True, where="epoch 3, step 7")
+
+
+# --- the fit to the target -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [4, 8])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0])
+def test_the_fit_meets_any_reachable_target_within_one_percent(space, share):
+    supernet, budget = make(space=space)
+    set_alpha(supernet, torch.randn(supernet.alpha.shape, generator=torch.Generator().manual_seed(3)))
+    fastest, slowest = budget.range_ms()
+    target = fastest + share * (slowest - fastest)
+    path, widths = budget.fit(supernet.best_path(), target + 1e-9)
+    supernet.set_widths(path, widths)
+    predicted = budget.table.predict_ms(supernet.arch(path).with_model("dcnas"))
+    assert 0.99 * target <= predicted <= target + 1e-6
+    for index, width, mixed in zip(path, widths, supernet.mixed):
+        low, high = models.width_range(supernet.operations[index], mixed.candidates[index].position.in_channels)
+        assert low <= width <= high and width % models.WIDTH_STEP == 0
+
+
+def test_the_fit_does_not_stall_at_half_the_width():
+    supernet, budget = make(space=4)
+    path, widths = budget.fit([0] * 18, budget.range_ms()[0] * 1.02)
+    halves = [supernet.operations[i].max_width(m.candidates[i].position.in_channels) / 2
+              for i, m in zip(path, supernet.mixed)]
+    assert sum(width < half for width, half in zip(widths, halves)) > 12
+
+
+def test_the_fit_keeps_the_operations_where_widths_reach_far_enough():
+    supernet, budget = make(space=4)
+    set_alpha(supernet, torch.randn(supernet.alpha.shape, generator=torch.Generator().manual_seed(4)))
+    path = supernet.best_path()
+    middle = budget.table.predict_ms(supernet.arch(path).with_model("dcnas"))
+    assert budget.fit(path, middle)[0] == path
+
+
+# --- steering ------------------------------------------------------------------------------------------------
+
+
+def run_search(target, cost, seed=0, epochs=3, output_dir=None, state=None, steps=None, model="dcnas", loss="cls"):
+    """A short search with a made-up table; the alpha steps see the latency term almost alone (weight 50)."""
+    torch.manual_seed(seed)
+    digits = data.load_data("digits", size=16, train_images=40, val_images=10)
+    supernet = models.SuperNet("cnas", 4, 10)
+    table = latency.LatencyTable(fake_table(4, size=16, cost=cost))
+    budget = search.Budget(table, supernet, model, target(table, budget_range(table, supernet, model)))
+    halves = data.stratified_split(digits.train.targets, 0.8, seed)
+    loaders = [data.make_loader(torch.utils.data.Subset(digits.train, half), 8, shuffle=True, drop_last=True, seed=seed)
+               for half in halves]
+    rows = search.search(supernet, *loaders, loss=loss, epochs=epochs, warmup_epochs=1, output_dir=output_dir,
+                         budget=budget, pressure=True, latency_term=search.latency_loss("hinge", budget.target_ms, 50.0),
+                         device=CPU, flags={}, table=table.content, arch_lr=0.3, seed=seed, state=state)
+    return supernet, budget, rows
+
+
+def budget_range(table, supernet, model):
+    return search.Budget(table, supernet, model, 1.0).range_ms()
+
+
+def kernel_cost(block):
+    return 0.01 + 1e-5 * block.mid_channels + (1.0 if block.kernel_size == 5 else 0.0)
+
+
+@pytest.mark.parametrize("share, wanted", [(0.02, 3), (0.99, None)])
+def test_a_table_with_known_costs_steers_the_search(share, wanted, tmp_path):
+    """5x5 costs a hundred times as much as 3x3: a low target makes 3x3 win everywhere; a high one presses nothing."""
+    supernet, budget, rows = run_search(lambda table, ends: ends[0] + share * (ends[1] - ends[0]), kernel_cost,
+                                        output_dir=tmp_path)
+    probability = supernet.alpha.softmax(1)
+    on_five = sum(probability[:, i] for i, op in enumerate(supernet.operations) if op.kernel_size == 5)
+    path, _ = budget.fit(supernet.best_path())
+    kernels = [supernet.operations[index].kernel_size for index in path]
+    if wanted == 3:
+        assert on_five.max() < 0.2 and set(kernels) == {3}
+        assert rows[-1]["expected_ms"] < rows[0]["expected_ms"]
+    else:
+        assert on_five.max() > 0.4 and kernels.count(5) >= 17  # the fit exchanges operations to reach a high target
+
+
+def test_log_and_resume_give_what_an_unbroken_search_gives(tmp_path):
+    def target(table, ends):
+        return (ends[0] + ends[1]) / 2
+    whole, _, rows = run_search(target, None, output_dir=tmp_path / "whole")
+    run_search(target, None, epochs=3, output_dir=tmp_path / "part")
+    # stop after two epochs, then go on
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        original = search.write_log
+
+        def stop_after_two(path, log):
+            original(path, log)
+            if len(log) == 2:
+                raise KeyboardInterrupt
+        search.write_log = stop_after_two
+        try:
+            run_search(target, None, output_dir=stopped)
+        finally:
+            search.write_log = original
+    state = models.read_checkpoint(stopped / "search.pt")
+    resumed, _, resumed_rows = run_search(target, None, output_dir=stopped, state=state)
+    assert torch.equal(whole.alpha, resumed.alpha) and whole.arch() == resumed.arch()
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    log = [json.loads(line) for line in (stopped / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2, 3] and "arch_loss" not in log[0]
+    assert log[2]["alpha"] == rows[2]["alpha"] and len(log[2]["entropy"]) == 18
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+SMALL = ["--size", "16", "--train-images", "60", "--val-images", "10", "--epochs", "2", "--batch-size", "8"]
+
+
+def write_table(path, **options):
+    models.write_json(path, fake_table(**{"size": 16, **options}))
+    return str(path)
+
+
+def test_same_seed_and_table_give_the_same_architecture_and_the_record_says_what_was_measured(tmp_path, capsys):
+    table = write_table(tmp_path / "t.json")
+    archs = []
+    for name in ("a", "b"):
+        search.main(["--target", "2.5", "--table", table, "--output-dir", str(tmp_path / name), *SMALL])
+        record = models.load_record(tmp_path / name / "arch.json")
+        archs.append(models.Arch.from_dict(record))
+    if abs(record["latency"]["measured_ms"] / 2.5 - 1) > 10:  # a made-up table says nothing about this machine
+        pytest.fail("measured latency is absurd")
+    first = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
+    second = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
+    assert first["alpha"] == second["alpha"]
+    assert archs[0].model == "dcnas" and archs[0].num_classes == 10
+    found = record["latency"]
+    assert found["target_ms"] == 2.5 and found["table_hash"] == latency.load_table(table).hash
+    assert found["measured_ms"] > 0 and found["predicted_ms"] > 0 and found["setting"]["size"] == 16
+    out = capsys.readouterr().out
+    assert "python train.py --arch" in out and "target 2.5 ms, predicted" in out
+    assert (tmp_path / "a" / "search.pt").is_file()
+
+
+def test_derive_gives_the_same_architecture_for_the_same_measurements(monkeypatch):
+    monkeypatch.setattr(latency, "compare", lambda table, arch: {
+        "predicted_ms": table.predict_ms(arch), "measured_ms": 1.1 * table.predict_ms(arch), "p10_ms": 1, "p90_ms": 1,
+        "runs": 1, "slowdown": 1.0})
+    supernet, budget = make(target=2.5)
+    first, result = search.derive(supernet, budget, pressure=True)
+    assert result["measured_ms"] == pytest.approx(2.5, rel=0.03)  # corrected: the table alone would miss by 10 %
+    assert result["predicted_ms"] == pytest.approx(2.5 / 1.1, rel=0.03)
+    assert search.derive(supernet, budget, pressure=True)[0] == first
+
+
+@pytest.mark.parametrize("model, loss", [("cnas", "cls"), ("dnas", "cls"), ("dnas", "den"), ("dcnas", "both")])
+def test_every_model_and_loss_runs_and_exports(model, loss, tmp_path):
+    table = write_table(tmp_path / "t.json")
+    search.main(["--target", "2.5", "--model", model, "--search-loss", loss, "--search-images", "clean", "--table", table,
+                 "--output-dir", str(tmp_path / "run"), *SMALL])
+    arch = models.Arch.from_dict(models.load_record(tmp_path / "run" / "arch.json"))
+    assert arch.model == model and arch.num_classes == (0 if model == "dnas" else 10)
+
+
+def test_a_target_above_the_slowest_goes_on_without_pressure(tmp_path, capsys):
+    search.main(["--target", "1000", "--table", write_table(tmp_path / "t.json"), "--output-dir", str(tmp_path / "run"),
+                 *SMALL])
+    assert "without pressure" in capsys.readouterr().out
+    assert (tmp_path / "run" / "arch.json").is_file()
+
+
+def sentence(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        search.main(argv)
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert caught.value.code == 2 and "Traceback" not in captured.err and lines[-1].startswith("search.py: error: ")
+    assert len(lines) <= 2  # a line of usage at most
+    return lines[-1]
+
+
+def test_wrong_usage_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = write_table(tmp_path / "t.json")
+    assert "--target" in sentence([], capsys)
+    for target in ("0", "-3", "nan", "x", "inf"):
+        assert "--target" in sentence(["--target", target], capsys)
+    below = sentence(["--target", "0.01", "--table", table, *SMALL], capsys)
+    assert "below the fastest" in below and "python search.py --target" in below
+    works = float(below.split("python search.py --target ")[1].split()[0])
+    assert works > float(below.split(" takes ")[1].split(" to ")[0])
+    assert "latency.py" in sentence(["--target", "5", "--table", "missing.json", *SMALL], capsys)
+    (tmp_path / "bad.json").write_text('{"format": "joint-lat')
+    assert "bad.json" in sentence(["--target", "5", "--table", "bad.json", *SMALL], capsys)
+    other = fake_table(size=16)
+    other["version"] = 7
+    models.write_json(tmp_path / "v.json", other)
+    assert "version 7" in sentence(["--target", "5", "--table", "v.json", *SMALL], capsys)
+    other = fake_table(size=16)
+    other["setting"]["device"] = "a phone"
+    models.write_json(tmp_path / "phone.json", other)
+    message = sentence(["--target", "5", "--table", "phone.json", *SMALL], capsys)
+    assert "a phone" in message and "python latency.py" in message
+    assert "does not cover" in sentence(["--target", "5", "--table", table, "--space", "8", *SMALL], capsys)
+    assert "nowhere" in sentence(["--target", "5", "--data", "nowhere"], capsys)
+    assert "--search-loss" in sentence(["--target", "5", "--model", "cnas", "--search-loss", "both", *SMALL], capsys)
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_benchmark_prints_the_numbers(capsys):
+    search.main(["--benchmark", "--space", "4", "--size", "16", "--batch-size", "4"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weight step", "alpha step", "images per second", "peak memory"))
+
+
+def test_alpha_picture_is_optional(tmp_path, monkeypatch):
+    rows = [{"epoch": e, "alpha": [[0.25] * 4] * 18} for e in (1, 2)]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert search.plot_alpha(rows, ["a", "b", "c", "d"], tmp_path / "alpha.png") is False
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert search.plot_alpha(rows, ["a", "b", "c", "d"], tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").stat().st_size > 1000
+
+
+def test_importing_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search, train, eval, latency, data, models"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "") and not list(tmp_path.iterdir())

@@ -1,0 +1,206 @@
+"""train.py: the losses by hand, the loop, resuming, and what its files hold."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import data
+import eval as evaluation
+import models
+import train
+
+CPU = torch.device("cpu")
+SMALL = ["--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8"]
+
+
+# --- losses --------------------------------------------------------------------------------------------------
+
+
+def test_charbonnier_by_hand():
+    clean = torch.zeros(1, 3, 2, 2)
+    image = torch.full_like(clean, 0.3)
+    assert train.charbonnier(image, clean).item() == pytest.approx(math.sqrt(0.3**2 + 1e-6))
+    assert train.charbonnier(clean, clean).item() == pytest.approx(1e-3)
+
+
+def test_task_losses_are_the_papers_sums():
+    generator = torch.Generator().manual_seed(0)
+    clean, image = torch.rand(2, 2, 3, 16, 16, generator=generator)
+    logits, labels = torch.randn(2, 5, generator=generator), torch.tensor([1, 4])
+    output = models.Output(image, logits)
+    ce = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    den = 0.8 * train.charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
+    for loss, expected in (("cls", ce), ("den", den), ("both", 0.1 * ce + 0.9 * den)):
+        assert train.task_loss(output, clean, labels, loss)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_loss_follows_network_and_data():
+    both, den, cls = (models.Network(models.named_arch(f"{m}-k3-e3", 3)) for m in ("dcnas", "dnas", "cnas"))
+    assert (train.choose_loss(both, True), train.choose_loss(den, False), train.choose_loss(cls, True)) == (
+        "both", "den", "cls")
+    assert train.choose_loss(both, False, "den") == "den"
+    for network, labelled, loss in ((cls, False, None), (both, False, None), (cls, True, "den"), (den, True, "both")):
+        with pytest.raises(ValueError):
+            train.choose_loss(network, labelled, loss)
+
+
+# --- the pieces of the loop ----------------------------------------------------------------------------------
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    schedule = train.make_schedule(optimizer, epochs=10, warmup_epochs=1, steps_per_epoch=10)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert 0 < rates[0] < 0.2 and rates[:10] == sorted(rates[:10]) and max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)), abs=0.02) and rates[-1] < 0.01
+
+
+def test_noise_belongs_to_seed_and_epoch():
+    digits = data.load_data("digits", size=16, train_images=20, val_images=4)
+
+    def first(seed, epoch):
+        loader = data.make_loader(digits.train, 8, shuffle=True, seed=seed)
+        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 1.0, seed).epoch(epoch))
+        return noisy
+    assert torch.equal(first(0, 3), first(0, 3))
+    assert not torch.equal(first(0, 3), first(0, 4)) and not torch.equal(first(0, 3), first(1, 3))
+    loader = data.make_loader(digits.train, 8)
+    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 0.0, 0).epoch(0))
+    assert torch.equal(noisy, clean) and labels.tolist() == digits.train.targets[:8]
+
+
+def test_validation_is_the_same_for_any_batch_size_and_leaves_the_mode():
+    digits = data.load_data("digits", size=16, train_images=10, val_images=13)
+    network = models.Network(models.named_arch("dcnas-k3-e3", 10)).train()
+    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, sigma_max=1.0)
+               for size in (4, 13)]
+    assert network.training
+    for name in ("accuracy", "psnr_db"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def run(output_dir, *flags):
+    train.main(["--model", "dcnas-k3-e3", "--output-dir", str(output_dir), *SMALL, *flags])
+    return models.read_checkpoint(output_dir / "last.pt")
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch):
+    flags = ["--epochs", "3", "--ema", "0.9"]
+    whole = run(tmp_path / "whole", *flags)
+    original = train.write_summary
+
+    def stop_after_one(path, rows):
+        original(path, rows)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "write_summary", stop_after_one)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "part", *flags)
+    assert "--resume" in str(caught.value.code)
+    monkeypatch.undo()
+    train.main(["--resume", str(tmp_path / "part")])  # every setting comes from the run
+    resumed = models.read_checkpoint(tmp_path / "part" / "last.pt")
+    assert resumed["epoch"] == 3
+    for key in ("network", "ema"):
+        assert all(torch.equal(resumed[key][name], value) for name, value in whole[key].items())
+    losses = [[row["train_loss"] for row in state["rows"]] for state in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_files_hold_what_rebuilds_the_network(tmp_path):
+    state = run(tmp_path, "--epochs", "2")
+    network, checkpoint = models.load_checkpoint(tmp_path / "best.pt")
+    assert checkpoint["classes"] == [str(d) for d in range(10)] and checkpoint["size"] == 16
+    assert network.denoises and network.classifies and not network.training
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["train_loss"]) == state["rows"][1]["train_loss"]
+    assert {"train_ce", "train_den", "val_accuracy", "val_psnr_db", "lr"} <= set(rows[0])
+
+
+def test_training_learns(tmp_path):
+    """A few images, clean: the loss must fall by a lot, or the loop does not learn."""
+    train.main(["--model", "cnas-k3-e3", "--output-dir", str(tmp_path), "--size", "32", "--train-images", "20",
+                "--val-images", "10", "--batch-size", "10", "--epochs", "25", "--sigma", "0", "--dropout", "0",
+                "--drop-connect", "0", "--lr", "0.05", "--label-smoothing", "0"])
+    rows = models.read_checkpoint(tmp_path / "last.pt")["rows"]
+    assert rows[0]["train_loss"] > 1.5 and rows[-1]["train_loss"] < 0.5
+
+
+def test_a_denoiser_trains_on_images_without_labels(tmp_path):
+    from PIL import Image
+    for split, count in (("train", 6), ("val", 2)):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (40, 30), (40 * index, 90, 10)).save(tmp_path / "photos" / split / f"{index}.png")
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
+                "--batch-size", "3", "--output-dir", str(tmp_path / "run")])
+    _, checkpoint = models.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert checkpoint["classes"] is None
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, monkeypatch):
+    real = train.task_loss
+    calls = []
+
+    def bad(*args, **kwargs):
+        total, parts = real(*args, **kwargs)
+        calls.append(1)
+        return (total * float("nan") if len(calls) == 8 else total), parts
+    monkeypatch.setattr(train, "task_loss", bad)  # epoch 1: 5 batches and 2 of validation; the 8th is epoch 2, batch 1
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, "--epochs", "3")
+    assert "nan at epoch 2, batch 1" in str(caught.value.code)
+    state = models.read_checkpoint(tmp_path / "last.pt")
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["network"].values())
+
+
+def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
+    state = run(tmp_path, "--epochs", "1", "--amp", "bfloat16")
+    assert math.isfinite(state["rows"][0]["train_loss"])
+    assert all(value.dtype != torch.bfloat16 for value in state["network"].values())
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--arch", "missing.json"], "missing.json"),
+    (["--model", "nothing"], "nothing"),
+    (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--model", "cnas-k3-e3", "--loss", "den"], "den"),
+    (["--model", "cnas-k3-e3", "--data", "nowhere"], "nowhere"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--model", "cnas-k3-e3", "--device", "quantum"], "quantum"),
+])
+def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        train.main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and word in lines[-1] and lines[-1].startswith("train.py: error: ") and len(lines) <= 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
+    path = tmp_path / "arch.json"
+    models.write_json(path, models.make_record(models.named_arch("dcnas-k3-e3", 7), {}))
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--arch", str(path), *SMALL, "--output-dir", str(tmp_path / "run")])
+    assert caught.value.code == 2 and "7 classes" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_with_amp(tmp_path):
+    state = run(tmp_path, "--epochs", "1", "--device", "cuda", "--amp", "float16")
+    assert math.isfinite(state["rows"][0]["train_loss"]) and Path(tmp_path / "best.pt").is_file()
