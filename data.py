@@ -560,7 +560,7 @@ def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        usage="python data.py [options]",
+        prog="data.py", usage="python data.py [options]",
         description="Show what a source of images holds, and write a picture of it with noise added.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
   python data.py --output preview.png

@@ -450,7 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
         return value
 
     parser = argparse.ArgumentParser(
-        usage="python eval.py [options]  (--help lists them)",
+        prog="eval.py", usage="python eval.py [options]  (--help lists them)",
         description="Measure PSNR, SSIM and accuracy of a trained network at every noise level, beside those of the\n"
                     "noisy input, and its latency on this machine; or, with --input, denoise and classify your own\n"
                     "pictures. --data and --size are those of the training unless you give others.",

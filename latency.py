@@ -458,7 +458,7 @@ def format_table(table: LatencyTable) -> str:
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
-        usage="python latency.py [options]  (--help lists them)",
+        prog="latency.py", usage="python latency.py [options]  (--help lists them)",
         description="Build the latency table of this device, or compare a table with measurements.",
         epilog="examples:\n  python latency.py --output latency.json\n"
                "  python latency.py --device cuda --size 224 --classes 100 --output gpu.json\n"

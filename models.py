@@ -804,7 +804,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        usage="python models.py [options]",
+        prog="models.py", usage="python models.py [options]",
         description="List every named model: parameters, and multiply-accumulates at its paper's input size.",
         epilog="examples:\n  python models.py\n  python models.py --json\n  python models.py --classes 10 --input 64",
         formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -182,9 +182,14 @@ class Budget:
             return self.base_ms + sum(row[index][end] for row, index in zip(ends, path))
 
         def exchange(end: int, sign: int) -> bool:
-            options = [((log_p[b][path[b]] - log_p[b][o]) / gain, b, o) for b in range(len(path))
-                       for o in range(len(self.supernet.operations))
-                       if (gain := sign * (ends[b][o][end] - ends[b][path[b]][end])) > 1e-9]
+            """The cheapest exchange that moves the narrowest (0) or widest (1) form by `sign`; False if there is none."""
+            room = max(0.0, target_ms - reach(0))  # a larger operation must fit at its narrowest
+            options = []
+            for b, row in enumerate(ends):
+                for o, form in enumerate(row):
+                    gain = sign * (form[end] - row[path[b]][end])
+                    if gain > 1e-9 and form[0] - row[path[b]][0] <= room:
+                        options.append(((log_p[b][path[b]] - log_p[b][o]) / gain, b, o))
             if options:
                 _, block, operation = min(options)
                 path[block] = operation
@@ -465,7 +470,7 @@ def format_benchmark(result: dict) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="python search.py --target MS [options]  (--help lists them)",
+        prog="search.py", usage="python search.py --target MS [options]  (--help lists them)",
         description="Search a network that denoises and classifies within a latency.",
         epilog="examples:\n  python search.py --target 12\n  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
                "  python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10 --space 8",

@@ -222,7 +222,7 @@ def kernel_cost(block):
 @pytest.mark.parametrize("share, wanted", [(0.02, 3), (0.99, None)])
 def test_a_table_with_known_costs_steers_the_search(share, wanted, tmp_path):
     """5x5 costs a hundred times as much as 3x3: a low target makes 3x3 win everywhere; a high one presses nothing."""
-    supernet, budget, rows = run_search(lambda table, ends: ends[0] + share * (ends[1] - ends[0]), kernel_cost,
+    supernet, budget, rows = run_search(lambda table, ends: ends[0] + share * (ends[1] - ends[0]), kernel_cost, epochs=6,
                                         output_dir=tmp_path)
     probability = supernet.alpha.softmax(1)
     on_five = sum(probability[:, i] for i, op in enumerate(supernet.operations) if op.kernel_size == 5)
@@ -265,6 +265,15 @@ def test_log_and_resume_give_what_an_unbroken_search_gives(tmp_path):
 
 # --- the command ---------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def quick_measurement(monkeypatch):
+    """Measuring takes seconds; where the numbers do not matter the table's stand in."""
+    monkeypatch.setattr(latency, "compare", lambda table, arch: {
+        "predicted_ms": table.predict_ms(arch), "measured_ms": table.predict_ms(arch), "p10_ms": 1.0, "p90_ms": 1.0,
+        "runs": 1, "slowdown": 1.0})
+
+
 SMALL = ["--size", "16", "--train-images", "60", "--val-images", "10", "--epochs", "2", "--batch-size", "8"]
 
 
@@ -273,15 +282,14 @@ def write_table(path, **options):
     return str(path)
 
 
-def test_same_seed_and_table_give_the_same_architecture_and_the_record_says_what_was_measured(tmp_path, capsys):
+def test_same_seed_and_table_give_the_same_architecture_in_the_record(tmp_path, capsys, quick_measurement):
     table = write_table(tmp_path / "t.json")
     archs = []
     for name in ("a", "b"):
         search.main(["--target", "2.5", "--table", table, "--output-dir", str(tmp_path / name), *SMALL])
         record = models.load_record(tmp_path / name / "arch.json")
         archs.append(models.Arch.from_dict(record))
-    if abs(record["latency"]["measured_ms"] / 2.5 - 1) > 10:  # a made-up table says nothing about this machine
-        pytest.fail("measured latency is absurd")
+    assert archs[0] == archs[1]
     first = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
     second = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
     assert first["alpha"] == second["alpha"]
@@ -306,7 +314,7 @@ def test_derive_gives_the_same_architecture_for_the_same_measurements(monkeypatc
 
 
 @pytest.mark.parametrize("model, loss", [("cnas", "cls"), ("dnas", "cls"), ("dnas", "den"), ("dcnas", "both")])
-def test_every_model_and_loss_runs_and_exports(model, loss, tmp_path):
+def test_every_model_and_loss_runs_and_exports(model, loss, tmp_path, quick_measurement):
     table = write_table(tmp_path / "t.json")
     search.main(["--target", "2.5", "--model", model, "--search-loss", loss, "--search-images", "clean", "--table", table,
                  "--output-dir", str(tmp_path / "run"), *SMALL])
@@ -314,11 +322,12 @@ def test_every_model_and_loss_runs_and_exports(model, loss, tmp_path):
     assert arch.model == model and arch.num_classes == (0 if model == "dnas" else 10)
 
 
-def test_a_target_above_the_slowest_goes_on_without_pressure(tmp_path, capsys):
+def test_a_target_above_the_slowest_goes_on_without_pressure_and_is_measured(tmp_path, capsys):
     search.main(["--target", "1000", "--table", write_table(tmp_path / "t.json"), "--output-dir", str(tmp_path / "run"),
                  *SMALL])
     assert "without pressure" in capsys.readouterr().out
-    assert (tmp_path / "run" / "arch.json").is_file()
+    found = models.load_record(tmp_path / "run" / "arch.json")["latency"]
+    assert found["p10_ms"] <= found["measured_ms"] <= found["p90_ms"] and found["runs"] >= 50 and found["slowdown"] > 0
 
 
 def sentence(argv, capsys):

@@ -167,7 +167,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, monkeypatch):
 
 
 def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
-    state = run(tmp_path, "--epochs", "1", "--amp", "bfloat16")
+    # 32 px: where the feature maps are 1x1, oneDNN's bfloat16 weight gradient of a strided depthwise convolution is NaN
+    # now and then (torch 2.14), at any learning rate.
+    state = run(tmp_path, "--epochs", "1", "--amp", "bfloat16", "--size", "32")
     assert math.isfinite(state["rows"][0]["train_loss"])
     assert all(value.dtype != torch.bfloat16 for value in state["network"].values())
 
