@@ -526,6 +526,28 @@ def to_float(images, device):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
+def whole(low, high=2**31 - 1):
+    """A type for argparse: a whole number in [low, high]."""
+    def convert(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text}")
+        return value
+    convert.__name__ = "whole number"
+    return convert
+
+
+def number(low, high):
+    """A type for argparse: a number in [low, high]; nan is refused."""
+    def convert(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
+        return value
+    convert.__name__ = "number"
+    return convert
+
+
 def add_data_arguments(parser):
     """Add the flags that search.py, train.py and eval.py share."""
     group = parser.add_argument_group("data")
@@ -534,14 +556,14 @@ def add_data_arguments(parser):
                        "(default: %(default)s)")
     group.add_argument("--data-root", default="data", metavar="DIR",
                        help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
-    group.add_argument("--size", type=int, metavar="PIXELS",
+    group.add_argument("--size", type=whole(8, 65536), metavar="PIXELS",
                        help="side of the training images in pixels (default: 64 for digits and mnist, "
                        "224 for a folder)")
-    group.add_argument("--train-images", type=int, metavar="N",
+    group.add_argument("--train-images", type=whole(1), metavar="N",
                        help="number of training images (default: 4000 for digits, else all)")
-    group.add_argument("--val-images", type=int, metavar="N",
+    group.add_argument("--val-images", type=whole(1), metavar="N",
                        help="number of validation images (default: 1000 for digits, else all)")
-    group.add_argument("--workers", type=int, default=0, metavar="N",
+    group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
 
 

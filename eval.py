@@ -434,20 +434,8 @@ FROM_CHECKPOINT = "what the checkpoint was trained for"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from data import add_data_arguments
+    from data import add_data_arguments, number, whole
     from latency import default_device
-
-    def noise_level(text: str) -> float:
-        value = float(text)
-        if not 0 <= value <= 100:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"a noise level must be from 0 to 100, not {text}")
-        return value
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-        return value
 
     parser = argparse.ArgumentParser(
         prog="eval.py", usage="python eval.py [options]  (--help lists them)",
@@ -464,9 +452,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", default="runs/eval", metavar="DIR",
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
-    parser.add_argument("--threads", type=positive, metavar="N",
+    parser.add_argument("--threads", type=whole(1), metavar="N",
                         help="threads of torch on a CPU; the latency is that of the search's setting (default: torch's own)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N",
                         help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
     parser.add_argument("--clip", action="store_true",
                         help="clip the noisy images to [0, 1], as a sensor does (default: not clipped)")
@@ -478,9 +466,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--split", choices=("val", "test"), default="val",
                        help="part of the data to evaluate on (default: %(default)s)")
-    group.add_argument("--sigmas", type=noise_level, nargs="+", default=list(SIGMAS), metavar="SIGMA",
+    group.add_argument("--sigmas", type=number(0, 100), nargs="+", default=list(SIGMAS), metavar="SIGMA",
                        help="noise levels, standard deviations on images in [0, 1] (default: 0 0.1 0.2 ... 1.0)")
-    group.add_argument("--batch-size", type=positive, default=32, metavar="N",
+    group.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
                        help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
                             "one by one (default: %(default)s)")
     group.add_argument("--no-latency", action="store_true",
@@ -492,7 +480,7 @@ def build_parser() -> argparse.ArgumentParser:
                             "full resolution, any size. The class comes from the same pass where both sides are "
                             "within a factor of 2 of the training size, otherwise from a copy whose short side is "
                             "the training size")
-    group.add_argument("--sigma", type=noise_level, default=0.0, metavar="SIGMA",
+    group.add_argument("--sigma", type=number(0, 100), default=0.0, metavar="SIGMA",
                        help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
     return parser
 

@@ -456,7 +456,9 @@ def format_table(table: LatencyTable) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def build_parser() -> argparse.ArgumentParser:
+    from data import number, whole
+
     parser = argparse.ArgumentParser(
         prog="latency.py", usage="python latency.py [options]  (--help lists them)",
         description="Build the latency table of this device, or compare a table with measurements.",
@@ -469,39 +471,37 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     build.add_argument("--space", type=int, choices=(4, 6, 8), default=8,
                        help="operations per block; a table of 8 serves all (default: %(default)s)")
     build.add_argument("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
-    build.add_argument("--threads", type=int, default=1, metavar="N",
+    build.add_argument("--threads", type=whole(1, 65536), default=1, metavar="N",
                        help="threads of torch on a CPU (default: %(default)s, what a quiet and a busy machine agree on)")
-    build.add_argument("--size", type=int, default=64, metavar="PIXELS",
+    build.add_argument("--size", type=whole(1, 65536), default=64, metavar="PIXELS",
                        help="height and width of the images (default: %(default)s)")
-    build.add_argument("--batch", type=int, metavar="N", help="images per batch (default: 32 on CUDA, 1 on a CPU)")
-    build.add_argument("--classes", type=int, default=10, metavar="N", help="classes of the head (default: %(default)s)")
+    build.add_argument("--batch", type=whole(1, 65536), metavar="N",
+                       help="images per batch (default: 32 on CUDA, 1 on a CPU)")
+    build.add_argument("--classes", type=whole(1, 65536), default=10, metavar="N",
+                       help="classes of the head (default: %(default)s)")
     build.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
     build.add_argument("--memory-format", choices=("channels_last", "contiguous"), default="channels_last",
                        help="memory layout (default: %(default)s)")
-    build.add_argument("--min-width", type=float, metavar="X",
+    build.add_argument("--min-width", type=number(1, 8), metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: that of search.py, 1.25)")
-    build.add_argument("--rounds", type=int, default=3, metavar="N",
+    build.add_argument("--rounds", type=whole(1, 65536), default=3, metavar="N",
                        help="networks that hold each operation; more is slower and steadier (default: %(default)s)")
-    build.add_argument("--seed", type=int, default=0, help="for the random networks (default: %(default)s)")
+    build.add_argument("--seed", type=whole(0), default=0, help="for the random networks (default: %(default)s)")
     use = parser.add_argument_group("use a table")
     use.add_argument("--table", metavar="FILE", help="the table to print, check or compare instead of building one")
-    use.add_argument("--check", type=int, metavar="N", help="predict and measure N random networks")
+    use.add_argument("--check", type=whole(1, 65536), metavar="N", help="predict and measure N random networks")
     use.add_argument("--arch", metavar="FILE", help="predict and measure the network of this arch.json")
     use.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(argv)
-    for name in ("threads", "size", "batch", "classes", "rounds", "check"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= 65536:
-            parser.error(f"--{name} must be from 1 to 65536, not {value}.")
-    if (args.check or args.arch) and not args.table:
-        parser.error("--check and --arch compare with a table: name it with --table FILE.")
-    return parser, args
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
     import models
 
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.check or args.arch) and not args.table:
+        parser.error("--check and --arch compare with a table: name it with --table FILE.")
     try:
         device = check_device(args.device)
         if args.table:

@@ -802,7 +802,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="models.py", usage="python models.py [options]",
         description="List every named model: parameters, and multiply-accumulates at its paper's input size.",
@@ -812,6 +812,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=100, metavar="N", help="classes of the classifiers (default: 100)")
     parser.add_argument("--input", type=int, default=None, metavar="PIXELS",
                         help="height and width of the input (default: the size in each model's paper)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     for flag in ("classes", "input"):
         if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= 65536:

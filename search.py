@@ -29,8 +29,9 @@ from tqdm import tqdm
 import data as data_module
 import latency
 import models
-from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, number, prepare,
-                   resume_defaults, task_loss, whole)
+from data import number, whole
+from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, prepare, resume_defaults,
+                   task_loss)
 
 LATENCY_LOSSES = {
     # name: (function of LAT / target, default lambda)

@@ -30,6 +30,7 @@ import data as data_module
 import eval as evaluation
 import latency
 import models
+from data import number, whole
 
 LOSSES = ("both", "cls", "den")
 AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -270,28 +271,6 @@ def format_row(row: dict, epochs: int) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def whole(low: int, high: int = 2**31 - 1):
-    """A type for argparse: a whole number in [low, high]."""
-    def convert(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text}")
-        return value
-    convert.__name__ = "whole number"
-    return convert
-
-
-def number(low: float, high: float):
-    """A type for argparse: a number in [low, high]; nan is refused."""
-    def convert(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
-        return value
-    convert.__name__ = "number"
-    return convert
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
