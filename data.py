@@ -9,6 +9,7 @@ another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Mar
 two) on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
 """
 import argparse
+import copy
 import functools
 import os
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def _fit_digit(digit, height, limit):
 def _render_scene(digit_mask, size, rng):
     """One scene, (3, size, size) uint8; digit_mask(height, limit) gives the coverage of the digit."""
     height = max(6, round(rng.uniform(0.45, 0.85) * size))
-    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.6))
+    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.9))
     tint = rng.random(3)
     ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
     x, y = rng.random(2)
@@ -520,6 +521,14 @@ def set_epoch(loader, epoch):
         source.epoch.fill_(epoch)
 
 
+def twin(dataset):
+    """The same images with an epoch of their own, for a second loader whose epochs must not move this one's crops."""
+    other = copy.copy(dataset)
+    if isinstance(other, Pictures):
+        other.epoch = torch.zeros_like(dataset.epoch).share_memory_()
+    return other
+
+
 def to_float(images, device):
     """uint8 (B, 3, H, W) to float32 in [0, 1], channels-last, on device."""
     images = images.to(device, non_blocking=True)  # moved as bytes, a quarter of the traffic
@@ -593,7 +602,7 @@ def build_parser():
     group.add_argument("--output", default="preview.png", metavar="FILE",
                        help="PNG to write: a column for each class, a row each for sigma 0, 0.2, 0.5, 1.0, "
                        "clipped (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, metavar="N",
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
                        help="seed of images, splits and noise (default: %(default)s)")
     return parser
 

@@ -126,7 +126,7 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     try:
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             clean = to_float(images, device)  # (B, 3, H, W)
-            noise = _noise(clean, count, seed)
+            noise = noise_batch(clean, count, seed)
             reference, labels = clean.double(), labels.to(device)
             for sigma, values in zip(sigmas, levels):
                 noisy = _noisy(clean, noise, sigma, clip)
@@ -157,7 +157,7 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
                       "noisy_levels": _level_means([record for record in records if record["sigma"] > 0])}}
 
 
-def _noise(clean: Tensor, first_index: int, seed: int) -> Tensor:
+def noise_batch(clean: Tensor, first_index: int, seed: int) -> Tensor:
     """Standard normal noise for the images `first_index`, `first_index` + 1 ..., as `clean` in shape and place."""
     from data import evaluation_noise
 
@@ -294,7 +294,7 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
         index = order[number % len(order)]
         pixels, label = dataset[index]
         clean = to_float(pixels[None], device)
-        noisy = _noisy(clean, _noise(clean, index, seed), sigma, clip)
+        noisy = _noisy(clean, noise_batch(clean, index, seed), sigma, clip)
         image, logits = network(noisy)
         tiles = {"noisy": noisy, "denoised": image, "clean": clean}
         quality = f"sigma {sigma:g}"
@@ -374,7 +374,7 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
         try:
             pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)
             clean = to_float(pixels[None], device)  # (1, 3, H, W)
-            noisy = _noisy(clean, _noise(clean, index, seed), sigma, clip) if sigma else clean
+            noisy = _noisy(clean, noise_batch(clean, index, seed), sigma, clip) if sigma else clean
             seen = _classifier_view(noisy, size)
             image, logits = network(noisy) if network.denoises or seen is noisy else (None, None)
             if network.classifies and seen is not noisy:
@@ -461,7 +461,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_arguments(parser)
     # Training images are not needed: none is drawn for nothing.
-    parser.set_defaults(data=FROM_CHECKPOINT, train_images=1)
+    parser.set_defaults(data=FROM_CHECKPOINT, data_root=None, train_images=1)
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--split", choices=("val", "test"), default="val",
@@ -504,7 +504,8 @@ def main(argv: list[str] | None = None) -> None:
                                   about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
             sys.exit(1 if failures else 0)
         name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
-        data = load_data(name, root=args.data_root, size=size, seed=checkpoint["seed"], augment=False,
+        root = args.data_root if args.data_root is not None else checkpoint.get("flags", {}).get("data_root", "data")
+        data = load_data(name, root=root, size=size, seed=checkpoint["seed"], augment=False,
                          train_images=args.train_images, val_images=args.val_images)
         dataset = getattr(data, args.split)
         _check_data(network, checkpoint["classes"], data, args.split)
@@ -568,7 +569,7 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
         from latency import measure_network
 
         timing = measure_network(network, latency_setting)
-        metrics["latency"] = {**timing.as_dict(), **vars(latency_setting)}
+        metrics["latency"] = {**vars(timing), **vars(latency_setting)}
 
     table = format_table(metrics)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ work on any module; this file needs torch only and works when copied alone (buil
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -45,9 +46,6 @@ class Timing:
         ordered = sorted(samples_ms)
         last = len(ordered) - 1
         return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -113,25 +111,23 @@ def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 
 
 @contextmanager
 def prepared(network: nn.Module, setting: Setting):
-    """Yield (network, input) in inference form and in a setting; afterwards network and threads are as before.
+    """Yield (a copy of the network, input) in inference form and in a setting; afterwards threads are as before.
 
     One thread by default: at batch 1 a second one gains little, and where anything else runs on the cores, OpenMP's threads
     wait for each other so long that a network can seem hundreds of times slower.
     """
     layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
-    parameter = next(network.parameters())
-    before = (parameter.device, parameter.dtype, network.training, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
+    network = copy.deepcopy(network).to(**how, memory_format=layout).eval()
+    images = torch.rand(setting.batch, 3, setting.size, setting.size, **how).contiguous(memory_format=layout)
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
-    network.to(**how, memory_format=layout).eval()
-    images = torch.rand(setting.batch, 3, setting.size, setting.size, **how).contiguous(memory_format=layout)
     try:
         with torch.inference_mode():
             yield network, images
     finally:
-        network.to(device=before[0], dtype=before[1]).train(before[2])
-        torch.set_num_threads(before[3])
+        torch.set_num_threads(threads)
 
 
 def measure_network(network: nn.Module, setting: Setting, *, warmup: int = 10, repeats: int = 50,
@@ -203,7 +199,8 @@ class LatencyTable:
 
     `operations` is a list of records with the fields of KEY_FIELDS, `mid_channels` (ascending) and `ms` (positive, never
     decreasing); widths between them are interpolated linearly. `fixed_ms[model]` holds stem, stage 2, decoder, head and
-    the rest (normalisation, padding) of a "cnas", "dnas" or "dcnas".
+    the rest (normalisation, padding) of a "cnas", "dnas" or "dcnas". All are multiplied by `correction`, which is 1 unless a
+    search has set it to what it measured on whole networks.
     """
 
     def __init__(self, content: dict):
@@ -213,7 +210,10 @@ class LatencyTable:
             self.setting = Setting(**content["setting"])
             self.fixed_ms = {model: {part: _positive(ms) for part, ms in parts.items()}
                              for model, parts in content["fixed_ms"].items()}
-            self.reference_ms = _positive(content["reference_ms"])
+            self.reference_ms, self.correction = _positive(content["reference_ms"]), _positive(content["correction"])
+            self.space, self.min_width, self.reference = content["space"], content["min_width"], content["reference"]
+            if set(self.fixed_ms) != {"cnas", "dnas", "dcnas"} or not all(self.fixed_ms.values()):
+                raise ValueError("fixed_ms must have the parts of cnas, dnas and dcnas")
             self.curves = {}
             for row in content["operations"]:
                 widths, ms = row["mid_channels"], [_positive(value) for value in row["ms"]]
@@ -226,6 +226,10 @@ class LatencyTable:
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"The latency table is not valid: {error}.") from None
 
+    def scaled(self, factor: float) -> LatencyTable:
+        """The same table with all times multiplied."""
+        return LatencyTable({**self.content, "correction": self.correction * factor})
+
     @property
     def hash(self) -> str:
         """Identifies the table in the records of what was searched with it."""
@@ -236,7 +240,7 @@ class LatencyTable:
         curve = self.curves.get(_key(block))
         if curve is None or not curve[0][0] <= block.mid_channels <= curve[0][-1]:
             raise ValueError(f"The latency table does not cover {block}.")
-        widths, ms = curve
+        widths, ms = curve[0], [value * self.correction for value in curve[1]]
         for left in range(len(widths) - 1):
             if block.mid_channels <= widths[left + 1]:
                 share = (block.mid_channels - widths[left]) / (widths[left + 1] - widths[left])
@@ -245,7 +249,7 @@ class LatencyTable:
 
     def base_ms(self, model: str) -> float:
         """The latency of everything that is not searched."""
-        return sum(self.fixed_ms[model].values())
+        return sum(self.fixed_ms[model].values()) * self.correction
 
     def predict_ms(self, arch) -> float:
         """Milliseconds per batch of a whole network, in the table's setting."""
@@ -347,7 +351,7 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                            "p90_ms": [round(t.p90_ms, 6) for t in timings]})
     return {"format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed), "setting": asdict(setting),
             "space": space, "min_width": min_width, "networks_timed": len(carriers), "reference": REFERENCE,
-            "reference_ms": reference_ms, "reference_spread": Timing.of(reference_samples).as_dict(),
+            "reference_ms": reference_ms, "correction": 1.0, "reference_spread": asdict(Timing.of(reference_samples)),
             # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
             "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
                          for model, parts in sorted(fixed.items())},
@@ -389,11 +393,16 @@ def require_setting(table: LatencyTable, wanted: Setting, path) -> None:
     differences = [f"{name} is {getattr(table.setting, name)!r} there and {getattr(wanted, name)!r} here"
                    for name in wanted.__dataclass_fields__ if getattr(table.setting, name) != getattr(wanted, name)]
     if differences:
-        command = (f"python latency.py --device {wanted.device_type} --size {wanted.size} --batch {wanted.batch} "
-                   f"--classes {wanted.num_classes} --dtype {wanted.dtype} --memory-format {wanted.memory_format} "
-                   + (f"--threads {wanted.threads} " if wanted.threads else "") + "--output NEW.json")
         raise ValueError(f"The latency table {path} is not for this setting ({'; '.join(differences)}); make one with: "
-                         f"{command}")
+                         f"{table_command(wanted, table.space, table.min_width)}")
+
+
+def table_command(setting: Setting, space: int, min_width: float) -> str:
+    """The command that makes a table for a setting and a space."""
+    threads = f"--threads {setting.threads} " if setting.threads else ""
+    return (f"python latency.py --device {setting.device_type} {threads}--dtype {setting.dtype} --memory-format "
+            f"{setting.memory_format} --batch {setting.batch} --size {setting.size} --classes {setting.num_classes} "
+            f"--space {space} --min-width {min_width:g} --output NEW.json")
 
 
 def compare(table: LatencyTable, arch, **options) -> dict:
@@ -401,7 +410,7 @@ def compare(table: LatencyTable, arch, **options) -> dict:
     import models
 
     network = models.Network(arch)
-    reference = models.Network(models.named_arch(table.content["reference"], table.setting.num_classes))
+    reference = models.Network(models.named_arch(table.reference, table.setting.num_classes))
     before = measure_network(reference, table.setting, **options).median_ms
     timing = measure_network(network, table.setting, **options)
     after = measure_network(reference, table.setting, **options).median_ms
@@ -423,8 +432,8 @@ def check(table: LatencyTable, count: int, seed: int = 1) -> dict:
     rng = random.Random(seed)
     rows = []
     for _ in tqdm(range(count), desc="check", unit="network", disable=None, leave=False):
-        arch = models.random_arch("dcnas", table.content["space"], rng, table.setting.num_classes,
-                                  table.content["min_width"])
+        arch = models.random_arch("dcnas", table.space, rng, table.setting.num_classes,
+                                  table.min_width)
         row = compare(table, arch, seconds=0.3)
         row["error"] = 100 * (row["predicted_ms"] / row["measured_ms"] - 1)
         row["corrected"] = 100 * (row["predicted_ms"] * row["slowdown"] / row["measured_ms"] - 1)
@@ -482,7 +491,7 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
     build.add_argument("--memory-format", choices=("channels_last", "contiguous"), default="channels_last",
                        help="memory layout (default: %(default)s)")
-    build.add_argument("--min-width", type=number(1, 8), metavar="X",
+    build.add_argument("--min-width", type=number(1, 3), metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: that of search.py, 1.25)")
     build.add_argument("--rounds", type=whole(1, 65536), default=3, metavar="N",
                        help="networks that hold each operation; more is slower and steadier (default: %(default)s)")
@@ -523,6 +532,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(table.content, indent=1) if args.json else format_table(table))
             return
         start = time.perf_counter()
+        Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
         setting = this_setting(device, size=args.size, num_classes=args.classes, batch=args.batch, threads=args.threads,
                                dtype=args.dtype, memory_format=args.memory_format)
         content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
@@ -532,14 +542,22 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(content, indent=1) if args.json else format_table(table))
         print(f"{args.output}: {content['networks_timed']} networks timed in {time.perf_counter() - start:.0f} s",
               file=sys.stderr)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
 
 
 def check_device(name: str) -> str:
     """The device's name if torch can use it; ValueError in one sentence if not."""
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can be timed")
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # "cuda" means this one from here on
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {name!r} cannot be used here ({str(error).splitlines()[0][:100]}); "
                          "use --device cpu.") from None

@@ -99,11 +99,8 @@ class Operation:
         return self.expansion // 3 * in_channels if self.se else 0
 
 
-SPACES = {
-    4: tuple(Operation(k, e) for k in (3, 5) for e in (3, 6)),
-    6: tuple(Operation(k, e) for k in (3, 5) for e in (3, 6)) + (Operation(3, 3, True), Operation(3, 6, True)),
-    8: tuple(Operation(k, e, se) for se in (False, True) for k in (3, 5) for e in (3, 6)),
-}
+_PLAIN, _SE = (tuple(Operation(k, e, se) for k in (3, 5) for e in (3, 6)) for se in (False, True))
+SPACES = {4: _PLAIN, 6: _PLAIN + _SE[:2], 8: _PLAIN + _SE}
 
 WIDTH_STEP = 8  # mid channels are multiples of this: what vector units and tensor cores like
 MIN_WIDTH = 1.25  # smallest mid channels, as a multiple of the input channels

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -30,8 +31,8 @@ import data as data_module
 import latency
 import models
 from data import number, whole
-from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, prepare, resume_defaults,
-                   task_loss)
+from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, check_images, make_folder,
+                   parse_or_resume, prepare, say_stopped, task_loss)
 
 LATENCY_LOSSES = {
     # name: (function of LAT / target, default lambda)
@@ -62,16 +63,14 @@ class Searcher:
         self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5)
         self.arch_optimizer = torch.optim.Adam(self.arch, arch_lr, (0.5, 0.999), weight_decay=5e-4)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
+        self.arch_scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
         self.generator = torch.Generator().manual_seed(seed)  # of the paths, on the CPU: the same on every device
 
-    def _loss(self, batch, choice, parts: dict | None = None) -> Tensor:
+    def _loss(self, batch, choice) -> Tensor:
         noisy, clean, labels = batch
         with autocast(self.device, self.amp):
             output = self.supernet(noisy, choice)
-        total, terms = task_loss(output, clean, labels, self.loss, self.label_smoothing)
-        if parts is not None:
-            parts.update(terms)
-        return total
+        return task_loss(output, clean, labels, self.loss, self.label_smoothing)[0]
 
     def weight_step(self, batch, bi_sampling: bool, path: list[int] | None = None,
                     where: str = "this step") -> dict[str, float]:
@@ -79,15 +78,15 @@ class Searcher:
         operations of every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
         self.weight_optimizer.zero_grad(set_to_none=True)  # operations that were not sampled stay as they are
         path = self.supernet.sample_path(self.generator) if path is None else path
-        loss = self._loss(batch, path)
-        value = check_finite(loss, where, self.weight_optimizer.param_groups[0]["lr"])
-        self.scaler.scale(loss).backward()  # each loss at once: the graph of one path in memory, not of two
-        if bi_sampling:
-            loss = self._loss(batch, self.supernet.other_path(path, self.generator))
-            check_finite(loss, where, self.weight_optimizer.param_groups[0]["lr"])
-            self.scaler.scale(loss).backward()
+        total = 0.0
+        for choice in (path, self.supernet.other_path(path, self.generator)) if bi_sampling else (path,):
+            loss = self._loss(batch, choice)
+            self.scaler.scale(loss).backward()  # each at once: the graph of one path in memory, not of two
+            total = total + loss.detach()
         self.scaler.unscale_(self.weight_optimizer)
         nn.utils.clip_grad_norm_(self.weights, self.grad_clip)
+        # Asked for last: it waits for the device.
+        value = check_finite(total, where, self.weight_optimizer.param_groups[0]["lr"]) / (2 if bi_sampling else 1)
         self.scaler.step(self.weight_optimizer)
         self.scaler.update()
         return {"weight_loss": value}
@@ -98,28 +97,29 @@ class Searcher:
             weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
         try:
             loss = self._loss(batch, self.supernet.mixture(temperature, self.generator))
-            value = check_finite(loss, where, self.arch_optimizer.param_groups[0]["lr"])
+            total = loss if latency_term is None else loss + latency_term()
             self.arch_optimizer.zero_grad(set_to_none=True)
-            if latency_term is not None:
-                loss = loss + latency_term()
-            loss.backward()
+            self.arch_scaler.scale(total).backward()
         finally:
             for weight in self.weights:
                 weight.requires_grad_(True)
-        self.arch_optimizer.step()
+        value = check_finite(loss, where, self.arch_optimizer.param_groups[0]["lr"])
+        self.arch_scaler.step(self.arch_optimizer)
+        self.arch_scaler.update()
         self.supernet.normalize_()
         return {"arch_loss": value}
 
     def state_dict(self) -> dict:
         return {"supernet": self.supernet.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict(),
                 "arch_optimizer": self.arch_optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "generator": self.generator.get_state()}
+                "arch_scaler": self.arch_scaler.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         self.supernet.load_state_dict(state["supernet"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.arch_optimizer.load_state_dict(state["arch_optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.arch_scaler.load_state_dict(state["arch_scaler"])
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -136,7 +136,10 @@ class Budget:
 
     def __init__(self, table: latency.LatencyTable, supernet: models.SuperNet, model: str, target_ms: float):
         self.table, self.supernet, self.model, self.target_ms = table, supernet, model, target_ms
-        self.base_ms = table.base_ms(model)
+
+    @property
+    def base_ms(self) -> float:
+        return self.table.base_ms(self.model)
 
     def exported(self, block: models.Block) -> bool:
         return self.model != "dnas" or block.stage <= models.LAST_ENCODER_STAGE
@@ -249,7 +252,7 @@ def latency_loss(kind: str, target_ms: float, weight: float):
 
 def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
            output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
-           table: dict, warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
+           warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
            sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
     """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
 
@@ -320,7 +323,7 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
                      "seconds": time.perf_counter() - start})
         models.save_checkpoint(output_dir / "search.pt", {
             "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "flags": flags,
-            "table": table})
+            "table": budget.table.content})
         write_log(output_dir / "log.jsonl", rows)
         tqdm.write(format_row(rows[-1], epochs))
     return rows
@@ -337,34 +340,30 @@ def format_row(row: dict, epochs: int) -> str:
             f"expected {row['expected_ms']:.2f} ms  entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s")
 
 
-def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, tolerance: float = MEASURE_TOLERANCE,
+def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: bool,
            rounds: int = 3) -> tuple[models.Arch, dict]:
-    """The likeliest network, its widths fitted to the target by the table and corrected by measurement.
+    """The likeliest network, with operations and widths fitted to the target by the table (where `pressure`), and measured.
 
-    Returns the architecture and {"target_ms", "predicted_ms", "measured_ms", ...}. Without `pressure` the widths stay at
-    their start. The device of the table must be this one.
+    With `correct`, a measurement more than 3 % from the target scales the whole table by measured / predicted, in
+    `budget.table` too, and the fit is repeated. Without, the architecture follows from the table alone, so that the same
+    table gives the same architecture. Returns it and {"target_ms", "predicted_ms", "measured_ms", ...}.
     """
-    target_ms, aim_ms = budget.target_ms, budget.target_ms
-    path = supernet.best_path()
-    widths = [len(supernet.mixed[block].candidates[index].keep) for block, index in enumerate(path)]
-    best = None
-    for _ in range(rounds):
+    for attempt in range(rounds):
+        path = supernet.best_path()
+        widths = [len(supernet.mixed[block].candidates[index].keep) for block, index in enumerate(path)]
         if pressure:
-            path, widths = budget.fit(supernet.best_path(), aim_ms)
+            path, widths = budget.fit(path)
         blocks = [replace(row[index], mid_channels=width)
                   for row, index, width in zip(supernet.candidate_blocks(), path, widths)]
         full = models.make_arch(supernet.network.arch.model, blocks, supernet.network.arch.num_classes)
         arch = full.with_model(budget.model)
-        result = latency.compare(budget.table, arch)
-        error = abs(result["measured_ms"] / target_ms - 1)
-        if best is None or error < best[0]:
-            best = (error, arch, result)
-        if not pressure or error <= tolerance:
-            break
-        # A quiet device repeats its error, so aim where the measurement says; a burst of noise must not lead far astray.
-        aim_ms = min(max(aim_ms * target_ms / result["measured_ms"], 0.8 * target_ms), 1.25 * target_ms)
-    _, arch, result = best
-    return arch, {"target_ms": target_ms, **result}
+        result = {"target_ms": budget.target_ms, **latency.compare(budget.table, arch)}
+        met = abs(result["measured_ms"] / budget.target_ms - 1) <= MEASURE_TOLERANCE
+        if met or not pressure or not correct or attempt == rounds - 1:
+            return arch, result
+        # A burst of noise must not lead far astray.
+        factor = min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25)
+        budget.table = budget.table.scaled(factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -392,7 +391,7 @@ def plot_alpha(rows: list[dict], operations: list[str], path: Path) -> bool:
     except ImportError:
         return False
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     positions = models.searched_positions("dcnas")[:len(rows[0]["alpha"])]
     columns = 6
@@ -406,10 +405,11 @@ def plot_alpha(rows: list[dict], operations: list[str], path: Path) -> bool:
             axis.plot(epochs, [row["alpha"][index][operation] for row in rows], label=f"MB-{name}")
         number_in_stage = 1 + sum(p.stage == position.stage for p in positions[:index])
         axis.set_title(f"stage {position.stage}, block {number_in_stage}", fontsize=9)
+    axes[0][0].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.supxlabel("epoch")
     figure.supylabel("softmax(alpha)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(operations))
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.tight_layout(rect=(0.01, 0, 1, 0.95))
     models.write_file(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
     pyplot.close(figure)
     return True
@@ -488,7 +488,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--search-loss", choices=("cls", "both", "den"),
                       help="loss during the search: cls searches the classifier and attaches the decoder afterwards; both "
                            "searches the whole dcnas; den the dnas (default: cls, or den where there are no labels)")
-    what.add_argument("--min-width", type=number(1, 8), default=models.MIN_WIDTH, metavar="X",
+    what.add_argument("--min-width", type=number(1, 3), default=models.MIN_WIDTH, metavar="X",
                       help="smallest mid channels, in multiples of a block's input channels (default: %(default)s)")
     cost = parser.add_argument_group("latency")
     cost.add_argument("--table", metavar="FILE", help="latency table of this device (default: one is made)")
@@ -547,7 +547,7 @@ def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[st
 
 def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict | None) -> latency.LatencyTable:
     """The table named by --table, that of the resumed run, or a new one, made here and said so."""
-    path = os.path.join(args.output_dir, "latency.json")
+    path = Path(args.output_dir) / "latency.json"
     if args.table:
         table = latency.load_table(args.table)
         latency.require_setting(table, setting, args.table)
@@ -555,6 +555,7 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
         table = latency.LatencyTable(state["table"])
         latency.require_setting(table, setting, "of this run")
     else:
+        make_folder(path.parent)
         print(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch {setting.batch}) into "
               f"{path}; use it again with --table.")
         content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
@@ -565,70 +566,75 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.time()
     try:
-        args, state = resume_defaults(parser, argv, "search.pt")
+        args, state = parse_or_resume(parser, argv, "search.pt", "searcher")
         device = prepare(args)
         if args.benchmark:
             print(format_benchmark(benchmark(space=args.space, batch_size=args.batch_size, size=args.size or 64,
                                              num_classes=10, device=device, amp=args.amp)))
             return
         if args.target is None:
-            parser.error("Name the latency you want, in milliseconds per batch: python search.py --target 12")
+            parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
         flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
         classes = len(data.classes or [])
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
+        check_images(data, loss)
+        weight_part, arch_part = data_module.stratified_split(data.train.targets, 0.8, args.seed)
+        if min(len(weight_part), len(arch_part)) < 2:
+            raise ValueError(f"{len(data.train)} training images are too few to split into weights and alpha; give more.")
         setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
                                        threads=args.latency_threads, dtype=args.dtype)
         table = obtain_table(args, setting, state)
+        torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
         supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
         budget = Budget(table, supernet, args.model, args.target)
         try:
             fastest, slowest = budget.range_ms()
         except ValueError as error:
-            raise ValueError(f"{error} Make one with: python latency.py --space {args.space} --min-width {args.min_width:g} "
-                             f"--size {data.size} --batch {setting.batch} --classes {setting.num_classes} --output "
-                             "NEW.json") from None
+            raise ValueError(f"{error} Make one with: "
+                             f"{latency.table_command(setting, args.space, args.min_width)}") from None
         reachable = (f"With widths from {args.min_width:g} times the input, a {args.model} of this space takes "
                      f"{fastest:.3f} to {slowest:.3f} ms per batch of {setting.batch} here, by the table.")
         if args.target < fastest:
             raise ValueError(f"The target of {args.target:g} ms is below the fastest network. {reachable} This would work: "
-                             f"python search.py --target {_round_up(1.05 * fastest)}")
-        weight_part, arch_part = data_module.stratified_split(data.train.targets, 0.8, args.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    pressure = args.target <= slowest
-    print(reachable)
-    if not pressure:
-        print(f"The target of {args.target:g} ms is above that: every network meets it, and the search goes on without "
-              "pressure on the latency.")
-    how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
-    loaders = [data_module.make_loader(torch.utils.data.Subset(data.train, part), args.batch_size, **how)
-               for part in (weight_part, arch_part)]
-    warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
-    decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
-    print(f"Searching {args.model} by {loss} on {args.search_images} images of {data.name}: {len(weight_part):,} for the "
-          f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for the weights only.")
-    try:
-        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs, output_dir=args.output_dir,
-                      budget=budget, pressure=pressure,
+                             f"{_with_target(sys.argv[1:] if argv is None else argv, _round_up(1.05 * fastest))}")
+        make_folder(args.output_dir)
+        pressure = args.target <= slowest
+        print(reachable)
+        if not pressure:
+            print(f"The target of {args.target:g} ms is above that: every network meets it, and the search goes on without "
+                  "pressure on the latency.")
+        how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
+        loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), args.batch_size, **how)
+                   for images, part in ((data.train, weight_part), (data_module.twin(data.train), arch_part))]
+        warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
+        decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
+        print(f"Searching {args.model} by {loss} on {args.search_images} images of {data.name}: {len(weight_part):,} for the "
+              f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for the weights only.")
+        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs,
+                      output_dir=args.output_dir, budget=budget, pressure=pressure,
                       latency_term=latency_loss(args.latency_loss, args.target, args.latency_weight), device=device,
-                      flags=flags, table=table.content, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
+                      flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
                       temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
                       seed=args.seed, state=state)
-    except KeyboardInterrupt:
-        sys.exit(f"\nStopped. Go on with: python search.py --resume {args.output_dir}")
+        arch, result = derive(supernet, budget, pressure, correct=args.table is None)
+        if budget.table is not table:
+            models.write_json(os.path.join(args.output_dir, "latency.json"), budget.table.content)
+            table = budget.table
+        path, picture = os.path.join(args.output_dir, "arch.json"), os.path.join(args.output_dir, "alpha.png")
+        found = {**result, "table_hash": table.hash, "setting": vars(table.setting)}
+        models.write_json(path, models.make_record(arch, models.provenance(latency.device_name(device), args.seed),
+                                                   latency=found, data=args.data, data_root=args.data_root, size=data.size))
+        drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], Path(picture))
+    except ValueError as error:
+        parser.error(str(error))
     except (TrainingError, OSError) as error:
         sys.exit(f"search.py: {error}")
-    arch, result = derive(supernet, budget, pressure)
-    path = os.path.join(args.output_dir, "arch.json")
-    models.write_json(path, models.make_record(arch, models.provenance(latency.device_name(device), args.seed),
-                                               latency={**result, "table_hash": table.hash, "setting": vars(table.setting)},
-                                               data=args.data, size=data.size))
-    picture = os.path.join(args.output_dir, "alpha.png")
-    drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], Path(picture))
+    except KeyboardInterrupt:
+        say_stopped("search.py", args.output_dir, "search.pt", started)
     print(f"\n{format_arch(arch, table)}\n")
     print(f"target {args.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms "
           f"per batch of {setting.batch} (median of {result['runs']}, 10-90 %: {result['p10_ms']:.3f}-"
@@ -637,8 +643,7 @@ def main(argv: list[str] | None = None) -> None:
         print(line)
     print(f"found in {time.perf_counter() - start:.0f} s: {path}" + (f", {picture}" if drawn else
           "; install matplotlib for a picture of how alpha moved"))
-    data_flags = "" if args.data == "digits" else f" --data {args.data}" + (f" --size {args.size}" if args.size else "")
-    print(f"next:\n  python train.py --arch {path}{data_flags}")
+    print(f"next:\n  python train.py --arch {shlex.quote(path)}")
 
 
 def explain(result: dict, pressure: bool) -> list[str]:
@@ -651,6 +656,17 @@ def explain(result: dict, pressure: bool) -> list[str]:
         lines.append(f"note: the reference network now takes {result['slowdown']:.2f} times as long as when the table was "
                      "made: something else runs on this device, or its clock changed.")
     return lines
+
+
+def _with_target(argv: list[str], target: str) -> str:
+    """The command that was given, with another target."""
+    rest, words = [], iter(argv)
+    for word in words:
+        if word == "--target":
+            next(words, None)
+        elif not word.startswith("--target="):
+            rest.append(word)
+    return shlex.join(["python", "search.py", "--target", target, *rest])
 
 
 def _round_up(ms: float) -> str:

@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -145,9 +146,8 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sig
 
     for images, labels in loader:
         clean, labels = data_module.to_float(images, device), labels.to(device)
-        indices = range(count, count + len(clean))
-        noise = torch.stack([data_module.evaluation_noise(clean.shape[1:], index) for index in indices]).to(device)
-        sigma = torch.tensor([sigma_max * (index % 11) / 10 for index in indices], device=device)
+        sigma = torch.tensor([sigma_max * ((count + i) % 11) / 10 for i in range(len(clean))], device=device)
+        noise = evaluation.noise_batch(clean, count, seed=0)
         with autocast(device, amp):
             output = network(clean + sigma.view(-1, 1, 1, 1) * noise)
         total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0)
@@ -183,7 +183,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     output_dir = Path(output_dir)
     network = network.to(device, memory_format=torch.channels_last)
     batches = NoisyBatches(train_loader, device, sigma_max, seed)
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay)
     schedule = make_schedule(optimizer, epochs, warmup_epochs, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
     average = None
@@ -207,7 +207,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     for epoch in range(len(rows), epochs):
         start = time.perf_counter()
         network.train()
-        sums: dict[str, float] = {}
+        sums: dict[str, float | Tensor] = {}
         count = 0
         progress = tqdm(batches.epoch(epoch), f"epoch {epoch + 1}/{epochs}", len(batches), leave=False, unit="batch",
                         disable=None)
@@ -216,11 +216,11 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             with autocast(device, amp):
                 output = network(noisy)
             total, parts = task_loss(output, clean, labels, loss, label_smoothing)
-            value = check_finite(total, f"epoch {epoch + 1}, batch {step + 1}", rate)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(total).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+            value = check_finite(total, f"epoch {epoch + 1}, batch {step + 1}", rate)  # waits for the device: only here
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
@@ -228,14 +228,14 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                 average.update_parameters(network)
             count += len(clean)
             for name, part in (("loss", value), *parts.items()):
-                sums[name] = sums.get(name, 0.0) + float(part) * len(clean)
+                sums[name] = sums.get(name, 0.0) + part * len(clean)
             progress.set_postfix(loss=f"{sums['loss'] / count:.4f}", lr=f"{rate:.2g}")
         trained = average.module if average is not None else network
         held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp)
-        rows.append({"epoch": epoch + 1, "lr": rate, **{f"train_{name}": total / count for name, total in sums.items()},
+        rows.append({"epoch": epoch + 1, "lr": rate, **{f"train_{name}": float(total) / count for name, total in sums.items()},
                      **{f"val_{name}": value for name, value in held_out.items()},
                      "seconds": time.perf_counter() - start})
-        better = best is None or rows[-1]["val_loss"] < best["val_loss"]
+        better = best is None or _comparable(rows[-1]["val_loss"]) < _comparable(best["val_loss"])
         best = rows[-1] if better else best
         saved = {**about, "epoch": epoch + 1, "network": network.state_dict(),
                  "ema": average.module.state_dict() if average is not None else None}
@@ -248,6 +248,10 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
         write_summary(output_dir / "summary.csv", rows)
         tqdm.write(format_row(rows[-1], epochs))
     return best
+
+
+def _comparable(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def write_summary(path: Path, rows: list[dict]) -> None:
@@ -286,18 +290,57 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision (default: bfloat16 on CUDA, off on a CPU)")
 
 
-def resume_defaults(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str) -> tuple:
-    """Parse the flags; with --resume the stopped run's flags are the defaults. Returns (args, the checkpoint or None)."""
+# What may differ from a stopped run when it goes on.
+FREE_FLAGS = {"resume", "output_dir", "device", "threads", "workers", "data_root", "table"}
+
+
+def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str, needed: str) -> tuple:
+    """Parse the flags; with --resume the stopped run's are the defaults. Returns (args, the checkpoint or None).
+
+    ValueError in one sentence when there is nothing to go on from (`needed` is what `checkpoint` must hold), or when a flag
+    is given that would make it another run.
+    """
     args = parser.parse_args(argv)
     if args.resume is None:
         return args, None
     path = Path(args.resume)
     path = path / checkpoint if path.is_dir() else path
     state = models.read_checkpoint(path)
-    if "flags" not in state:
+    if "flags" not in state or needed not in state:
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
     parser.set_defaults(**{**state["flags"], "output_dir": str(path.parent)})
-    return parser.parse_args(argv), state
+    args = parser.parse_args(argv)
+    changed = [f"--{name.replace('_', '-')}" for name, value in state["flags"].items()
+               if name not in FREE_FLAGS and getattr(args, name, None) != value]
+    if changed:
+        raise ValueError(f"A resumed run keeps its settings, but {', '.join(changed)} differ: leave them out, or start a new "
+                         "run in another --output-dir.")
+    return args, state
+
+
+def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -> None:
+    """After Ctrl-C: how to go on, if this run has written a checkpoint, and exit code 130."""
+    path = Path(output_dir) / checkpoint
+    going = path.exists() and path.stat().st_mtime >= started
+    print("\nStopped" + (f". Go on with: python {script} --resume {shlex.quote(str(output_dir))}" if going else
+                         " before the first epoch ended; there is nothing to go on from."), file=sys.stderr)
+    sys.exit(130)
+
+
+def check_images(data: data_module.Data, loss: str) -> None:
+    """ValueError in one sentence where there is too little to train on."""
+    if len(data.train) < 2:
+        raise ValueError(f"{data.name} has {len(data.train)} training image; batch norm needs at least 2.")
+    if loss != "cls" and data.size < evaluation.WINDOW:
+        raise ValueError(f"--size {data.size} is too small for the denoising loss: SSIM needs {evaluation.WINDOW} pixels.")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make the folder of the results before the work starts; ValueError in one sentence where that fails."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The folder {path} cannot be made ({error.strerror}); name another --output-dir.") from None
 
 
 def prepare(args: argparse.Namespace) -> torch.device:
@@ -328,8 +371,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--dropout", type=number(0, 0.9), default=0.2, metavar="P",
                       help="dropout before the last layer (default: %(default)s)")
     what.add_argument("--drop-connect", type=number(0, 0.9), default=0.2, metavar="P",
-                      help="chance to skip the last block; earlier blocks in proportion (default: %(default)s)")
+                      help="chance to skip a block in training, growing with depth to this (default: %(default)s)")
     data_module.add_data_arguments(parser)
+    parser.set_defaults(data=None, data_root=None)  # those of the search, or digits
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
                         help="noise is drawn from U[0, S] per image, for images in [0, 1]; 0: clean (default: %(default)s)")
@@ -354,24 +398,30 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     try:
-        args, state = resume_defaults(parser, argv, "last.pt")
+        args, state = parse_or_resume(parser, argv, "last.pt", "optimizer")
         device = prepare(args)
+        if state is not None:
+            record = state["record"]
+        elif args.model is None:
+            record = models.load_record(args.arch)
+        else:
+            record = {}
+        args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")
+        args.data_root = args.data_root or record.get("data_root", "data")
         flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
         classes = data.classes
-        if state is not None:
-            record = state["record"]
-        elif args.model:
-            record = models.make_record(models.named_arch(args.model, len(classes or [])),
+        if not record:  # without labels choose_loss says what to do
+            record = models.make_record(models.named_arch(args.model, len(classes or []) or 1),
                                         models.provenance(latency.device_name(device), args.seed))
-        else:
-            record = models.load_record(args.arch)
         network = models.build_network(record, args.dropout, args.drop_connect)
         if network.classifies and classes and record["num_classes"] != len(classes):
             raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                              f"{len(classes)}; search again with --data {args.data}.")
         loss = choose_loss(network, classes is not None, args.loss)
+        check_images(data, loss)
+        make_folder(args.output_dir)
     except ValueError as error:
         parser.error(str(error))
     print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
@@ -383,16 +433,18 @@ def main(argv: list[str] | None = None) -> None:
     warmup = min(5, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
     about = {"record": record, "classes": classes, "size": data.size, "data": args.data, "seed": args.seed, "loss": loss,
              "made": models.provenance(latency.device_name(device), args.seed), "flags": flags}
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.time()
     try:
         best = train(network, *loaders, loss=loss, epochs=args.epochs, lr=args.lr, output_dir=args.output_dir, about=about,
                      device=device, sigma_max=args.sigma, warmup_epochs=warmup, weight_decay=args.weight_decay,
                      label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
                      seed=args.seed, state=state)
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped. Go on with: python train.py --resume {args.output_dir}")
+        say_stopped("train.py", args.output_dir, "last.pt", started)
     except (TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except ValueError as error:  # a damaged image
+        parser.error(str(error))
     print(f"best epoch {best['epoch']} (validation loss {best['val_loss']:.4f}) in {args.output_dir}/best.pt, after "
           f"{time.perf_counter() - start:.0f} s; next:\n"
           f"  python eval.py --checkpoint {os.path.join(args.output_dir, 'best.pt')}")

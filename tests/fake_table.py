@@ -22,7 +22,7 @@ def fake_table(space=4, size=32, num_classes=10, cost=None, min_width=models.MIN
     fixed = {"stem": 0.1, "stage_2": 0.2, "rest": 0.05}
     return {"format": latency.FORMAT, "version": latency.VERSION, "made": {"torch": "none", "date": "never"},
             "setting": asdict(latency.this_setting("cpu", size=size, num_classes=num_classes)), "space": space,
-            "min_width": min_width, "reference": latency.REFERENCE, "reference_ms": 1.0,
+            "min_width": min_width, "reference": latency.REFERENCE, "reference_ms": 1.0, "correction": 1.0,
             "fixed_ms": {"cnas": {**fixed, "head": 0.3}, "dnas": {**fixed, "decoder": 0.9},
                          "dcnas": {**fixed, "head": 0.3, "decoder": 0.9}},
             "operations": list(rows.values())}

@@ -96,7 +96,7 @@ def run(output_dir, *flags):
     return models.read_checkpoint(output_dir / "last.pt")
 
 
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch, capsys):
     flags = ["--epochs", "3", "--ema", "0.9"]
     whole = run(tmp_path / "whole", *flags)
     original = train.write_summary
@@ -107,7 +107,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_summary", stop_after_one)
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "part", *flags)
-    assert "--resume" in str(caught.value.code)
+    assert caught.value.code == 130 and "--resume" in capsys.readouterr().err
     monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "part")])  # every setting comes from the run
     resumed = models.read_checkpoint(tmp_path / "part" / "last.pt")
@@ -181,6 +181,9 @@ def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
     (["--model", "cnas-k3-e3", "--loss", "den"], "den"),
+    (["--model", "dcnas-k3-e3", "--train-images", "1"], "at least 2"),
+    (["--model", "dcnas-k3-e3", "--size", "8"], "SSIM"),
+    (["--model", "dcnas-k3-e3", "--device", "meta"], "meta"),
     (["--model", "cnas-k3-e3", "--data", "nowhere"], "nowhere"),
     (["--resume", "nowhere"], "nowhere"),
     (["--model", "cnas-k3-e3", "--device", "quantum"], "quantum"),
@@ -192,6 +195,50 @@ def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypa
     lines = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and word in lines[-1] and lines[-1].startswith("train.py: error: ") and len(lines) <= 2
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_image_is_named_and_training_stops(tmp_path, capsys):
+    from PIL import Image
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (20, 20), (40 * index, 90, 10)).save(tmp_path / "photos" / split / name / f"{index}.png")
+    (tmp_path / "photos" / "train" / "a" / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--model", "cnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--batch-size", "2",
+                    "--output-dir", str(tmp_path / "run")])
+    assert caught.value.code == 2 and "3.png" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("model, word", [("cnas-k3-e3", "no labels"), ("dcnas-k3-e3", "--loss den")])
+def test_unlabelled_images_are_refused_for_classifiers_with_a_clear_word(model, word, tmp_path, capsys):
+    from PIL import Image
+    for index in range(4):
+        Image.new("RGB", (20, 20), (40 * index, 90, 10)).save(tmp_path / f"{index}.png")
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--model", model, "--data", str(tmp_path), "--size", "16"])
+    assert caught.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+    run(tmp_path, "--epochs", "1")
+    for flags in (["--epochs", "2"], ["--ema", "0.9"], ["--amp", "float16"], ["--seed", "3"], ["--model", "dcnas-k5-e3"]):
+        with pytest.raises(SystemExit) as caught:
+            train.main(["--resume", str(tmp_path), *flags])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 2 and flags[0] in error and "keeps its settings" in error
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--resume", str(tmp_path / "best.pt")])
+    assert caught.value.code == 2 and "best.pt" in capsys.readouterr().err
+
+
+def test_a_found_network_trains_on_the_data_it_was_searched_on(tmp_path):
+    record = models.make_record(models.named_arch("cnas-k3-e3", 10), {}, data="digits", data_root="data", size=16)
+    models.write_json(tmp_path / "arch.json", record)
+    train.main(["--arch", str(tmp_path / "arch.json"), "--epochs", "1", "--train-images", "20", "--val-images", "10",
+                "--batch-size", "8", "--output-dir", str(tmp_path / "run")])
+    assert models.read_checkpoint(tmp_path / "run" / "last.pt")["size"] == 16
 
 
 def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
