@@ -109,6 +109,45 @@ def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 
     return Timing.of(samples)
 
 
+@dataclass(frozen=True)
+class Interleaved:
+    """Several things timed in turn: each one's own times, and its time as a multiple of the first one's."""
+
+    timings: list[Timing]
+    ratios: list[float]  # medians over rounds of (time / time of the first in the same round)
+    uncertainty: list[float]  # half the 95 % interval of the ratio, relative
+    rounds: int
+
+
+def interleave(runs: list, device: torch.device | str, *, burst: int = 3, warmup: int = 1, min_rounds: int = 5,
+               seconds: float = 0.0, tolerance: float = 0.01) -> Interleaved:
+    """Time `runs` in turn, a burst each, so that what disturbs the device disturbs all of them alike.
+
+    Goes on until `min_rounds` are done and every ratio is known to `tolerance`, or until `seconds` have passed. The
+    interval of a median is 1.58 * interquartile range / sqrt(rounds) (McGill, Tukey and Larsen 1978).
+    """
+    end = time.perf_counter() + seconds
+    samples: list[list[float]] = [[] for _ in runs]
+    ratios: list[list[float]] = [[] for _ in runs]
+    while True:
+        now = [measure(run, device, warmup=warmup, repeats=burst).median_ms for run in runs]
+        for index, ms in enumerate(now):
+            samples[index].append(ms)
+            ratios[index].append(ms / now[0])
+        rounds = len(ratios[0])
+        if rounds < min_rounds:
+            continue
+        centres = [statistics.median(values) for values in ratios]
+        uncertainty = [_half_interval(values) / centre for values, centre in zip(ratios, centres)]
+        if max(uncertainty) <= tolerance or time.perf_counter() >= end:
+            return Interleaved([Timing.of(values) for values in samples], centres, uncertainty, rounds)
+
+
+def _half_interval(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 1.58 * (high - low) / math.sqrt(len(values))
+
+
 @contextmanager
 def prepared(network: nn.Module, setting: Setting):
     """Yield (a copy of the network, input) in inference form and in a setting; afterwards threads are as before.
@@ -179,6 +218,14 @@ class PartTimer:
         for name, start, end in self.marks:
             samples[name].append(start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3)
         return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def time_parts(network: nn.Module, images: torch.Tensor, device: torch.device, runs: int) -> dict[str, float]:
+    """The median milliseconds of each part that the table knows, inside `runs` forward passes."""
+    with PartTimer(_named_parts(network), device) as timer:
+        for _ in range(runs):
+            network(images)
+    return timer.medians_ms()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,24 +359,24 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
         carriers += [arch.with_model(model) for arch in carriers[:4 * rounds]]
     rng.shuffle(carriers)
 
-    reference = models.Network(models.named_arch(REFERENCE, num_classes))
-    reference_samples, runs = [], []
-    with prepared(reference, setting) as (reference, images):
+    runs = []
+    with prepared(models.Network(models.named_arch(REFERENCE, num_classes)), setting) as (reference, images):
         measure(lambda: reference(images), device, seconds=1.0)  # warm the clocks
         for arch in tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False):
             with prepared(models.Network(arch), setting) as (network, _):
-                reference_samples.append(measure(lambda: reference(images), device, warmup=2, repeats=5).median_ms)
-                whole = measure(lambda: network(images), device, warmup=2, repeats=5).median_ms
-                with PartTimer(_named_parts(network), device) as timer:
-                    for _ in range(7):
-                        network(images)
-                runs.append((arch, whole, timer.medians_ms()))
+                times = interleave([lambda: reference(images), lambda: network(images)], device, min_rounds=3)
+                parts = time_parts(network, images, device, runs=7)
+                runs.append((arch, times, parts))
+    reference_samples = [times.timings[0].median_ms for _, times, _ in runs]
     reference_ms = statistics.median(reference_samples)
 
     fixed: dict[str, dict[str, list[float]]] = {}
     searched: dict[tuple, dict[int, list[float]]] = {}
-    for (arch, whole, parts), reference_now in zip(runs, reference_samples):
-        quiet = reference_ms / reference_now
+    for arch, times, parts in runs:
+        # The whole network as a multiple of the reference in the same moments, and its parts as shares of it: what
+        # disturbed the machine, and what the hooks cost, cancels out.
+        whole = times.ratios[1] * reference_ms
+        quiet = reference_ms / times.timings[0].median_ms
         known = fixed.setdefault(arch.model, {})
         for name in ("stem", "decoder", "head"):
             if name in parts:
@@ -340,7 +387,7 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                 known.setdefault("stage_2", []).append(ms)
             else:
                 searched.setdefault(_key(block), {}).setdefault(block.mid_channels, []).append(ms)
-        known.setdefault("rest", []).append((whole - sum(parts.values())) * quiet)
+        known.setdefault("rest", []).append(whole - sum(parts.values()) * quiet)
     operations = []
     for key in sorted(searched):
         widths = sorted(searched[key])
@@ -349,13 +396,20 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                            "ms": [round(ms, 6) for ms in _non_decreasing([t.median_ms for t in timings])],
                            "p10_ms": [round(t.p10_ms, 6) for t in timings],
                            "p90_ms": [round(t.p90_ms, 6) for t in timings]})
-    return {"format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed), "setting": asdict(setting),
-            "space": space, "min_width": min_width, "networks_timed": len(carriers), "reference": REFERENCE,
-            "reference_ms": reference_ms, "correction": 1.0, "reference_spread": asdict(Timing.of(reference_samples)),
-            # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
-            "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
-                         for model, parts in sorted(fixed.items())},
-            "operations": operations}
+    content = {"format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed),
+               "setting": asdict(setting), "space": space, "min_width": min_width, "networks_timed": len(carriers),
+               "reference": REFERENCE, "reference_ms": reference_ms, "correction": 1.0,
+               "reference_spread": asdict(Timing.of(reference_samples)),
+               # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
+               "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
+                            for model, parts in sorted(fixed.items())},
+               "operations": operations}
+    # What is left over is a factor that all networks share; the errors then reported are of networks it was not fitted on.
+    fitted = check(LatencyTable(content), count=4 * rounds, seed=seed + 1)
+    content["correction"] = 1 / (1 + statistics.median(row["error_percent"] for row in fitted["networks"]) / 100)
+    result = check(LatencyTable(content), count=7 * rounds, seed=seed + 2)
+    return content | {"check": {"networks": len(result["networks"]), **result["error_percent"],
+                                "uncertainty": result["uncertainty_percent"]}}
 
 
 REFERENCE = "dcnas-k3-e3"
@@ -405,25 +459,29 @@ def table_command(setting: Setting, space: int, min_width: float) -> str:
             f"--space {space} --min-width {min_width:g} --output NEW.json")
 
 
-def compare(table: LatencyTable, arch, **options) -> dict:
-    """Predicted and measured latency of one network, and how much slower this device is now than for the table."""
+def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
+    """Predicted and measured latency of one network, timed in turn with the table's reference network.
+
+    `measured_ms` is what the network takes now; `slowdown` is how much longer the reference takes now than when the table
+    was made; `error_percent` compares the prediction with the network's time as a multiple of the reference's, in which a
+    change of the device's clock cancels out; `uncertainty_percent` is half the 95 % interval of that multiple.
+    """
     import models
 
-    network = models.Network(arch)
     reference = models.Network(models.named_arch(table.reference, table.setting.num_classes))
-    before = measure_network(reference, table.setting, **options).median_ms
-    timing = measure_network(network, table.setting, **options)
-    after = measure_network(reference, table.setting, **options).median_ms
-    return {"predicted_ms": table.predict_ms(arch), "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms,
-            "p90_ms": timing.p90_ms, "runs": timing.count, "slowdown": (before + after) / 2 / table.reference_ms}
+    with prepared(reference, table.setting) as (reference, images), \
+            prepared(models.Network(arch), table.setting) as (network, _):
+        times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type,
+                           min_rounds=15, seconds=seconds)
+    predicted, (reference_time, timing) = table.predict_ms(arch), times.timings
+    return {"predicted_ms": predicted, "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms,
+            "runs": timing.count, "slowdown": reference_time.median_ms / table.reference_ms,
+            "error_percent": 100 * (predicted / (times.ratios[1] * table.reference_ms) - 1),
+            "uncertainty_percent": 100 * times.uncertainty[1]}
 
 
-def check(table: LatencyTable, count: int, seed: int = 1) -> dict:
-    """Predict and measure `count` random DC-NAS networks that the table was not made from; errors are in percent.
-
-    `error` is predicted / measured - 1 as it stands; `corrected` first divides by how much slower the reference network
-    ran just before and after than when the table was made.
-    """
+def check(table: LatencyTable, count: int, seed: int = 1000) -> dict:
+    """Predict and measure `count` random DC-NAS networks that the table was not made from; errors are in percent."""
     import random
 
     import models
@@ -432,18 +490,16 @@ def check(table: LatencyTable, count: int, seed: int = 1) -> dict:
     rng = random.Random(seed)
     rows = []
     for _ in tqdm(range(count), desc="check", unit="network", disable=None, leave=False):
-        arch = models.random_arch("dcnas", table.space, rng, table.setting.num_classes,
-                                  table.min_width)
-        row = compare(table, arch, seconds=0.3)
-        row["error"] = 100 * (row["predicted_ms"] / row["measured_ms"] - 1)
-        row["corrected"] = 100 * (row["predicted_ms"] * row["slowdown"] / row["measured_ms"] - 1)
-        rows.append(row)
+        arch = models.random_arch("dcnas", table.space, rng, table.setting.num_classes, table.min_width)
+        rows.append(compare(table, arch, seconds=1.0))
 
     def summary(name):
         sizes = sorted(abs(row[name]) for row in rows)
-        return {"median": statistics.median(sizes), "p95": sizes[math.ceil(0.95 * len(sizes)) - 1], "worst": sizes[-1]}
+        return {"median_percent": statistics.median(sizes), "p95_percent": sizes[math.ceil(0.95 * len(sizes)) - 1],
+                "worst_percent": sizes[-1]}
 
-    return {"networks": rows, "error_percent": summary("error"), "corrected_error_percent": summary("corrected")}
+    return {"networks": rows, "error_percent": summary("error_percent"),
+            "uncertainty_percent": statistics.median(row["uncertainty_percent"] for row in rows)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -454,6 +510,9 @@ def format_table(table: LatencyTable) -> str:
     setting, made = table.setting, table.content["made"]
     lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
              f"{setting.memory_format}, batch {setting.batch}, {setting.size} px, torch {made['torch']}, {made['date']}"]
+    if "check" in table.content:
+        check = table.content["check"]
+        lines.append(f"predicted against measured on {check['networks']} random networks: {format_error(check)}")
     for model, parts in table.fixed_ms.items():
         text = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
         lines.append(f"{model + ' fixed parts':<20} {sum(parts.values()):7.3f} ms = {text}")
@@ -523,8 +582,9 @@ def main(argv: list[str] | None = None) -> None:
                 row = compare(table, arch)
                 print(json.dumps(row, indent=1) if args.json else
                       f"predicted {row['predicted_ms']:.3f} ms, measured {row['measured_ms']:.3f} ms (median of "
-                      f"{row['runs']}, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now takes "
-                      f"{row['slowdown']:.2f} times as long as when the table was made")
+                      f"{row['runs']} bursts, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now "
+                      f"takes {row['slowdown']:.2f} times as long as when the table was made; beside that the prediction is "
+                      f"{row['error_percent']:+.1f} % off, known to {row['uncertainty_percent']:.1f} %")
             if args.check:
                 result = check(table, args.check)
                 print(json.dumps(result, indent=1) if args.json else format_check(result))
@@ -566,16 +626,18 @@ def check_device(name: str) -> str:
 
 def format_check(result: dict) -> str:
     """One line per network, then the errors."""
-    lines = [f"{'predicted':>10} {'measured':>10} {'10-90 %':>15} {'slowdown':>8} {'error':>7} {'corrected':>9}"]
+    lines = [f"{'predicted':>10} {'measured':>10} {'10-90 %':>15} {'slowdown':>8} {'error':>7} {'known to':>8}"]
     for row in result["networks"]:
         spread = f"{row['p10_ms']:.2f}-{row['p90_ms']:.2f}"
         lines.append(f"{row['predicted_ms']:>7.3f} ms {row['measured_ms']:>7.3f} ms {spread:>15} {row['slowdown']:>8.2f} "
-                     f"{row['error']:>+6.1f}% {row['corrected']:>+8.1f}%")
-    for name in ("error_percent", "corrected_error_percent"):
-        values = result[name]
-        lines.append(f"{name}: median {values['median']:.1f}, 95th percentile {values['p95']:.1f}, "
-                     f"worst {values['worst']:.1f}")
-    return "\n".join(lines)
+                     f"{row['error_percent']:>+6.1f}% {row['uncertainty_percent']:>7.1f}%")
+    return "\n".join([*lines, "error " + format_error(result["error_percent"])])
+
+
+def format_error(error: dict) -> str:
+    """The error of a table in words."""
+    return (f"median {error['median_percent']:.1f} %, 95th percentile {error['p95_percent']:.1f} %, worst "
+            f"{error['worst_percent']:.1f} %")
 
 
 if __name__ == "__main__":

@@ -561,6 +561,9 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
         content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
         models.write_json(path, content)
         table = latency.LatencyTable(content)
+    if "check" in table.content:
+        check = table.content["check"]
+        print(f"The table's error on {check['networks']} random networks: {latency.format_error(check)}.")
     return table
 
 
@@ -637,7 +640,7 @@ def main(argv: list[str] | None = None) -> None:
         say_stopped("search.py", args.output_dir, "search.pt", started)
     print(f"\n{format_arch(arch, table)}\n")
     print(f"target {args.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms "
-          f"per batch of {setting.batch} (median of {result['runs']}, 10-90 %: {result['p10_ms']:.3f}-"
+          f"per batch of {setting.batch} (median of {result['runs']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
           f"{result['p90_ms']:.3f} ms) on {setting.device}")
     for line in explain(result, pressure):
         print(line)

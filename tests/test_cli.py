@@ -92,10 +92,12 @@ def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder):
 
 def test_own_data_from_search_to_evaluation(folder):
     small = ["--size", "16", "--batch-size", "4", "--epochs", "1"]
-    run = call([str(ROOT / "search.py"), "--target", "50", "--data", "photos", "--output-dir", "own/search", *small], folder)
+    run = call([str(ROOT / "latency.py"), "--size", "16", "--classes", "2", "--space", "4", "--rounds", "1"], folder)
     assert run.returncode == 0, run.stderr
-    run = call([str(ROOT / "train.py"), "--arch", "own/search/arch.json", "--data", "photos", "--output-dir", "own/train",
-                *small], folder)
+    run = call([str(ROOT / "search.py"), "--target", "50", "--table", "latency.json", "--data", "photos", "--output-dir",
+                "own/search", *small], folder)
+    assert run.returncode == 0, run.stderr
+    run = call([str(ROOT / "train.py"), "--arch", "own/search/arch.json", "--output-dir", "own/train", *small], folder)
     assert run.returncode == 0, run.stderr
     run = call([str(ROOT / "eval.py"), "--checkpoint", "own/train/best.pt", "--sigmas", "0.2", "--output-dir", "own/eval"],
                folder)
