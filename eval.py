@@ -517,6 +517,9 @@ def main(argv: list[str] | None = None) -> None:
                                "split": args.split, "data_seed": checkpoint["seed"]})
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"\nStopped; what is in {args.output_dir} may be from an earlier run.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _latency_setting(checkpoint: dict, device: str, size: int):
@@ -558,6 +561,7 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
     from latency import device_name
     from models import count_macs, count_parameters, provenance, write_file, write_json
 
+    output_dir.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
     loader = make_loader(dataset, batch_size, workers=workers, device=device)
     metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), seed), **about,
                **evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
@@ -572,7 +576,6 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
         metrics["latency"] = {**vars(timing), **vars(latency_setting)}
 
     table = format_table(metrics)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", strict_json(metrics))
     write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(table + "\n"))
     shown = sorted({sigma for sigma in sigmas if sigma > 0} or {0.0})

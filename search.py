@@ -252,15 +252,17 @@ def latency_loss(kind: str, target_ms: float, weight: float):
 
 def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
            output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
-           warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0, temperature_decay: float = 0.96,
-           sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
+           warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0,
+           temperature_decay: float = 0.96, sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
     """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
 
     The first `warmup_epochs` train weights only, one path a step: with `warmup` "sampled" by Gumbel softmax, as in TF-NAS;
     with "inherit" the largest operations, whose weights all others then take over. (A supernet learns its first features
-    many times slower through random paths: a long search can afford that, a short one would choose by noise.) Then alpha takes a step on held-out images after
-    every second weight step, the temperature falls by `temperature_decay` an epoch, and after each epoch the likeliest
-    path is scaled in width to the target (only where `pressure`: the target is within reach).
+    many times slower through random paths: a long search can afford that, a short one would choose by noise.)
+
+    Then alpha takes a step on held-out images after every second weight step, the temperature falls by
+    `temperature_decay` an epoch, and after each epoch the likeliest path is scaled in width to the target (only where
+    `pressure`: the target is within reach).
     """
     output_dir = Path(output_dir)
     searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp)
@@ -473,7 +475,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="search.py", usage="python search.py --target MS [options]  (--help lists them)",
         description="Search a network that denoises and classifies within a latency.",
-        epilog="examples:\n  python search.py --target 12\n  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
+        epilog="examples:\n  python search.py --target 12\n"
+               "  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
                "  python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10 --space 8",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to search")
@@ -507,7 +510,8 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--epochs", type=whole(1, 100000), default=10, metavar="N",
                         help="passes over the images (default: %(default)s; the papers: 90)")
     recipe.add_argument("--warmup-epochs", type=whole(0, 100000), metavar="N",
-                        help="first epochs, which train the weights only (default: a third of --epochs, at most 10, the papers')")
+                        help="first epochs, which train the weights only (default: a third of --epochs, at most the "
+                             "papers' 10)")
     recipe.add_argument("--warmup", choices=("inherit", "sampled"), default="inherit",
                         help="inherit: train the largest operations, then give their weights to all; sampled: random paths, "
                              "as in the papers, for long searches (default: %(default)s)")

@@ -232,7 +232,8 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             progress.set_postfix(loss=f"{sums['loss'] / count:.4f}", lr=f"{rate:.2g}")
         trained = average.module if average is not None else network
         held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp)
-        rows.append({"epoch": epoch + 1, "lr": rate, **{f"train_{name}": float(total) / count for name, total in sums.items()},
+        rows.append({"epoch": epoch + 1, "lr": rate,
+                     **{f"train_{name}": float(total) / count for name, total in sums.items()},
                      **{f"val_{name}": value for name, value in held_out.items()},
                      "seconds": time.perf_counter() - start})
         better = best is None or _comparable(rows[-1]["val_loss"]) < _comparable(best["val_loss"])

@@ -373,7 +373,8 @@ def test_wrong_usage_ends_in_one_sentence(tmp_path, capsys, monkeypatch):
     assert "--search-loss" in sentence(["--target", "5", "--model", "cnas", "--search-loss", "both", *SMALL], capsys)
     assert "too few" in sentence(["--target", "5", "--train-images", "2", "--table", table], capsys)
     (tmp_path / "file").write_text("")
-    assert "file/x cannot be made" in sentence(["--target", "2.5", "--table", table, "--output-dir", "file/x", *SMALL], capsys)
+    beside = ["--target", "2.5", "--table", table, "--output-dir", "file/x", *SMALL]
+    assert "file/x cannot be made" in sentence(beside, capsys)
     assert not (tmp_path / "runs").exists()  # nothing was begun
 
 
