@@ -530,7 +530,8 @@ def _latency_setting(checkpoint: dict, device: str, size: int):
     if found.get("device_type") != torch.device(device).type:
         found = {}
     return this_setting(device, size=size, num_classes=len(checkpoint["classes"] or []), batch=found.get("batch"),
-                        threads=found.get("threads", 1), dtype=found.get("dtype", "float32"))
+                        threads=found.get("threads", 1), dtype=found.get("dtype", "float32"),
+                        mode=found.get("mode", "eager"))
 
 
 def _check_data(network: nn.Module, classes: list[str] | None, data, split: str) -> None:

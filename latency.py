@@ -60,6 +60,7 @@ class Setting:
     size: int  # pixels, height and width
     memory_format: str  # "channels_last" or "contiguous"
     num_classes: int
+    mode: str = "eager"  # of models.fast: "eager", "folded", "compile" or "graph"
 
 
 def device_name(device: torch.device | str) -> str:
@@ -77,12 +78,12 @@ def device_name(device: torch.device | str) -> str:
 
 
 def this_setting(device: str, *, size: int, num_classes: int, batch: int | None = None, threads: int = 1,
-                 dtype: str = "float32", memory_format: str = "channels_last") -> Setting:
+                 dtype: str = "float32", memory_format: str = "channels_last", mode: str = "eager") -> Setting:
     """A setting on this device. Batch: the papers' protocol, 32, on a GPU; one image at a time on a CPU."""
     kind = torch.device(device).type
     batch = (32 if kind == "cuda" else 1) if batch is None else batch
     return Setting(device_name(device), kind, threads if kind == "cpu" else 0, dtype, batch, size, memory_format,
-                   num_classes)
+                   num_classes, mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -102,11 +103,25 @@ def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 
     samples, end = [], time.perf_counter() + seconds
     while len(samples) < repeats or time.perf_counter() < end:
         _synchronize(device)
-        start = time.perf_counter()
+        start = _now(device)
         run()
+        stop = _now(device)
         _synchronize(device)
-        samples.append((time.perf_counter() - start) * 1e3)
+        samples.append(_elapsed_ms(start, stop))
     return Timing.of(samples)
+
+
+def _now(device: torch.device):
+    """A mark in time: on CUDA an event on the stream, which the device passes when the work before it is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed_ms(start, stop) -> float:
+    return (stop - start) * 1e3 if isinstance(start, float) else start.elapsed_time(stop)
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,10 @@ def prepared(network: nn.Module, setting: Setting):
         torch.set_num_threads(setting.threads)
     try:
         with torch.inference_mode():
+            if setting.mode != "eager":
+                from models import fast
+
+                network = fast(network, setting.mode, images)
             yield network, images
     finally:
         torch.set_num_threads(threads)
@@ -186,21 +205,14 @@ class PartTimer:
     def __enter__(self) -> PartTimer:
         starts = {}
 
-        def now():
-            if self.device.type != "cuda":
-                return time.perf_counter()
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-
         def before(name):
             def hook(module, inputs):
-                starts[name] = now()
+                starts[name] = _now(self.device)
             return hook
 
         def after(name):
             def hook(module, inputs, output):
-                self.marks.append((name, starts[name], now()))
+                self.marks.append((name, starts[name], _now(self.device)))
             return hook
 
         self.handles = [part.register_forward_pre_hook(before(name)) for name, part in self.parts.items()]
@@ -216,14 +228,21 @@ class PartTimer:
         _synchronize(self.device)
         samples: dict[str, list[float]] = {name: [] for name in self.parts}
         for name, start, end in self.marks:
-            samples[name].append(start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3)
+            samples[name].append(_elapsed_ms(start, end))
         return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def time_parts(network: nn.Module, images: torch.Tensor, device: torch.device, runs: int) -> dict[str, float]:
-    """The median milliseconds of each part that the table knows, inside `runs` forward passes."""
+def time_parts(network: nn.Module, images: torch.Tensor, device: torch.device, runs: int,
+               queued: bool = False) -> dict[str, float]:
+    """The median milliseconds of each part that the table knows, inside `runs` forward passes.
+
+    `queued`: on CUDA, let the device wait until the pass is in its queue, so that what is timed is the work and not the
+    launching of it, as in a CUDA graph.
+    """
     with PartTimer(_named_parts(network), device) as timer:
         for _ in range(runs):
+            if queued and device.type == "cuda":
+                torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
             network(images)
     return timer.medians_ms()
 
@@ -330,64 +349,61 @@ def _named_parts(network) -> dict[str, nn.Module]:
 def build_table(setting: Setting, *, space: int, min_width: float, rounds: int = 3, seed: int = 0) -> dict:
     """Time the space on this device and return the content of a table file.
 
-    Every operation of every block shape is timed at several widths inside whole DC-NAS networks ("carriers") that
-    together hold each of them about `rounds` times, so that caches and the launch queue are in the state that they have
-    in use. Between carriers a fixed reference network is timed, and each carrier's times are divided by how much slower
-    the reference was just then than usual: a noisy neighbour cancels out.
+    Every operation of every block shape is timed at several widths inside whole networks ("carriers") that together hold
+    each of them about `rounds` times, so that caches and the launch queue are in the state that they have in use. With each
+    carrier a fixed reference network is timed in turn, and the carrier's times are taken as multiples of the reference's: a
+    noisy neighbour cancels out.
+
+    A compiled network or a CUDA graph has no parts to time. There the parts are timed in the folded network, and whole
+    networks in the mode itself say by how much each group of parts differs (`_group_factors`).
     """
     import random
 
     import models
     from tqdm import tqdm
 
-    rng = random.Random(seed)
     device, num_classes = torch.device(setting.device_type), setting.num_classes
-    positions = models.searched_positions("dcnas")
-    shapes = sorted(set(positions), key=positions.index)
-    choices = {shape: _width_grid(shape, models.SPACES[space], min_width) for shape in shapes}
-    carriers = []
-    for _ in range(rounds):
-        decks = {}
-        for _ in range(max(len(choice) for choice in choices.values())):
-            blocks = []
-            for shape in positions:
-                if not decks.get(shape):
-                    decks[shape] = rng.sample(choices[shape], len(choices[shape]))
-                blocks.append(decks[shape].pop())
-            carriers.append(models.make_arch("dcnas", blocks, num_classes))
-    for model in ("cnas", "dnas"):  # for their fixed parts: what surrounds a part changes its time
-        carriers += [arch.with_model(model) for arch in carriers[:4 * rounds]]
-    rng.shuffle(carriers)
-
-    runs = []
-    with prepared(models.Network(models.named_arch(REFERENCE, num_classes)), setting) as (reference, images):
-        measure(lambda: reference(images), device, seconds=1.0)  # warm the clocks
-        for arch in tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False):
-            with prepared(models.Network(arch), setting) as (network, _):
-                times = interleave([lambda: reference(images), lambda: network(images)], device, min_rounds=3)
-                parts = time_parts(network, images, device, runs=7)
-                runs.append((arch, times, parts))
-    reference_samples = [times.timings[0].median_ms for _, times, _ in runs]
-    reference_ms = statistics.median(reference_samples)
+    has_parts = setting.mode in ("eager", "folded")
+    slow_to_make = setting.mode == "compile"
+    carriers = _carriers(random.Random(seed), space, num_classes, min_width, rounds)
+    in_parts = setting if has_parts else replace(setting, mode="folded")
+    reference_network = models.Network(models.named_arch(REFERENCE, num_classes))
+    runs = []  # (arch, ms of each part, ms of the whole or None), all at the pace of the reference
+    samples = []
+    with prepared(reference_network, in_parts) as (reference, images), \
+            prepared(reference_network, setting) as (whole_reference, _):
+        measure(lambda: whole_reference(images), device, seconds=1.0)  # warm the clocks
+        for index, arch in enumerate(tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False)):
+            times = None
+            if not slow_to_make or index < 2 * rounds:
+                with prepared(models.Network(arch), setting) as (network, _):
+                    times = interleave([lambda: whole_reference(images), lambda: network(images)], device, min_rounds=3)
+                samples.append(times.timings[0].median_ms)
+            with prepared(models.Network(arch), in_parts) as (network, _):
+                pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
+                parts = time_parts(network, images, device, runs=7, queued=not has_parts)
+            runs.append((arch, {name: ms / pace for name, ms in parts.items()}, times and times.ratios[1]))
+    reference_ms = statistics.median(samples)
+    runs = [(arch, {name: share * reference_ms for name, share in parts.items()}, whole and whole * reference_ms)
+            for arch, parts, whole in runs]
+    factors = {} if has_parts else _group_factors(runs)
 
     fixed: dict[str, dict[str, list[float]]] = {}
     searched: dict[tuple, dict[int, list[float]]] = {}
-    for arch, times, parts in runs:
-        # The whole network as a multiple of the reference in the same moments, and its parts as shares of it: what
-        # disturbed the machine, and what the hooks cost, cancels out.
-        whole = times.ratios[1] * reference_ms
-        quiet = reference_ms / times.timings[0].median_ms
+    for arch, parts, whole in runs:
+        parts = {name: ms * factors.get(_group(arch, name), 1.0) for name, ms in parts.items()}
         known = fixed.setdefault(arch.model, {})
         for name in ("stem", "decoder", "head"):
             if name in parts:
-                known.setdefault(name, []).append(parts[name] * quiet)
+                known.setdefault(name, []).append(parts[name])
         for index, block in enumerate(arch.blocks):
-            ms = parts[f"block {index}"] * quiet
+            ms = parts[f"block {index}"]
             if block.stage == 2:
                 known.setdefault("stage_2", []).append(ms)
             else:
                 searched.setdefault(_key(block), {}).setdefault(block.mid_channels, []).append(ms)
-        known.setdefault("rest", []).append(whole - sum(parts.values()) * quiet)
+        if whole is not None:
+            known.setdefault("rest", []).append(whole - sum(parts.values()))
     operations = []
     for key in sorted(searched):
         widths = sorted(searched[key])
@@ -399,17 +415,65 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
     content = {"format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed),
                "setting": asdict(setting), "space": space, "min_width": min_width, "networks_timed": len(carriers),
                "reference": REFERENCE, "reference_ms": reference_ms, "correction": 1.0,
-               "reference_spread": asdict(Timing.of(reference_samples)),
+               "reference_spread": asdict(Timing.of(samples)),
                # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
                "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
                             for model, parts in sorted(fixed.items())},
                "operations": operations}
     # What is left over is a factor that all networks share; the errors then reported are of networks it was not fitted on.
-    fitted = check(LatencyTable(content), count=4 * rounds, seed=seed + 1)
+    fitted = check(LatencyTable(content), count=(1 if slow_to_make else 4) * rounds, seed=seed + 1)
     content["correction"] = 1 / (1 + statistics.median(row["error_percent"] for row in fitted["networks"]) / 100)
-    result = check(LatencyTable(content), count=7 * rounds, seed=seed + 2)
+    result = check(LatencyTable(content), count=(2 if slow_to_make else 7) * rounds, seed=seed + 2)
     return content | {"check": {"networks": len(result["networks"]), **result["error_percent"],
                                 "uncertainty": result["uncertainty_percent"]}}
+
+
+def _carriers(rng, space: int, num_classes: int, min_width: float, rounds: int) -> list:
+    """Networks that together hold every operation of every block shape at every width of its grid `rounds` times or more.
+
+    They are DC-NAS, and some of them C-NAS and D-NAS too for their fixed parts: what surrounds a part changes its time.
+    """
+    import models
+
+    positions = models.searched_positions("dcnas")
+    choices = {shape: _width_grid(shape, models.SPACES[space], min_width) for shape in set(positions)}
+    carriers = []
+    for _ in range(rounds):
+        decks: dict = {}
+        for _ in range(max(len(choice) for choice in choices.values())):
+            blocks = []
+            for shape in positions:
+                if not decks.get(shape):
+                    decks[shape] = rng.sample(choices[shape], len(choices[shape]))
+                blocks.append(decks[shape].pop())
+            carriers.append(models.make_arch("dcnas", blocks, num_classes))
+    some = carriers[:4 * rounds]  # each kind among the first: where a network takes long to make no more are timed whole
+    return [arch.with_model(model) for arch in some for model in models.MODELS] + carriers[len(some):]
+
+
+def _group(arch, part: str) -> str:
+    """Parts that are assumed to gain alike from a mode: those of one stage, the decoder, the head."""
+    return f"stage {arch.blocks[int(part[6:])].stage}" if part.startswith("block ") else part
+
+
+def _group_factors(runs: list, stiffness: float = 1e-3) -> dict[str, float]:
+    """How much longer each group of parts takes in whole networks than timed as parts: runs of (arch, parts, whole).
+
+    Least squares of the relative errors, drawn towards one common factor with `stiffness` (ridge regression), so that few
+    networks are enough and groups with a small share are not fitted to noise; never below a twentieth.
+    """
+    runs = [(arch, parts, whole) for arch, parts, whole in runs if whole is not None]
+    groups = sorted({_group(arch, name) for arch, parts, _ in runs for name in parts})
+    shares = torch.zeros(len(runs), len(groups), dtype=torch.float64)
+    for row, (arch, parts, whole) in enumerate(runs):
+        for name, ms in parts.items():
+            shares[row, groups.index(_group(arch, name))] += ms / whole
+    common = 1 / shares.sum(1).median()
+    pull = stiffness ** 0.5 * torch.eye(len(groups), dtype=torch.float64)
+    matrix = torch.cat((shares, pull))
+    target = torch.cat((torch.ones(len(runs), dtype=torch.float64), common * pull.sum(1)))
+    factors = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0].clamp(min=0.05)
+    return dict(zip(groups, factors.tolist()))
 
 
 REFERENCE = "dcnas-k3-e3"
@@ -454,9 +518,9 @@ def require_setting(table: LatencyTable, wanted: Setting, path) -> None:
 def table_command(setting: Setting, space: int, min_width: float) -> str:
     """The command that makes a table for a setting and a space."""
     threads = f"--threads {setting.threads} " if setting.threads else ""
-    return (f"python latency.py --device {setting.device_type} {threads}--dtype {setting.dtype} --memory-format "
-            f"{setting.memory_format} --batch {setting.batch} --size {setting.size} --classes {setting.num_classes} "
-            f"--space {space} --min-width {min_width:g} --output NEW.json")
+    return (f"python latency.py --device {setting.device_type} --mode {setting.mode} {threads}--dtype {setting.dtype} "
+            f"--memory-format {setting.memory_format} --batch {setting.batch} --size {setting.size} --classes "
+            f"{setting.num_classes} --space {space} --min-width {min_width:g} --output NEW.json")
 
 
 def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
@@ -509,7 +573,8 @@ def format_table(table: LatencyTable) -> str:
     """A table for people: the setting, the fixed parts of each model, and the range of each block shape."""
     setting, made = table.setting, table.content["made"]
     lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
-             f"{setting.memory_format}, batch {setting.batch}, {setting.size} px, torch {made['torch']}, {made['date']}"]
+             f"{setting.memory_format}, {setting.mode}, batch {setting.batch}, {setting.size} px, torch {made['torch']}, "
+             f"{made['date']}"]
     if "check" in table.content:
         check = table.content["check"]
         lines.append(f"predicted against measured on {check['networks']} random networks: {format_error(check)}")
@@ -526,6 +591,7 @@ def format_table(table: LatencyTable) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     from data import number, whole
+    from models import MODES
 
     parser = argparse.ArgumentParser(
         prog="latency.py", usage="python latency.py [options]  (--help lists them)",
@@ -550,6 +616,9 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
     build.add_argument("--memory-format", choices=("channels_last", "contiguous"), default="channels_last",
                        help="memory layout (default: %(default)s)")
+    build.add_argument("--mode", choices=MODES, default="eager",
+                       help="form of the network: eager; folded: batch norms folded into convolutions; compile: that through "
+                            "torch.compile; graph: that in a CUDA graph (default: %(default)s)")
     build.add_argument("--min-width", type=number(1, 3), metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: that of search.py, 1.25)")
     build.add_argument("--rounds", type=whole(1, 65536), default=3, metavar="N",
@@ -594,7 +663,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
         setting = this_setting(device, size=args.size, num_classes=args.classes, batch=args.batch, threads=args.threads,
-                               dtype=args.dtype, memory_format=args.memory_format)
+                               dtype=args.dtype, memory_format=args.memory_format, mode=args.mode)
         content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
                               min_width=models.MIN_WIDTH if args.min_width is None else args.min_width)
         table = LatencyTable(content)

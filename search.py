@@ -3,7 +3,7 @@
     python search.py --target 12                       # milliseconds per batch of the whole network on this device
     python search.py --target 12 --data mnist
     python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10
-    python search.py --benchmark                       # the speed of the search on this device
+    python search.py --target 6,8,12                   # three networks, and a table that compares them
 
 Reads data (see data.py) and a latency table, which it makes itself when none is given; writes into --output-dir:
 arch.json (the found network: train.py reads it), log.jsonl (one line per epoch), alpha.png (with matplotlib),
@@ -253,7 +253,8 @@ def latency_loss(kind: str, target_ms: float, weight: float):
 def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
            output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
            warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0,
-           temperature_decay: float = 0.96, sigma_max: float = 1.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> list[dict]:
+           temperature_decay: float = 0.96, sigma_max: float = 1.0, amp: str = "off", seed: int = 0,
+           state: dict | None = None) -> list[dict]:
     """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
 
     The first `warmup_epochs` train weights only, one path a step: with `warmup` "sampled" by Gumbel softmax, as in TF-NAS;
@@ -418,56 +419,6 @@ def plot_alpha(rows: list[dict], operations: list[str], path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Benchmark
-
-
-def benchmark(*, space: int, batch_size: int, size: int, num_classes: int, device: torch.device, amp: str,
-              repeats: int = 7) -> dict:
-    """Median time of a weight step (bi-sampling) and of an alpha step of the C-NAS supernet, and peak memory."""
-    supernet = models.SuperNet("cnas", space, num_classes)
-    searcher = Searcher(supernet, device=device, lr=1e-3, arch_lr=1e-3, loss="cls", seed=0, amp=amp)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch_size, 3, size, size, generator=generator).to(device, memory_format=torch.channels_last)
-    labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
-    batch = (images, images, labels)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    result = {"space": space, "batch_size": batch_size, "size": size, "amp": amp,
-              "threads": torch.get_num_threads() if device.type == "cpu" else 0}
-    for name, step in (("weight_step", lambda: searcher.weight_step(batch, bi_sampling=True)),
-                       ("alpha_step", lambda: searcher.arch_step(batch, 5.0))):
-        timing = latency.measure(step, device, warmup=2, repeats=repeats)
-        result[f"{name}_ms"] = timing.median_ms
-        result[f"{name}_spread_ms"] = [timing.p10_ms, timing.p90_ms]
-    iteration_ms = result["weight_step_ms"] + result["alpha_step_ms"] / 2
-    result["images_per_second"] = 1e3 * batch_size / iteration_ms
-    result["peak_memory_mb"] = peak_memory_mb(device)
-    return result
-
-
-def peak_memory_mb(device: torch.device) -> float | None:
-    """Peak memory in MiB: what torch allocated on a GPU, or the resident size of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def format_benchmark(result: dict) -> str:
-    memory = "-" if result["peak_memory_mb"] is None else f"{result['peak_memory_mb']:.0f} MiB"
-    return (f"space {result['space']}, batch {result['batch_size']}, {result['size']} px, {result['threads']} threads, "
-            f"amp {result['amp']}\n"
-            f"  weight step (two paths)   {result['weight_step_ms']:8.1f} ms\n"
-            f"  alpha step                {result['alpha_step_ms']:8.1f} ms\n"
-            f"  images per second         {result['images_per_second']:8.1f}  (weight step + half an alpha step)\n"
-            f"  peak memory               {memory:>8}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -480,8 +431,10 @@ def build_parser() -> argparse.ArgumentParser:
                "  python search.py --target 12 --data photos --size 224 --epochs 90 --warmup-epochs 10 --space 8",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to search")
-    what.add_argument("--target", type=number(1e-6, 1e9), metavar="MS",
-                      help="latency of the whole exported network, decoder and heads included, in milliseconds per batch")
+    what.add_argument("--target", type=milliseconds, metavar="MS",
+                      help="latency of the whole exported network, decoder and heads included, in milliseconds per batch; "
+                           "6,8,12 searches one after the other, with one table, into target_6, target_8 ... below "
+                           "--output-dir")
     what.add_argument("--model", choices=models.MODELS, default="dcnas",
                       help="cnas classifies, dnas denoises, dcnas does both (default: %(default)s)")
     what.add_argument("--space", type=int, choices=sorted(models.SPACES), default=4,
@@ -501,6 +454,8 @@ def build_parser() -> argparse.ArgumentParser:
                       help="threads of torch that the latency is for, on a CPU (default: %(default)s)")
     cost.add_argument("--dtype", choices=latency.DTYPES, default="float32",
                       help="number format of the latency (default: %(default)s)")
+    cost.add_argument("--mode", choices=models.MODES, default="eager",
+                      help="form of the network that the latency is for, see latency.py --help (default: %(default)s)")
     cost.add_argument("--latency-loss", choices=LATENCY_LOSSES, default="hinge",
                       help="hinge: max(LAT / target - 1, 0); absolute: |LAT / target - 1| (default: %(default)s)")
     cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="LAMBDA",
@@ -521,14 +476,20 @@ def build_parser() -> argparse.ArgumentParser:
                         help="learning rate of the weights, SGD with a cosine (default: %(default)s; the papers: 0.02)")
     recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
                         help="learning rate of alpha, Adam (default: %(default)s)")
+    recipe.add_argument("--recompute", action="store_true",
+                        help="compute the operations of an alpha step again in the backward pass instead of keeping what they "
+                             "computed: slower, for small GPUs (default: keep)")
     recipe.add_argument("--temperature", type=number(1e-3, 1e3), default=5.0, metavar="T",
                         help="first temperature of the Gumbel softmax (default: %(default)s)")
     recipe.add_argument("--temperature-decay", type=number(1e-3, 1), metavar="X",
                         help="factor per epoch (default: what reaches the papers' last temperature, 5 * 0.96^79 = 0.2)")
     add_run_arguments(parser, "runs/search")
-    parser.add_argument_group("benchmark").add_argument(
-        "--benchmark", action="store_true", help="time the two steps of the search on this device, print, and stop")
     return parser
+
+
+def milliseconds(text: str) -> list[float]:
+    """A type for argparse: one target or several, separated by commas."""
+    return [number(1e-6, 1e9)(part) for part in text.split(",")]
 
 
 def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[str, str]:
@@ -573,84 +534,109 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    start, started = time.perf_counter(), time.time()
+    started = time.time()
+    folder = None
     try:
         args, state = parse_or_resume(parser, argv, "search.pt", "searcher")
-        device = prepare(args)
-        if args.benchmark:
-            print(format_benchmark(benchmark(space=args.space, batch_size=args.batch_size, size=args.size or 64,
-                                             num_classes=10, device=device, amp=args.amp)))
-            return
         if args.target is None:
             parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
+        device = prepare(args)
         flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
-        classes = len(data.classes or [])
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
         check_images(data, loss)
-        weight_part, arch_part = data_module.stratified_split(data.train.targets, 0.8, args.seed)
-        if min(len(weight_part), len(arch_part)) < 2:
+        parts = data_module.stratified_split(data.train.targets, 0.8, args.seed)
+        if min(len(part) for part in parts) < 2:
             raise ValueError(f"{len(data.train)} training images are too few to split into weights and alpha; give more.")
+        classes = len(data.classes or [])
         setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
-                                       threads=args.latency_threads, dtype=args.dtype)
+                                       threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
         table = obtain_table(args, setting, state)
-        torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
-        supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
-        budget = Budget(table, supernet, args.model, args.target)
-        try:
-            fastest, slowest = budget.range_ms()
-        except ValueError as error:
-            raise ValueError(f"{error} Make one with: "
-                             f"{latency.table_command(setting, args.space, args.min_width)}") from None
-        reachable = (f"With widths from {args.min_width:g} times the input, a {args.model} of this space takes "
-                     f"{fastest:.3f} to {slowest:.3f} ms per batch of {setting.batch} here, by the table.")
-        if args.target < fastest:
-            raise ValueError(f"The target of {args.target:g} ms is below the fastest network. {reachable} This would work: "
-                             f"{_with_target(sys.argv[1:] if argv is None else argv, _round_up(1.05 * fastest))}")
-        make_folder(args.output_dir)
-        pressure = args.target <= slowest
-        print(reachable)
-        if not pressure:
-            print(f"The target of {args.target:g} ms is above that: every network meets it, and the search goes on without "
-                  "pressure on the latency.")
-        how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
-        loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), args.batch_size, **how)
-                   for images, part in ((data.train, weight_part), (data_module.twin(data.train), arch_part))]
-        warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
-        decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
-        print(f"Searching {args.model} by {loss} on {args.search_images} images of {data.name}: {len(weight_part):,} for the "
-              f"weights, {len(arch_part):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for the weights only.")
-        rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs,
-                      output_dir=args.output_dir, budget=budget, pressure=pressure,
-                      latency_term=latency_loss(args.latency_loss, args.target, args.latency_weight), device=device,
-                      flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
-                      temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
-                      seed=args.seed, state=state)
-        arch, result = derive(supernet, budget, pressure, correct=args.table is None)
-        if budget.table is not table:
-            models.write_json(os.path.join(args.output_dir, "latency.json"), budget.table.content)
-            table = budget.table
-        path, picture = os.path.join(args.output_dir, "arch.json"), os.path.join(args.output_dir, "alpha.png")
-        found = {**result, "table_hash": table.hash, "setting": vars(table.setting)}
-        models.write_json(path, models.make_record(arch, models.provenance(latency.device_name(device), args.seed),
-                                                   latency=found, data=args.data, data_root=args.data_root, size=data.size))
-        drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], Path(picture))
+        slowest = check_targets(args, table, supernet_model, sys.argv[1:] if argv is None else argv)
+        found = []
+        for target_ms in args.target:
+            folder = Path(args.output_dir) / (f"target_{target_ms:g}" if len(args.target) > 1 else "")
+            make_folder(folder)
+            torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
+            supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
+            for mixed in supernet.mixed:
+                mixed.recompute = args.recompute
+            budget = Budget(table, supernet, args.model, target_ms)
+            found.append(find(args, data, parts, supernet, budget, loss, target_ms <= slowest, device, folder,
+                              {**flags, "target": [target_ms]}, state))
+            if budget.table is not table:  # corrected by what was measured
+                table = budget.table
+                models.write_json(Path(args.output_dir) / "latency.json", table.content)
     except ValueError as error:
         parser.error(str(error))
     except (TrainingError, OSError) as error:
         sys.exit(f"search.py: {error}")
     except KeyboardInterrupt:
-        say_stopped("search.py", args.output_dir, "search.pt", started)
-    print(f"\n{format_arch(arch, table)}\n")
-    print(f"target {args.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms "
-          f"per batch of {setting.batch} (median of {result['runs']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
+        say_stopped("search.py", folder or args.output_dir, "search.pt", started)
+    if len(found) > 1:
+        print(f"\n{'target':>8} {'predicted':>10} {'measured':>10} {'parameters':>12} {'MACs':>9}  record")
+        for path, result, network in found:
+            print(f"{result['target_ms']:>5g} ms {result['predicted_ms']:>7.3f} ms {result['measured_ms']:>7.3f} ms "
+                  f"{models.count_parameters(network):>12,} {models.count_macs(network, data.size) / 1e6:>7.1f} M  {path}")
+
+
+def check_targets(args: argparse.Namespace, table: latency.LatencyTable, supernet_model: str, argv: list[str]) -> float:
+    """The slowest network of the space, ms; ValueError before any training when a target lies below the fastest."""
+    supernet = models.SuperNet(supernet_model, args.space, 0 if supernet_model == "dnas" else 1, args.min_width)
+    try:
+        fastest, slowest = Budget(table, supernet, args.model, 1.0).range_ms()
+    except ValueError as error:
+        command = latency.table_command(table.setting, args.space, args.min_width)
+        raise ValueError(f"{error} Make one with: {command}") from None
+    reachable = (f"With widths from {args.min_width:g} times the input, a {args.model} of this space takes "
+                 f"{fastest:.3f} to {slowest:.3f} ms per batch of {table.setting.batch} here, by the table.")
+    if min(args.target) < fastest:
+        command = _with_target(argv, _round_up(1.05 * fastest))
+        raise ValueError(f"The target of {min(args.target):g} ms is below the fastest network. {reachable} This would work: "
+                         f"{command}")
+    print(reachable)
+    return slowest
+
+
+def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: models.SuperNet, budget: Budget, loss: str,
+         pressure: bool, device: torch.device, folder: Path, flags: dict, state: dict | None) -> tuple:
+    """One search from its images to its files; prints what it found. Returns (path of arch.json, latencies, network)."""
+    start = time.perf_counter()
+    if not pressure:
+        print(f"The target of {budget.target_ms:g} ms is above that: every network meets it, and the search goes on without "
+              "pressure on the latency.")
+    how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
+    loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), args.batch_size, **how)
+               for images, part in zip((data.train, data_module.twin(data.train)), parts)]
+    warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
+    decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
+    print(f"Searching {args.model} for {budget.target_ms:g} ms by {loss} on {args.search_images} images of {data.name}: "
+          f"{len(parts[0]):,} for the weights, {len(parts[1]):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for "
+          "the weights only.")
+    rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs, output_dir=folder,
+                  budget=budget, pressure=pressure,
+                  latency_term=latency_loss(args.latency_loss, budget.target_ms, args.latency_weight), device=device,
+                  flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
+                  temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
+                  seed=args.seed, state=state)
+    arch, result = derive(supernet, budget, pressure, correct=args.table is None)
+    path, picture, setting = folder / "arch.json", folder / "alpha.png", budget.table.setting
+    record = models.make_record(arch, models.provenance(setting.device, args.seed),
+                                latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
+                                data=args.data, data_root=args.data_root, size=data.size)
+    models.write_json(path, record)
+    drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
+    print(f"\n{format_arch(arch, budget.table)}\n")
+    print(f"target {budget.target_ms:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} "
+          f"ms per batch of {setting.batch} (median of {result['runs']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
           f"{result['p90_ms']:.3f} ms) on {setting.device}")
     for line in explain(result, pressure):
         print(line)
     print(f"found in {time.perf_counter() - start:.0f} s: {path}" + (f", {picture}" if drawn else
           "; install matplotlib for a picture of how alpha moved"))
-    print(f"next:\n  python train.py --arch {shlex.quote(path)}")
+    print(f"next:\n  python train.py --arch {shlex.quote(str(path))}")
+    return path, result, models.build_network(record)
 
 
 def explain(result: dict, pressure: bool) -> list[str]:

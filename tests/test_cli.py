@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("models", "data", "latency", "search", "train", "eval")
+SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark")
 README = (ROOT / "README.md").read_text()
 
 # What makes each command small: appended flags, by script.

@@ -114,6 +114,53 @@ def test_prediction_is_the_sum_of_the_parts():
     assert table.predict_ms(arch) == pytest.approx(expected, rel=1e-12)
 
 
+def test_group_factors_are_found_from_whole_networks():
+    """A mode in which stage 7 takes half the time and the decoder a third, seen only through whole networks."""
+    import random
+    table = latency.LatencyTable(fake_table(space=4))
+    truth = {"stage 7": 0.5, "decoder": 1 / 3}
+
+    def run(arch):
+        parts = {"stem": 0.1} | ({"decoder": 0.9} if arch.denoises else {}) | ({"head": 0.3} if arch.classifies else {})
+        parts |= {f"block {index}": 0.2 if block.stage == 2 else table.block_ms(block)
+                  for index, block in enumerate(arch.blocks)}
+        return arch, parts, sum(ms * truth.get(latency._group(arch, name), 1.0) for name, ms in parts.items())
+
+    archs = [models.random_arch(model, 4, random.Random(seed), 0 if model == "dnas" else 3)
+             for seed in range(30) for model in ("dcnas", "cnas", "dnas")]
+    factors = latency._group_factors([run(arch) for arch in archs], stiffness=1e-6)
+    assert factors["stage 7"] == pytest.approx(0.5, abs=0.05) and factors["decoder"] == pytest.approx(1 / 3, abs=0.05)
+    assert factors["stage 5"] == pytest.approx(1, abs=0.05)
+    errors = []
+    for arch in archs[:9]:
+        _, parts, whole = run(arch)
+        errors.append(abs(sum(ms * factors[latency._group(arch, name)] for name, ms in parts.items()) / whole - 1))
+    assert max(errors) < 0.01
+    few = latency._group_factors([run(arch) for arch in archs[:3]])  # fewer networks than groups: still sane
+    assert all(0.2 < factor < 1.5 for factor in few.values())
+
+
+def test_the_carriers_hold_every_operation_at_every_width():
+    import random
+    carriers = latency._carriers(random.Random(0), 8, 3, models.MIN_WIDTH, rounds=2)
+    assert [arch.model for arch in carriers[:3]] == ["cnas", "dnas", "dcnas"]
+    held = {(latency._key(block), block.mid_channels) for arch in carriers for block in arch.blocks[1:]}
+    for shape in set(models.searched_positions("dcnas")):
+        assert {(latency._key(b), b.mid_channels)
+                for b in latency._width_grid(shape, models.SPACES[8], models.MIN_WIDTH)} <= held
+
+
+def test_a_table_of_a_mode_without_parts(monkeypatch):
+    """The compiler stands in for a mode whose parts cannot be timed; it is replaced by the folded network itself."""
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    setting = latency.this_setting("cpu", size=32, num_classes=3, mode="compile")
+    content = latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
+    assert content["setting"]["mode"] == "compile" and content["check"]["networks"] == 2
+    table = latency.LatencyTable(content)
+    with pytest.raises(ValueError, match="mode is 'compile' there and 'eager' here"):
+        latency.require_setting(table, replace(setting, mode="eager"), "t.json")
+
+
 def test_the_correction_scales_everything():
     table = latency.LatencyTable(fake_table(space=4))
     arch = models.named_arch("dcnas-k5-e3", 3)

@@ -326,8 +326,72 @@ def test_candidates_inherit_the_centre_and_the_strongest_channels_of_the_largest
     assert torch.equal(small.depthwise_weight[small.keep], largest.depthwise_weight[strongest][..., 1:4, 1:4])
     assert torch.equal(small.expand_weight[small.keep], largest.expand_weight[strongest])
     assert torch.equal(small.project_weight[:, small.keep], largest.project_weight[:, strongest])
-    images = torch.rand(2, 3, 32, 32)
-    twin = next(i for i, op in enumerate(supernet.operations) if op.name == "k5-e6-se")
+    features = torch.rand(2, 40, 16, 16)
+    twin = next(c for c in mixed.candidates if c.operation.name == "k5-e6-se")
     with torch.no_grad():  # channels in another order, squeeze-and-excitation near 0.5: almost the same function
-        outputs = [supernet(images, [index] * 18).logits for index in (supernet.largest_path()[0], twin)]
+        outputs = [candidate(features).flatten(1) for candidate in (largest, twin)]
     assert torch.nn.functional.cosine_similarity(*outputs).min() > 0.9
+
+
+# --- fast forms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+def test_the_folded_form_computes_the_same_without_batch_norms(model):
+    torch.manual_seed(0)
+    network = Network(named_arch(f"{model}-k5-e3", 0 if model == "dnas" else 6))
+    with torch.no_grad():
+        for _ in range(3):  # batch norms with statistics and an affine part of their own
+            network.train()(torch.rand(4, 3, 48, 48))
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        images = torch.rand(2, 3, 33, 50)
+        expected, found = network.eval()(images), models.fast(network)(images)
+    for ours, theirs in zip(found, expected):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in models.fast(network).modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_modes_that_cannot_be_had_are_refused_in_one_sentence():
+    network = Network(named_arch("cnas-k3-e3", 2))
+    with pytest.raises(ValueError, match="no mode"):
+        models.fast(network, "warp")
+    with pytest.raises(ValueError, match="CUDA"):
+        models.fast(network, "graph", torch.rand(1, 3, 32, 32))
+
+
+def test_recomputing_mixed_operations_saves_memory_and_changes_nothing():
+    torch.manual_seed(0)
+    supernet = SuperNet("cnas", 4, 5)
+    for weight in supernet.weight_parameters():
+        weight.requires_grad_(False)
+    images, results = torch.rand(4, 3, 64, 64), []
+    for recompute in (False, True):
+        for mixed in supernet.mixed:
+            mixed.recompute = recompute
+        supernet.alpha.grad, kept = None, {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.__setitem__(t.data_ptr(), t.numel()) or t, lambda t: t):
+            loss = supernet(images, supernet.mixture(5.0, torch.Generator().manual_seed(0))).logits.square().mean()
+        loss.backward()
+        results.append((supernet.alpha.grad.clone(), sum(kept.values())))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert results[1][1] < 0.5 * results[0][1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["folded", "graph"])
+def test_fast_forms_on_a_gpu_compute_the_same(mode):
+    network = Network(named_arch("dcnas-k3-e3", 6)).cuda().eval()
+    images = torch.rand(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        fast = models.fast(network, mode, images)
+        for _ in range(3):
+            images = torch.rand_like(images)
+            for ours, theirs in zip(fast(images), network(images)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)

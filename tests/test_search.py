@@ -383,10 +383,19 @@ def test_the_suggested_command_keeps_the_other_flags():
     assert command == "python search.py --target 4.2 --data 'my photos' --model=dnas"
 
 
-def test_benchmark_prints_the_numbers(capsys):
-    search.main(["--benchmark", "--space", "4", "--size", "16", "--batch-size", "4"])
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("weight step", "alpha step", "images per second", "peak memory"))
+def test_several_targets_are_searched_with_one_table_and_compared(tmp_path, capsys, quick_measurement):
+    table = write_table(tmp_path / "t.json")
+    search.main(["--target", "2.6,3", "--table", table, "--output-dir", str(tmp_path / "family"), *SMALL])
+    records = [models.load_record(tmp_path / "family" / f"target_{name}" / "arch.json") for name in ("2.6", "3")]
+    for record, target in zip(records, (2.6, 3.0)):
+        assert record["latency"]["target_ms"] == target and 0.99 * target <= record["latency"]["predicted_ms"] <= target
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3].split()[0] == "target" and "target_2.6/arch.json" in out[-2] and "target_3/arch.json" in out[-1]
+    alone = tmp_path / "alone"
+    search.main(["--target", "3", "--table", table, "--output-dir", str(alone), *SMALL])
+    assert models.Arch.from_dict(models.load_record(alone / "arch.json")) == models.Arch.from_dict(records[1])
+    message = sentence(["--target", "2,0.001", "--table", table, "--output-dir", str(tmp_path / "none"), *SMALL], capsys)
+    assert "below the fastest" in message and not (tmp_path / "none").exists()
 
 
 def test_alpha_picture_is_optional(tmp_path, monkeypatch):
@@ -422,6 +431,6 @@ def test_a_table_made_before_or_not_the_weights_start_the_same(tmp_path, monkeyp
 
 
 def test_importing_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search, train, eval, latency, data, models"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import benchmark, search, train, eval, latency, data, models"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "") and not list(tmp_path.iterdir())

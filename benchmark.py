@@ -1,0 +1,252 @@
+"""Measures on your device how fast searching, training and inference are, each beside the plain way of doing it.
+
+    python benchmark.py                                       # everything at 64 px: about 5 minutes on a CPU
+    python benchmark.py --threads 1 --space 8 --output benchmark.json
+    python benchmark.py --size 224 --latency-batch 32 --amp bfloat16
+
+The plain way: NCHW tensors, every weight with its gradient in every step, float32, networks as they were trained, and a
+latency that is the sum of operations timed alone. Both ways run in turn in the same process, so that their ratio can be
+trusted where their times cannot. Prints a table, writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import latency
+import models
+from data import whole
+from search import Searcher
+from train import AMP_DTYPES, autocast, prepare, task_loss
+
+FORMAT, VERSION = "joint-benchmark", 1
+
+
+def random_batch(batch_size: int, size: int, device: torch.device, channels_last: bool) -> tuple:
+    """(noisy, clean, labels) of a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(batch_size, 3, size, size, generator=generator)
+    noisy = clean + 0.5 * torch.randn(clean.shape, generator=generator)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    labels = torch.randint(10, (batch_size,), generator=generator)
+    return (noisy.to(device, memory_format=layout), clean.to(device, memory_format=layout), labels.to(device))
+
+
+def compare_search(space: int, batch_size: int, size: int, device: torch.device, amp: str, seconds: float) -> list[dict]:
+    """A weight step (two paths) and an alpha step of the C-NAS supernet."""
+    plain_net = models.SuperNet("cnas", space, 10).to(device).train()
+    optimizer = torch.optim.SGD(plain_net.weight_parameters(), 1e-3, 0.9)
+    noisy, _, labels = random_batch(batch_size, size, device, channels_last=False)
+
+    def plain_weight_step():
+        optimizer.zero_grad()
+        path = plain_net.sample_path()
+        loss = sum(F.cross_entropy(plain_net(noisy, choice).logits, labels)
+                   for choice in (path, plain_net.other_path(path)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain_net.weight_parameters(), 5.0)
+        optimizer.step()
+
+    def plain_alpha_step():
+        plain_net.zero_grad()
+        F.cross_entropy(plain_net(noisy, plain_net.mixture(5.0)).logits, labels).backward()
+
+    searcher = Searcher(models.SuperNet("cnas", space, 10), device=device, lr=1e-3, arch_lr=1e-3, loss="cls", seed=0, amp=amp)
+    batch = random_batch(batch_size, size, device, channels_last=True)
+    rows = []
+    for name, plain, ours in (("weight step", plain_weight_step, lambda: searcher.weight_step(batch, bi_sampling=True)),
+                              ("alpha step", plain_alpha_step, lambda: searcher.arch_step(batch, 5.0))):
+        rows.append({"what": f"search: {name}", "unit": "ms", **in_turn(plain, ours, device, seconds)})
+    iteration = {key: rows[0][key] + rows[1][key] / 2 for key in ("plain", "ours")}
+    rows.append({"what": "search: iteration (weight + half an alpha step)", "unit": "ms", **iteration,
+                 "ratio": iteration["plain"] / iteration["ours"]})
+    rows.append({"what": "search: images", "unit": "/s", **{k: 1e3 * batch_size / ms for k, ms in iteration.items()},
+                 "ratio": iteration["plain"] / iteration["ours"]})
+    return rows
+
+
+def compare_training(batch_size: int, size: int, device: torch.device, amp: str, seconds: float) -> list[dict]:
+    """A training step of DC-NAS with the joint loss."""
+    steps = []
+    for channels_last in (False, True):
+        network = models.Network(models.named_arch("dcnas-k3-e3", 10)).to(device).train()
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9)
+        batch = random_batch(batch_size, size, device, channels_last)
+
+        def step(network=network, optimizer=optimizer, batch=batch, amp=amp if channels_last else "off"):
+            noisy, clean, labels = batch
+            with autocast(device, amp):
+                output = network(noisy)
+            optimizer.zero_grad(set_to_none=True)
+            task_loss(output, clean, labels, "both")[0].backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+        steps.append(step)
+    row = in_turn(*steps, device, seconds)
+    return [{"what": "training: images", "unit": "/s", "plain": 1e3 * batch_size / row["plain"],
+             "ours": 1e3 * batch_size / row["ours"], "ratio": row["ratio"]}]
+
+
+def compare_inference(setting: latency.Setting, modes: list[str], seconds: float) -> list[dict]:
+    """The forms of `models.fast` beside the network as it was trained."""
+    network = models.Network(models.named_arch("dcnas-k3-e3", setting.num_classes))
+    rows = []
+    for mode in modes:
+        with latency.prepared(network, setting) as (eager, images), \
+                latency.prepared(network, latency.replace(setting, mode=mode)) as (fast, _):
+            row = in_turn(lambda: eager(images), lambda: fast(images), setting.device_type, seconds, burst=5)
+        rows.append({"what": f"inference: {mode}, batch {setting.batch}", "unit": "ms", **row})
+    return rows
+
+
+def in_turn(plain, ours, device: torch.device | str, seconds: float, burst: int = 1) -> dict:
+    """Times of both ways, ms, and how many times as fast ours is."""
+    times = latency.interleave([plain, ours], device, burst=burst, seconds=seconds)
+    return {"plain": times.timings[0].median_ms, "ours": times.timings[1].median_ms, "ratio": 1 / times.ratios[1],
+            "uncertainty": times.uncertainty[1]}
+
+
+def naive_sum_ms(network: nn.Module, images: torch.Tensor, device: torch.device) -> float:
+    """The sum of the parts, each timed alone on the input that it has inside the network: what most tables hold."""
+    inputs, parts = {}, latency._named_parts(network)
+    handles = [part.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args))
+               for name, part in parts.items()]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return sum(latency.measure(lambda: part(*inputs[name]), device, warmup=5, repeats=15).median_ms
+               for name, part in parts.items())
+
+
+def compare_prediction(setting: latency.Setting, space: int, count: int) -> tuple[list[dict], dict]:
+    """The median and 95th percentile error, in percent, of a naive sum and of a table on `count` random networks."""
+    start = time.perf_counter()
+    table = latency.LatencyTable(latency.build_table(setting, space=space, min_width=models.MIN_WIDTH))
+    seconds = time.perf_counter() - start
+    rng, device = random.Random(2000), torch.device(setting.device_type)
+    naive, ours = [], []
+    for _ in range(count):
+        arch = models.random_arch("dcnas", space, rng, setting.num_classes)
+        row = latency.compare(table, arch, seconds=1.0)
+        ours.append(abs(row["error_percent"]))
+        with latency.prepared(models.Network(arch), setting) as (network, images):
+            alone = naive_sum_ms(network, images, device)
+            times = latency.interleave([lambda: network(images)], device, burst=5, min_rounds=5)
+        naive.append(abs(100 * (alone / times.timings[0].median_ms - 1)))
+
+    def percentile_95(values):
+        return sorted(values)[-(-95 * len(values) // 100) - 1]
+
+    rows = [{"what": f"prediction: {name} error of {count} networks", "unit": "%", "plain": f(naive), "ours": f(ours),
+             "ratio": f(naive) / f(ours)}
+            for name, f in (("median", statistics.median), ("95th percentile", percentile_95))]
+    return rows, {"table_seconds": seconds, "networks_timed": table.content["networks_timed"]}
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory in MiB so far: what torch allocated on a GPU, or the resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def format_rows(rows: list[dict]) -> str:
+    lines = [f"{'':<50} {'plain':>10} {'ours':>10} {'ratio':>7}"]
+    for row in rows:
+        lines.append(f"{row['what']:<50} {row['plain']:>10.2f} {row['ours']:>10.2f} {row['ratio']:>6.2f}x  {row['unit']}")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", usage="python benchmark.py [options]  (--help lists them)",
+        description="Measure how fast searching, training, inference and the latency table are on this device.",
+        epilog="examples:\n  python benchmark.py\n  python benchmark.py --threads 1 --space 8 --output benchmark.json\n"
+               "  python benchmark.py --parts search --seconds 60",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: everything)")
+    parser.add_argument("--space", type=int, choices=sorted(models.SPACES), default=8,
+                        help="operations per block (default: %(default)s)")
+    parser.add_argument("--size", type=whole(16, 65536), default=64, metavar="PIXELS",
+                        help="height and width of the images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
+                        help="images per step of search and training (default: %(default)s)")
+    parser.add_argument("--latency-batch", type=whole(1, 65536), metavar="N",
+                        help="images per batch of inference (default: 32 on CUDA, 1 on a CPU)")
+    parser.add_argument("--networks", type=whole(1, 10000), default=20, metavar="N",
+                        help="random networks to predict (default: %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=models.MODES[1:],
+                        help="forms of the network for inference (default: folded, and graph on CUDA)")
+    parser.add_argument("--seconds", type=whole(1, 86400), default=20, metavar="S",
+                        help="at most this long for each comparison (default: %(default)s)")
+    parser.add_argument("--device", default=latency.default_device(), help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--threads", type=whole(1, 4096), metavar="N",
+                        help="threads of torch on a CPU for search and training; latencies have one (default: torch's own)")
+    parser.add_argument("--amp", choices=AMP_DTYPES,
+                        help="mixed precision of ours (default: bfloat16 on CUDA, off on a CPU)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="seed of the weights (default: %(default)s)")
+    parser.add_argument("--output", default="benchmark.json", metavar="FILE", help="the JSON to write (default: %(default)s)")
+    return parser
+
+
+PARTS = ("search", "training", "inference", "prediction")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        device = prepare(args)
+        setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rows, table = [], None
+        if "search" in args.parts:
+            rows += compare_search(args.space, args.batch_size, args.size, device, args.amp, args.seconds)
+        if "training" in args.parts:
+            rows += compare_training(args.batch_size, args.size, device, args.amp, args.seconds)
+        memory = peak_memory_mib(device)
+        if "inference" in args.parts:
+            modes = args.modes or (["folded", "graph"] if device.type == "cuda" else ["folded"])
+            rows += compare_inference(setting, modes, args.seconds)
+        if "prediction" in args.parts:
+            more, table = compare_prediction(setting, args.space, args.networks)
+            rows += more
+        models.write_json(args.output, {
+            "format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, args.seed),
+            "setting": vars(setting), "space": args.space, "batch_size": args.batch_size, "amp": args.amp,
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0, "peak_memory_mib": memory, "table": table,
+            "rows": rows})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+    threads = f"{torch.get_num_threads()} threads for search and training, 1 for latency" if device.type == "cpu" else "CUDA"
+    print(f"{setting.device}, {threads}; space {args.space}, batch {args.batch_size}, {args.size} px, amp {args.amp}, torch "
+          f"{torch.__version__}")
+    print(format_rows(rows))
+    if memory is not None and {"search", "training"} & set(args.parts):
+        print(f"peak memory of search and training, both ways: {memory:,.0f} MiB")
+    if table is not None:
+        print(f"latency table: {table['networks_timed']} networks in {table['table_seconds']:.0f} s")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""benchmark.py: in its smallest form, every part runs and its numbers fit together."""
+
+import json
+
+import pytest
+import torch
+
+import benchmark
+import latency
+import models
+
+
+def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+    real = latency.build_table
+    monkeypatch.setattr(latency, "build_table", lambda *args, **kwargs: real(*args, **kwargs, rounds=1))
+    path = tmp_path / "b.json"
+    benchmark.main(["--size", "32", "--batch-size", "4", "--space", "4", "--seconds", "1", "--networks", "2", "--threads", "1",
+                    "--output", str(path)])
+    out = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    rows = {row["what"]: row for row in content["rows"]}
+    for name in ("search: weight step", "search: alpha step", "search: images", "training: images"):
+        assert rows[name]["plain"] > 0 and rows[name]["ours"] > 0 and name in out
+    iteration = rows["search: iteration (weight + half an alpha step)"]
+    assert iteration["ours"] == rows["search: weight step"]["ours"] + rows["search: alpha step"]["ours"] / 2
+    assert rows["search: images"]["ours"] == pytest.approx(4e3 / iteration["ours"])
+    assert content["format"] == "joint-benchmark" and content["table"]["table_seconds"] > 0 and "peak memory" in out
+
+
+def test_the_naive_sum_times_each_part_alone(monkeypatch):
+    timed = []
+    monkeypatch.setattr(latency, "measure", lambda run, *_, **__: timed.append(run()) or latency.Timing(2.0, 2, 2, 1))
+    network = models.Network(models.named_arch("dcnas-k3-e3", 3)).eval()
+    with torch.inference_mode():
+        total = benchmark.naive_sum_ms(network, torch.rand(1, 3, 32, 32), torch.device("cpu"))
+    assert len(timed) == 1 + 19 + 2 and total == 2.0 * len(timed)  # stem, blocks, decoder and head
