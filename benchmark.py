@@ -80,7 +80,7 @@ def compare_training(batch_size: int, size: int, device: torch.device, amp: str,
         network = models.Network(models.named_arch("dcnas-k3-e3", 10)).to(device).train()
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9)
+        optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9, fused=channels_last)
         batch = random_batch(batch_size, size, device, channels_last)
 
         def step(network=network, optimizer=optimizer, batch=batch, amp=amp if channels_last else "off"):

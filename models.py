@@ -306,7 +306,7 @@ class ElasticMBConv(nn.Module):
     """The search form of MBConv: weights at the largest width, of which the kept mid channels take part.
 
     Same computation as MBConv with batch statistics and without the affine part of its norms, so that weights can be
-    copied into the exported network (`copy_to`). `keep` is a LongTensor of mid channels in ascending order.
+    copied into the exported network (`copy_to`). The kept channels are the first `width`, so that their weights are slices.
     """
 
     def __init__(self, position: Block, operation: Operation, min_width: float = MIN_WIDTH):
@@ -321,29 +321,41 @@ class ElasticMBConv(nn.Module):
         self.se = full.se if operation.se else None
         self.residual = full.residual
         self.activation = F.relu if position.activation == "relu" else F.silu
-        # A buffer, so that it moves between devices and lands in checkpoints; its length changes with the width.
-        self.register_buffer("keep", torch.arange(operation.start_width(position.in_channels)))
+        self.width = operation.start_width(position.in_channels)
 
     @property
     def block(self) -> Block:
         """What this candidate is in a record, at its present width."""
-        return fill(self.position, self.operation, len(self.keep))
+        return fill(self.position, self.operation, self.width)
 
-    def set_width(self, mid_channels: int) -> None:
-        """Keep the `mid_channels` channels whose depthwise kernels have the largest L1 norm (TF-NAS)."""
-        norm = self.depthwise_weight.detach().abs().sum(dim=(1, 2, 3))
-        self.keep = norm.topk(mid_channels).indices.sort().values
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.width)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.keep = self.keep.new_empty(len(state_dict.get(prefix + "keep", self.keep)))  # its length is not fixed
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def set_extra_state(self, state: Tensor) -> None:
+        self.width = int(state)
 
-    def _weights(self):
-        expand, depthwise, project = self.expand_weight, self.depthwise_weight, self.project_weight
-        if len(self.keep) < len(depthwise):
-            expand, depthwise = expand[self.keep], depthwise[self.keep]
-            project = project[:, self.keep]
-        return expand, depthwise, project
+    @torch.no_grad()
+    def set_width(self, mid_channels: int) -> list[nn.Parameter]:
+        """Keep the `mid_channels` channels whose depthwise kernels have the largest L1 norm (TF-NAS).
+
+        They are brought to the front. Returns the parameters whose channels changed places.
+        """
+        norm = self.depthwise_weight.abs().sum(dim=(1, 2, 3))
+        order = norm.topk(mid_channels).indices.sort().values
+        rest = torch.ones_like(norm, dtype=torch.bool).index_fill_(0, order, False).nonzero()[:, 0]
+        self.width = mid_channels
+        if torch.equal(order, torch.arange(mid_channels, device=order.device)):
+            return []
+        order = torch.cat((order, rest))
+        moved = [(self.expand_weight, 0), (self.depthwise_weight, 0), (self.project_weight, 1)]
+        if self.se is not None:
+            moved += [(self.se.fc1.weight, 1), (self.se.fc2.weight, 0), (self.se.fc2.bias, 0)]
+        for parameter, dim in moved:
+            parameter.copy_(parameter.index_select(dim, order))
+        return [parameter for parameter, _ in moved]
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.expand_weight[:self.width], self.depthwise_weight[:self.width], self.project_weight[:, :self.width]
 
     def forward(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self._weights()
@@ -353,8 +365,8 @@ class ElasticMBConv(nn.Module):
         out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
         if self.se is not None:
             scale = F.adaptive_avg_pool2d(out, 1)
-            scale = self.activation(F.conv2d(scale, self.se.fc1.weight[:, self.keep], self.se.fc1.bias))
-            scale = F.conv2d(scale, self.se.fc2.weight[self.keep], self.se.fc2.bias[self.keep])
+            scale = self.activation(F.conv2d(scale, self.se.fc1.weight[:, :self.width], self.se.fc1.bias))
+            scale = F.conv2d(scale, self.se.fc2.weight[:self.width], self.se.fc2.bias[:self.width])
             out = out * torch.sigmoid(scale)
         out = _search_norm(F.conv2d(out, project))  # (B, out, H / stride, W / stride)
         return x + out if self.residual else out
@@ -362,12 +374,12 @@ class ElasticMBConv(nn.Module):
     @torch.no_grad()
     def inherit(self, larger: ElasticMBConv) -> None:
         """Take over the centre of a larger candidate's kernels, and its strongest channels where it has more."""
-        norm = larger.depthwise_weight[larger.keep].abs().sum(dim=(1, 2, 3))
-        source = larger.keep[norm.topk(len(self.keep)).indices]
+        norm = larger.depthwise_weight[:larger.width].abs().sum(dim=(1, 2, 3))
+        source = norm.topk(self.width).indices
         size, edge = self.operation.kernel_size, (larger.operation.kernel_size - self.operation.kernel_size) // 2
-        self.expand_weight[self.keep] = larger.expand_weight[source]
-        self.depthwise_weight[self.keep] = larger.depthwise_weight[source, :, edge:edge + size, edge:edge + size]
-        self.project_weight[:, self.keep] = larger.project_weight[:, source]
+        self.expand_weight[:self.width] = larger.expand_weight[source]
+        self.depthwise_weight[:self.width] = larger.depthwise_weight[source, :, edge:edge + size, edge:edge + size]
+        self.project_weight[:, :self.width] = larger.project_weight[:, source]
 
     @torch.no_grad()
     def copy_to(self, block: MBConv) -> None:
@@ -377,10 +389,10 @@ class ElasticMBConv(nn.Module):
         block.depthwise[0].weight.copy_(depthwise)
         block.project[0].weight.copy_(project)
         if self.se is not None:
-            block.se.fc1.weight.copy_(self.se.fc1.weight[:, self.keep])
+            block.se.fc1.weight.copy_(self.se.fc1.weight[:, :self.width])
             block.se.fc1.bias.copy_(self.se.fc1.bias)
-            block.se.fc2.weight.copy_(self.se.fc2.weight[self.keep])
-            block.se.fc2.bias.copy_(self.se.fc2.bias[self.keep])
+            block.se.fc2.weight.copy_(self.se.fc2.weight[:self.width])
+            block.se.fc2.bias.copy_(self.se.fc2.bias[:self.width])
 
 
 class DecoderLevel(nn.Module):
@@ -700,10 +712,12 @@ class SuperNet(nn.Module):
         blocks = [row[index] for row, index in zip(self.candidate_blocks(), path, strict=True)]
         return make_arch(self.network.arch.model, blocks, self.network.arch.num_classes)
 
-    def set_widths(self, path: list[int], mid_channels: list[int]) -> None:
-        """Set the widths of the operations on `path` (elasticity scaling)."""
+    def set_widths(self, path: list[int], mid_channels: list[int]) -> list[nn.Parameter]:
+        """Set the widths of the operations on `path` (elasticity scaling); returns the parameters that were reordered."""
+        moved = []
         for mixed, index, mid in zip(self.mixed, path, mid_channels, strict=True):
-            mixed.candidates[index].set_width(mid)
+            moved += mixed.candidates[index].set_width(mid)
+        return moved
 
     @torch.no_grad()
     def copy_to(self, network: Network, path: list[int]) -> None:

@@ -60,7 +60,7 @@ class Searcher:
         self.device, self.loss, self.amp = device, loss, amp
         self.label_smoothing, self.grad_clip = label_smoothing, grad_clip
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
-        self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5)
+        self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5, foreach=True)
         self.arch_optimizer = torch.optim.Adam(self.arch, arch_lr, (0.5, 0.999), weight_decay=5e-4)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
         self.arch_scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
@@ -108,6 +108,11 @@ class Searcher:
         self.arch_scaler.update()
         self.supernet.normalize_()
         return {"arch_loss": value}
+
+    def set_widths(self, path: list[int], mid_channels: list[int]) -> None:
+        """Set the widths of a path; where channels changed places, momentum starts anew."""
+        for parameter in self.supernet.set_widths(path, mid_channels):
+            self.weight_optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> dict:
         return {"supernet": self.supernet.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict(),
@@ -314,8 +319,8 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
             fitted, widths = budget.fit(path)
             for block, (old, new) in enumerate(zip(path, fitted)):
                 if old != new:  # only the widths of what the search itself prefers
-                    widths[block] = len(supernet.mixed[block].candidates[old].keep)
-            supernet.set_widths(path, widths)
+                    widths[block] = supernet.mixed[block].candidates[old].width
+            searcher.set_widths(path, widths)
             candidates_ms = budget.candidates_ms().to(device)
         entropy = supernet.entropy()
         rows.append({"epoch": epoch + 1, **{name: sum(v) / len(v) for name, v in sums.items()},
@@ -353,7 +358,7 @@ def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: b
     """
     for attempt in range(rounds):
         path = supernet.best_path()
-        widths = [len(supernet.mixed[block].candidates[index].keep) for block, index in enumerate(path)]
+        widths = [supernet.mixed[block].candidates[index].width for block, index in enumerate(path)]
         if pressure:
             path, widths = budget.fit(path)
         blocks = [replace(row[index], mid_channels=width)

@@ -183,7 +183,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     output_dir = Path(output_dir)
     network = network.to(device, memory_format=torch.channels_last)
     batches = NoisyBatches(train_loader, device, sigma_max, seed)
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
     schedule = make_schedule(optimizer, epochs, warmup_epochs, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
     average = None

@@ -36,7 +36,7 @@ def test_one_hot_supernet_equals_the_exported_network_with_copied_weights(model,
     widths = [models.width_range(row[index].operation, row[index].position.in_channels)
               for row, index in ((mixed.candidates, i) for mixed, i in zip(supernet.mixed, path))]
     # narrowest, widest, starting width in turn: sliced weights must be the copied ones
-    supernet.set_widths(path, [(low, high, len(mixed.candidates[i].keep))[n % 3]
+    supernet.set_widths(path, [(low, high, mixed.candidates[i].width)[n % 3]
                                for n, ((low, high), mixed, i) in enumerate(zip(widths, supernet.mixed, path))])
     network = Network(supernet.arch(path))
     supernet.copy_to(network, path)
@@ -75,8 +75,14 @@ def test_set_width_keeps_the_largest_depthwise_kernels():
         candidate.depthwise_weight.zero_()
         strong = torch.tensor([1, 5, 40, 41, 60] + list(range(10, 29)))
         candidate.depthwise_weight[strong] = -1.0
-    candidate.set_width(24)
-    assert candidate.keep.tolist() == sorted(strong.tolist())
+        features = torch.rand(2, candidate.position.in_channels, 8, 8)
+        candidate.width = len(candidate.depthwise_weight)
+        whole = candidate(features)  # the weak channels are zero, so that the strong ones are all there is
+        moved = candidate.set_width(24)
+        assert (candidate.depthwise_weight[:24] == -1).all() and (candidate.depthwise_weight[24:] == 0).all()
+        torch.testing.assert_close(candidate(features), whole)
+    assert [parameter is candidate.expand_weight for parameter in moved] == [True, False, False]
+    assert candidate.set_width(24) == []  # in place already
 
 
 def test_supernet_state_survives_other_widths():
@@ -322,10 +328,10 @@ def test_candidates_inherit_the_centre_and_the_strongest_channels_of_the_largest
     mixed = supernet.mixed[4]
     largest = mixed.candidates[supernet.largest_path()[4]]
     small = next(c for c in mixed.candidates if c.operation.name == "k3-e3-se")
-    strongest = largest.depthwise_weight[largest.keep].abs().sum((1, 2, 3)).argsort(descending=True)[:len(small.keep)]
-    assert torch.equal(small.depthwise_weight[small.keep], largest.depthwise_weight[strongest][..., 1:4, 1:4])
-    assert torch.equal(small.expand_weight[small.keep], largest.expand_weight[strongest])
-    assert torch.equal(small.project_weight[:, small.keep], largest.project_weight[:, strongest])
+    strongest = largest.depthwise_weight[:largest.width].abs().sum((1, 2, 3)).argsort(descending=True)[:small.width]
+    assert torch.equal(small.depthwise_weight[:small.width], largest.depthwise_weight[strongest][..., 1:4, 1:4])
+    assert torch.equal(small.expand_weight[:small.width], largest.expand_weight[strongest])
+    assert torch.equal(small.project_weight[:, :small.width], largest.project_weight[:, strongest])
     features = torch.rand(2, 40, 16, 16)
     twin = next(c for c in mixed.candidates if c.operation.name == "k5-e6-se")
     with torch.no_grad():  # channels in another order, squeeze-and-excitation near 0.5: almost the same function
