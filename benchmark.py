@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -80,6 +81,9 @@ def compare_training(batch_size: int, size: int, device: torch.device, amp: str,
         network = models.Network(models.named_arch("dcnas-k3-e3", 10)).to(device).train()
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
+        else:
+            for level in network.decoder.levels:
+                level.up.forward = partial(nn.ConvTranspose2d.forward, level.up)
         optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9, fused=channels_last)
         batch = random_batch(batch_size, size, device, channels_last)
 

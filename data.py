@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
 from torchvision import datasets, utils
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 MAX_PIXELS = 200_000_000  # a larger image is more likely a mistake (or an attack) than a photograph
+CACHE_BYTES = 2 * 2**30  # decoded images kept in memory
 SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
 LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes, "
            "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR")
@@ -349,7 +350,8 @@ def list_images(folder, recursive=False):
 class Pictures(Dataset):
     """Image files read when asked for: transform(PIL RGB image) -> uint8 (3, H, W); None: the whole image.
 
-    A random transform depends on (seed, epoch, index) alone, whatever the number of workers; see set_epoch.
+    A random transform depends on (seed, epoch, index) alone, whatever the number of workers; see set_epoch. Decoded
+    images are kept in memory as long as they fit into CACHE_BYTES (of all workers together).
     """
 
     def __init__(self, paths, targets=None, transform=None, seed=0):
@@ -358,16 +360,27 @@ class Pictures(Dataset):
         self.transform, self.seed = transform or v2.PILToTensor(), seed
         self.whole = transform is None  # images keep their own sizes, so they cannot share a batch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see it change
+        self.decoded, self.decoded_bytes = {}, 0
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = load_image(self.paths[index])
+        image = self._load(index)
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would also reset the generator of the GPU
             torch.default_generator.manual_seed(_mix(self.seed, int(self.epoch), index))
             return self.transform(image), self.targets[index]
+
+    def _load(self, index):
+        image = self.decoded.get(index)
+        if image is None:
+            image = load_image(self.paths[index])
+            worker, size = get_worker_info(), 3 * image.width * image.height
+            if self.decoded_bytes + size <= CACHE_BYTES // (worker.num_workers if worker else 1):
+                self.decoded[index] = image
+                self.decoded_bytes += size
+        return image
 
 
 class _ResizeAndCrop:

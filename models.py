@@ -395,6 +395,20 @@ class ElasticMBConv(nn.Module):
             block.se.fc2.bias.copy_(self.se.fc2.bias[:self.width])
 
 
+class UpConv(nn.ConvTranspose2d):
+    """2x2 transposed convolution of stride 2: (B, C, H, W) -> (B, out_channels, 2 H, 2 W).
+
+    Computed as a 1x1 convolution and a pixel shuffle: the same weights, multiply-accumulates and result, sooner.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.permute(1, 2, 3, 0).reshape(4 * self.out_channels, self.in_channels, 1, 1)
+        return F.pixel_shuffle(F.conv2d(x, weight, self.bias.repeat_interleave(4)), 2)
+
+
 class DecoderLevel(nn.Module):
     """Concatenate the skip, two 3x3 convolutions, one 2x2 transposed convolution that doubles the size."""
 
@@ -402,7 +416,7 @@ class DecoderLevel(nn.Module):
         super().__init__()
         self.convs = nn.Sequential(Conv2dNormActivation(in_channels, channels, 3, norm_layer=norm_layer),
                                    Conv2dNormActivation(channels, channels, 3, norm_layer=norm_layer))
-        self.up = nn.ConvTranspose2d(channels, out_channels, 2, stride=2)
+        self.up = UpConv(channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         return self.up(self.convs(x if skip is None else torch.cat((x, skip), 1)))

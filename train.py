@@ -450,8 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     start, started = time.perf_counter(), time.time()
     try:
         best = train(network, *loaders, loss=loss, epochs=args.epochs, output_dir=args.output_dir, about=about, device=device,
-                     optimizer=args.optimizer, lr=args.lr, sigma_max=args.sigma, warmup_epochs=warmup, weight_decay=args.weight_decay,
-                     label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
+                     optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, sigma_max=args.sigma,
+                     warmup_epochs=warmup, label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
                      seed=args.seed, state=state)
     except KeyboardInterrupt:
         say_stopped("train.py", args.output_dir, "last.pt", started)

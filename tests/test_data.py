@@ -553,3 +553,16 @@ def test_real_data():
     assert len(images.classes) == 10 and sorted(set(images.train.targets)) == list(range(10))
     batch, labels = next(iter(data.make_loader(images.val, 10)))
     assert batch.shape == (10, 3, 96, 96) and labels.tolist() == list(range(10))
+
+
+def test_decoded_images_are_kept_as_long_as_they_fit(tmp_path, monkeypatch):
+    for index in range(4):
+        Image.new("RGB", (10, 10), (60 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    pictures = data.Pictures(data.list_images(tmp_path))
+    monkeypatch.setattr(data, "CACHE_BYTES", 2 * 300)
+    first = [pictures[index][0] for index in range(4)]
+    reads = []
+    original = data.load_image
+    monkeypatch.setattr(data, "load_image", lambda path: reads.append(path.name) or original(path))
+    assert all(torch.equal(pictures[index][0], first[index]) for index in range(4))
+    assert reads == ["2.png", "3.png"]  # the first two were kept

@@ -143,6 +143,15 @@ def test_decoder_costs_what_the_facts_say_at_224():
     assert (macs["dcnas"] - macs["cnas"]) / 1e6 == pytest.approx(222, abs=1)
 
 
+def test_the_up_convolution_is_a_transposed_convolution():
+    torch.manual_seed(0)
+    up, x = models.UpConv(6, 5), torch.rand(2, 6, 7, 9, requires_grad=True)
+    plain = torch.nn.ConvTranspose2d.forward(up, x)
+    torch.testing.assert_close(up(x), plain)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, up.weight, up.bias)) for out in (up(x), plain)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_macs_of_one_mbconv_by_hand():
     block = MBConv(8, 24, 16, 5, stride=2)
     expected = 24 * 8 * 32 * 32 + 24 * 25 * 16 * 16 + 16 * 24 * 16 * 16
