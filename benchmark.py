@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -107,7 +108,7 @@ def compare_inference(setting: latency.Setting, modes: list[str], seconds: float
     rows = []
     for mode in modes:
         with latency.prepared(network, setting) as (eager, images), \
-                latency.prepared(network, latency.replace(setting, mode=mode)) as (fast, _):
+                latency.prepared(network, replace(setting, mode=mode)) as (fast, _):
             row = in_turn(lambda: eager(images), lambda: fast(images), setting.device_type, seconds, burst=5)
         rows.append({"what": f"inference: {mode}, batch {setting.batch}", "unit": "ms", **row})
     return rows

@@ -374,12 +374,12 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
             prepared(reference_network, setting) as (whole_reference, _):
         measure(lambda: whole_reference(images), device, seconds=1.0)  # warm the clocks
         for index, arch in enumerate(tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False)):
-            times = None
+            carrier, times = models.Network(arch), None
             if not slow_to_make or index < 2 * rounds:
-                with prepared(models.Network(arch), setting) as (network, _):
+                with prepared(carrier, setting) as (network, _):
                     times = interleave([lambda: whole_reference(images), lambda: network(images)], device, min_rounds=3)
                 samples.append(times.timings[0].median_ms)
-            with prepared(models.Network(arch), in_parts) as (network, _):
+            with prepared(carrier, in_parts) as (network, _):
                 pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
                 parts = time_parts(network, images, device, runs=7, queued=not has_parts)
             runs.append((arch, {name: ms / pace for name, ms in parts.items()}, times and times.ratios[1]))
@@ -535,11 +535,12 @@ def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
     reference = models.Network(models.named_arch(table.reference, table.setting.num_classes))
     with prepared(reference, table.setting) as (reference, images), \
             prepared(models.Network(arch), table.setting) as (network, _):
-        times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type,
-                           min_rounds=15, seconds=seconds)
+        burst = 3
+        times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type, burst=burst,
+                           min_rounds=17, seconds=seconds)
     predicted, (reference_time, timing) = table.predict_ms(arch), times.timings
     return {"predicted_ms": predicted, "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms,
-            "runs": timing.count, "slowdown": reference_time.median_ms / table.reference_ms,
+            "bursts": timing.count, "runs": burst * timing.count, "slowdown": reference_time.median_ms / table.reference_ms,
             "error_percent": 100 * (predicted / (times.ratios[1] * table.reference_ms) - 1),
             "uncertainty_percent": 100 * times.uncertainty[1]}
 
@@ -651,7 +652,7 @@ def main(argv: list[str] | None = None) -> None:
                 row = compare(table, arch)
                 print(json.dumps(row, indent=1) if args.json else
                       f"predicted {row['predicted_ms']:.3f} ms, measured {row['measured_ms']:.3f} ms (median of "
-                      f"{row['runs']} bursts, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now "
+                      f"{row['bursts']} bursts, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now "
                       f"takes {row['slowdown']:.2f} times as long as when the table was made; beside that the prediction is "
                       f"{row['error_percent']:+.1f} % off, known to {row['uncertainty_percent']:.1f} %")
             if args.check:

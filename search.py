@@ -32,7 +32,7 @@ import latency
 import models
 from data import number, whole
 from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, check_images, make_folder,
-                   parse_or_resume, prepare, say_stopped, task_loss)
+                   parse_or_resume, prepare, run_flags, say_stopped, task_loss)
 
 LATENCY_LOSSES = {
     # name: (function of LAT / target, default lambda)
@@ -244,8 +244,8 @@ class Budget:
         return path, widths
 
 
-def latency_loss(kind: str, target_ms: float, weight: float):
-    """The latency term of alpha's loss as a function of the expected latency in ms (a tensor)."""
+def latency_loss(kind: str, target_ms: float, weight: float | None):
+    """The latency term of alpha's loss as a function of the expected latency in ms (a tensor); weight None: its default."""
     function, default = LATENCY_LOSSES[kind]
     weight = default if weight is None else weight
     return lambda expected_ms: weight * function(expected_ms / target_ms)
@@ -546,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.target is None:
             parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
         device = prepare(args)
-        flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
+        flags = run_flags(args)
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
@@ -634,7 +634,7 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
     drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
     print(f"\n{format_arch(arch, budget.table)}\n")
     print(f"target {budget.target_ms:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} "
-          f"ms per batch of {setting.batch} (median of {result['runs']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
+          f"ms per batch of {setting.batch} (median of {result['bursts']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
           f"{result['p90_ms']:.3f} ms) on {setting.device}")
     for line in explain(result, pressure):
         print(line)

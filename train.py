@@ -179,8 +179,8 @@ def make_schedule(optimizer, epochs: int, warmup_epochs: float, steps_per_epoch:
 
 def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: int, output_dir: str | Path, about: dict,
           device: torch.device, optimizer: str = "adamw", lr: float | None = None, weight_decay: float | None = None,
-          sigma_max: float = 1.0, warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0, ema: float = 0.0,
-          amp: str = "off", seed: int = 0, state: dict | None = None) -> dict:
+          sigma_max: float = 1.0, warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0,
+          ema: float = 0.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
@@ -305,6 +305,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
 FREE_FLAGS = {"resume", "output_dir", "device", "threads", "workers", "data_root", "table"}
 
 
+def run_flags(args: argparse.Namespace) -> dict:
+    """The flags that make a run what it is, for its checkpoints: where it lies and whether it was resumed are left out."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
+
+
 def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str, needed: str) -> tuple:
     """Parse the flags; with --resume the stopped run's are the defaults. Returns (args, the checkpoint or None).
 
@@ -422,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
             record = {}
         args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")
         args.data_root = args.data_root or record.get("data_root", "data")
-        flags = {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
+        flags = run_flags(args)
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
         classes = data.classes

@@ -269,7 +269,7 @@ def quick_measurement(monkeypatch):
     """Measuring takes seconds; where the numbers do not matter the table's stand in."""
     monkeypatch.setattr(latency, "compare", lambda table, arch: {
         "predicted_ms": table.predict_ms(arch), "measured_ms": table.predict_ms(arch), "p10_ms": 1.0, "p90_ms": 1.0,
-        "runs": 1, "slowdown": 1.0})
+        "bursts": 1, "runs": 1, "slowdown": 1.0})
 
 
 SMALL = ["--size", "16", "--train-images", "60", "--val-images", "10", "--epochs", "2", "--batch-size", "8"]
@@ -304,7 +304,7 @@ def test_derive_corrects_the_table_by_what_it_measures_only_where_it_may(monkeyp
     """The device takes 10 % longer than the table says, whatever the network."""
     def compare(table, arch):
         return {"predicted_ms": table.predict_ms(arch), "measured_ms": 1.1 * table.predict_ms(arch) / table.correction,
-                "p10_ms": 1, "p90_ms": 1, "runs": 1, "slowdown": 1.0}
+                "p10_ms": 1, "p90_ms": 1, "bursts": 1, "runs": 1, "slowdown": 1.0}
     monkeypatch.setattr(latency, "compare", compare)
     supernet, budget = make(target=2.5)
     table = budget.table
