@@ -79,21 +79,31 @@ def _image_mean(x: Tensor) -> Tensor:
     return x.contiguous().mean(3).mean(2).mean(1)
 
 
-def _blur(x: Tensor) -> Tensor:
+class _Blur(torch.autograd.Function):
     """The separable Gaussian window of SSIM where it fits: (B, C, H, W) -> (B, C, H - 10, W - 10).
 
     Written as sums of shifted images, because a depthwise convolution in float64 on a CPU is 2 to 10 times slower,
-    and because AMP and TF32, which would spoil the digits, leave sums alone.
+    and because AMP and TF32, which would spoil the digits, leave sums alone. Left to itself, autograd would make a
+    padded image of every shift; but the window is symmetric, so that the gradient is the same sum over a padded gradient.
     """
-    weights = [math.exp(-((k - WINDOW // 2) / WINDOW_SIGMA) ** 2 / 2) for k in range(WINDOW)]
-    for dim in (2, 3):
-        size = x.shape[dim] - WINDOW + 1
-        total = x.narrow(dim, 0, size) * (weights[0] / sum(weights))
-        for k in range(1, WINDOW):
-            total = torch.add(total, x.narrow(dim, k, size), alpha=weights[k] / sum(weights))
-        x = total
-    return x
 
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        weights = [math.exp(-((k - WINDOW // 2) / WINDOW_SIGMA) ** 2 / 2) for k in range(WINDOW)]
+        for dim in (2, 3):
+            size = x.shape[dim] - WINDOW + 1
+            total = x.narrow(dim, 0, size) * (weights[0] / sum(weights))
+            for k in range(1, WINDOW):
+                total.add_(x.narrow(dim, k, size), alpha=weights[k] / sum(weights))
+            x = total
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _blur(F.pad(gradient, [WINDOW - 1] * 4))
+
+
+_blur = _Blur.apply
 
 # -----------------------------------------------------------------------------------------------------------
 # Evaluation

@@ -320,7 +320,7 @@ class ElasticMBConv(nn.Module):
         self.project_weight = full.project[0].weight  # (out, mid, 1, 1)
         self.se = full.se if operation.se else None
         self.residual = full.residual
-        self.activation = F.relu if position.activation == "relu" else F.silu
+        self.activation = F.relu_ if position.activation == "relu" else F.silu  # the norm before it needs its input only
         self.width = operation.start_width(position.in_channels)
 
     @property
@@ -360,8 +360,11 @@ class ElasticMBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self._weights()
         out = self.activation(_search_norm(F.conv2d(x, expand)))  # (B, mid, H, W)
-        out = F.conv2d(out, depthwise, stride=self.position.stride, padding=self.operation.kernel_size // 2,
-                       groups=len(depthwise))
+        # On a map of n x n pixels, what lies n or more off the kernel's centre meets nothing but padding.
+        radius = self.operation.kernel_size // 2
+        beyond = max(0, radius - max(out.shape[-2:]) + 1)
+        depthwise = depthwise[..., beyond:depthwise.shape[-2] - beyond, beyond:depthwise.shape[-1] - beyond]
+        out = F.conv2d(out, depthwise, stride=self.position.stride, padding=radius - beyond, groups=len(depthwise))
         out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
         if self.se is not None:
             scale = F.adaptive_avg_pool2d(out, 1)
@@ -398,15 +401,19 @@ class ElasticMBConv(nn.Module):
 class UpConv(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2: (B, C, H, W) -> (B, out_channels, 2 H, 2 W).
 
-    Computed as a 1x1 convolution and a pixel shuffle: the same weights, multiply-accumulates and result, sooner.
+    Computed as a 1x1 convolution whose outputs are then spread over 2x2 pixels: the same weights, multiply-accumulates and
+    result, sooner. (Not by F.pixel_shuffle, which wants the channels in another order and is slow in channels-last.)
     """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.permute(1, 2, 3, 0).reshape(4 * self.out_channels, self.in_channels, 1, 1)
-        return F.pixel_shuffle(F.conv2d(x, weight, self.bias.repeat_interleave(4)), 2)
+        weight = self.weight.permute(2, 3, 1, 0).reshape(4 * self.out_channels, self.in_channels, 1, 1)
+        batch, _, height, width = x.shape
+        out = F.conv2d(x, weight, self.bias.repeat(4)).permute(0, 2, 3, 1)  # (B, H, W, 2 * 2 * out)
+        out = out.reshape(batch, height, width, 2, 2 * self.out_channels).transpose(2, 3)  # (B, H, 2, W, 2 * out)
+        return out.reshape(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class DecoderLevel(nn.Module):

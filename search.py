@@ -60,7 +60,9 @@ class Searcher:
         self.device, self.loss, self.amp = device, loss, amp
         self.label_smoothing, self.grad_clip = label_smoothing, grad_clip
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
-        self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5, foreach=True)
+        self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5, fused=True)
+        for weight in self.weights:  # zero is where momentum starts; the fused step wants it there for operations new to it
+            self.weight_optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.arch_optimizer = torch.optim.Adam(self.arch, arch_lr, (0.5, 0.999), weight_decay=5e-4)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
         self.arch_scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
@@ -112,7 +114,7 @@ class Searcher:
     def set_widths(self, path: list[int], mid_channels: list[int]) -> None:
         """Set the widths of a path; where channels changed places, momentum starts anew."""
         for parameter in self.supernet.set_widths(path, mid_channels):
-            self.weight_optimizer.state.pop(parameter, None)
+            self.weight_optimizer.state[parameter]["momentum_buffer"].zero_()
 
     def state_dict(self) -> dict:
         return {"supernet": self.supernet.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict(),
