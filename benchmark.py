@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -84,7 +83,7 @@ def compare_training(batch_size: int, size: int, device: torch.device, amp: str,
             network = network.to(memory_format=torch.channels_last)
         else:
             for level in network.decoder.levels:
-                level.up.forward = partial(nn.ConvTranspose2d.forward, level.up)
+                level.up.plain = True
         optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9, fused=channels_last)
         batch = random_batch(batch_size, size, device, channels_last)
 
@@ -158,6 +157,41 @@ def compare_prediction(setting: latency.Setting, space: int, count: int) -> tupl
     return rows, {"table_seconds": seconds, "networks_timed": table.content["networks_timed"]}
 
 
+def compare_memory(space: int, batch_size: int, sizes: list[int]) -> list[dict]:
+    """What an alpha step keeps from its forward pass for its backward pass, most of its memory, in float32.
+
+    Counted on shapes alone (torch's meta device): the same on every machine, and no GPU of that size is needed.
+    """
+    rows = []
+    for size in sizes:
+        supernet = models.SuperNet("cnas", space, 10).to("meta").train()
+        images = torch.empty(batch_size, 3, size, size, device="meta")
+        plain = kept_gib(supernet, images)
+        for weight in supernet.weight_parameters():
+            weight.requires_grad_(False)
+        for recompute in (False, True):
+            for mixed in supernet.mixed:
+                mixed.recompute = recompute
+            ours = kept_gib(supernet, images)
+            rows.append({"what": f"memory: alpha step, {size} px" + (", --recompute" if recompute else ""), "unit": "GiB",
+                         "plain": plain, "ours": ours, "ratio": plain / ours})
+    return rows
+
+
+def kept_gib(supernet: models.SuperNet, images: torch.Tensor) -> float:
+    """The tensors that the forward pass of a mixture saves for its backward pass, without the weights, GiB."""
+    kept = {weight.untyped_storage()._cdata: (None, 0) for weight in supernet.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()  # held, so that no other one gets its address meanwhile
+        kept.setdefault(storage._cdata, (storage, storage.nbytes()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        supernet(images, supernet.mixture(5.0))
+    return sum(size for _, size in kept.values()) / 2**30
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """Peak memory in MiB so far: what torch allocated on a GPU, or the resident size of this process on a CPU."""
     if device.type == "cuda":
@@ -209,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-PARTS = ("search", "training", "inference", "prediction")
+PARTS = ("search", "training", "memory", "inference", "prediction")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         if "training" in args.parts:
             rows += compare_training(args.batch_size, args.size, device, args.amp, args.seconds)
         memory = peak_memory_mib(device)
+        if "memory" in args.parts:
+            rows += compare_memory(args.space, args.batch_size, sorted({args.size, models.PAPER_SIZE}))
         if "inference" in args.parts:
             modes = args.modes or (["folded", "graph"] if device.type == "cuda" else ["folded"])
             rows += compare_inference(setting, modes, args.seconds)

@@ -265,7 +265,7 @@ class LatencyTable:
 
     `operations` is a list of records with the fields of KEY_FIELDS, `mid_channels` (ascending) and `ms` (positive, never
     decreasing); widths between them are interpolated linearly. `fixed_ms[model]` holds stem, stage 2, decoder, head and
-    the rest (normalisation, padding) of a "cnas", "dnas" or "dcnas". All are multiplied by `correction`, which is 1 unless a
+    the rest of a "cnas", "dnas" or "dcnas"; the rest alone may be negative (see `_add_what_is_shared`). All are multiplied by `correction`, which is 1 unless a
     search has set it to what it measured on whole networks.
     """
 
@@ -274,7 +274,7 @@ class LatencyTable:
         self.content = content
         try:
             self.setting = Setting(**content["setting"])
-            self.fixed_ms = {model: {part: _positive(ms) for part, ms in parts.items()}
+            self.fixed_ms = {model: {part: (_number if part == "rest" else _positive)(ms) for part, ms in parts.items()}
                              for model, parts in content["fixed_ms"].items()}
             self.reference_ms, self.correction = _positive(content["reference_ms"]), _positive(content["correction"])
             self.space, self.min_width, self.reference = content["space"], content["min_width"], content["reference"]
@@ -322,8 +322,14 @@ class LatencyTable:
         return self.base_ms(arch.model) + sum(self.block_ms(block) for block in arch.blocks if block.stage > 2)
 
 
+def _number(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e9 < value < 1e9:
+        raise ValueError(f"a time must be a number of milliseconds, not {value!r}")
+    return float(value)
+
+
 def _positive(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+    if _number(value) <= 0:
         raise ValueError(f"a time must be a positive number of milliseconds, not {value!r}")
     return float(value)
 
@@ -354,8 +360,9 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
     carrier a fixed reference network is timed in turn, and the carrier's times are taken as multiples of the reference's: a
     noisy neighbour cancels out.
 
-    A compiled network or a CUDA graph has no parts to time. There the parts are timed in the folded network, and whole
-    networks in the mode itself say by how much each group of parts differs (`_group_factors`).
+    Each carrier is also timed as a whole, which says what parts cost each other (`_add_what_is_shared`). A compiled network
+    or a CUDA graph has no parts to time. There the parts are timed in the folded network, and whole networks in the mode
+    itself say by how much each group of parts differs (`_group_factors`).
     """
     import random
 
@@ -402,8 +409,6 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                 known.setdefault("stage_2", []).append(ms)
             else:
                 searched.setdefault(_key(block), {}).setdefault(block.mid_channels, []).append(ms)
-        if whole is not None:
-            known.setdefault("rest", []).append(whole - sum(parts.values()))
     operations = []
     for key in sorted(searched):
         widths = sorted(searched[key])
@@ -416,10 +421,10 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                "setting": asdict(setting), "space": space, "min_width": min_width, "networks_timed": len(carriers),
                "reference": REFERENCE, "reference_ms": reference_ms, "correction": 1.0,
                "reference_spread": asdict(Timing.of(samples)),
-               # The rest (normalisation, padding) is a difference of medians; noise must not make it negative.
-               "fixed_ms": {model: {part: max(round(statistics.median(ms), 6), 1e-3) for part, ms in parts.items()}
+               "fixed_ms": {model: {part: round(statistics.median(ms), 6) for part, ms in parts.items()}
                             for model, parts in sorted(fixed.items())},
                "operations": operations}
+    _add_what_is_shared(content, [(arch, whole) for arch, _, whole in runs if whole is not None])
     # What is left over is a factor that all networks share; the errors then reported are of networks it was not fitted on.
     fitted = check(LatencyTable(content), count=(1 if slow_to_make else 4) * rounds, seed=seed + 1)
     content["correction"] = 1 / (1 + statistics.median(row["error_percent"] for row in fitted["networks"]) / 100)
@@ -449,6 +454,42 @@ def _carriers(rng, space: int, num_classes: int, min_width: float, rounds: int) 
             carriers.append(models.make_arch("dcnas", blocks, num_classes))
     some = carriers[:4 * rounds]  # each kind among the first: where a network takes long to make no more are timed whole
     return [arch.with_model(model) for arch in some for model in models.MODELS] + carriers[len(some):]
+
+
+def _weights(block) -> int:
+    """Weights of a block that change with its width."""
+    return block.mid_channels * (block.in_channels + block.out_channels + block.kernel_size ** 2 + 2 * block.se_channels)
+
+
+def _add_what_is_shared(content: dict, runs: list) -> None:
+    """Complete a table of parts by whole networks, runs of (arch, ms): what a block costs the others, and the rest.
+
+    The more weights a network has, the more of them have left the cache when their turn comes: each part is slower in a large
+    network than in a small one, by its neighbours' fault. So a block's time gets `spill` ms per weight on top, and each model
+    a "rest" (with normalisation and padding), which is mostly negative: what the parts had of this already, in the networks
+    they were timed in. Both by least squares of the relative errors; without this, small networks are predicted too slow and
+    large ones too fast (on a CPU at 64 px by up to 8 %).
+    """
+    import models
+
+    table = LatencyTable(content)
+    kinds = sorted({arch.model for arch, _ in runs})
+    rows = torch.tensor([[*(float(arch.model == kind) for kind in kinds), sum(_weights(block) for block in arch.blocks) / 1e6]
+                         for arch, _ in runs], dtype=torch.float64)
+    whole = torch.tensor([ms for _, ms in runs], dtype=torch.float64)[:, None]
+    left = whole - torch.tensor([table.predict_ms(arch) for arch, _ in runs], dtype=torch.float64)[:, None]
+    spill = 0.0
+    if len(runs) >= 20:  # fewer say nothing about a slope
+        spill = max(0.0, torch.linalg.lstsq(rows / whole, left / whole).solution[-1].item())
+    left = left - spill * rows[:, -1:]
+    for index, kind in enumerate(kinds):
+        parts = content["fixed_ms"][kind]
+        rest = left[rows[:, index] == 1].median().item()
+        parts["rest"] = round(max(rest, -0.5 * sum(parts.values())), 6)
+    for row in content["operations"]:
+        shape = {name: row[name] for name in KEY_FIELDS}
+        row["ms"] = [round(ms + spill * _weights(models.Block(mid_channels=width, **shape)) / 1e6, 6)
+                     for width, ms in zip(row["mid_channels"], row["ms"])]
 
 
 def _group(arch, part: str) -> str:

@@ -401,19 +401,27 @@ class ElasticMBConv(nn.Module):
 class UpConv(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2: (B, C, H, W) -> (B, out_channels, 2 H, 2 W).
 
-    Computed as a 1x1 convolution whose outputs are then spread over 2x2 pixels: the same weights, multiply-accumulates and
-    result, sooner. (Not by F.pixel_shuffle, which wants the channels in another order and is slow in channels-last.)
+    Computed as a 1x1 convolution whose outputs are then spread over 2x2 pixels: the same weights and result, sooner. (Not by
+    F.pixel_shuffle, which wants the channels in another order and is slow in channels-last.)
     """
+
+    plain = False  # True: layer by layer, as the paper describes it; for counting and comparing
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.permute(2, 3, 1, 0).reshape(4 * self.out_channels, self.in_channels, 1, 1)
-        batch, _, height, width = x.shape
-        out = F.conv2d(x, weight, self.bias.repeat(4)).permute(0, 2, 3, 1)  # (B, H, W, 2 * 2 * out)
-        out = out.reshape(batch, height, width, 2, 2 * self.out_channels).transpose(2, 3)  # (B, H, 2, W, 2 * out)
-        return out.reshape(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor, then: nn.Conv2d | None = None) -> Tensor:
+        """`then`: a 1x1 convolution to apply to the result. Both are linear, so that they are one: the product of the weights."""
+        if self.plain:
+            return super().forward(x) if then is None else then(super().forward(x))
+        weight, bias = self.weight, self.bias  # (in, out, 2, 2), (out,)
+        if then is not None:
+            mix = then.weight[:, :, 0, 0]
+            weight, bias = torch.einsum("iojk,po->ipjk", weight, mix), mix @ bias + then.bias
+        batch, channels, height, width = x.shape
+        out = F.conv2d(x, weight.permute(2, 3, 1, 0).reshape(-1, channels, 1, 1), bias.repeat(4))  # (B, 2 * 2 * out, H, W)
+        out = out.permute(0, 2, 3, 1).reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, H, 2, W, 2 * out)
+        return out.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 class DecoderLevel(nn.Module):
@@ -425,8 +433,8 @@ class DecoderLevel(nn.Module):
                                    Conv2dNormActivation(channels, channels, 3, norm_layer=norm_layer))
         self.up = UpConv(channels, out_channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.up(self.convs(x if skip is None else torch.cat((x, skip), 1)))
+    def forward(self, x: Tensor, skip: Tensor | None, then: nn.Conv2d | None = None) -> Tensor:
+        return self.up(self.convs(x if skip is None else torch.cat((x, skip), 1)), then)
 
 
 class Decoder(nn.Module):
@@ -447,9 +455,9 @@ class Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         s2, s3, s4, _, x = features
-        for level, skip in zip(self.levels, (None, s4, s3, s2)):
+        for level, skip in zip(self.levels, (None, s4, s3)):
             x = level(x, skip)
-        return self.image(x)
+        return self.levels[-1](x, s2, then=self.image)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -794,6 +802,9 @@ def count_macs(network: nn.Module, size: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     counted = copy.deepcopy(network).to("meta").eval()  # shapes only: nothing is computed
+    for module in counted.modules():
+        if isinstance(module, UpConv):
+            module.plain = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         counted(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2  # the counter counts 2 per multiply-accumulate

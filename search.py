@@ -382,13 +382,14 @@ def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: b
 
 def format_arch(arch: models.Arch, table: latency.LatencyTable) -> str:
     """The found network as a table a person can read."""
+    fixed = {part: ms * table.correction for part, ms in table.fixed_ms[arch.model].items()}
     lines = [f"{'stage':>5}  {'operation':<14} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} {'ms':>7}"]
     for block in arch.blocks:
         name = f"MBConv k{block.kernel_size} x{block.mid_channels / block.in_channels:.2f}"
-        ms = table.fixed_ms[arch.model]["stage_2"] if block.stage == 2 else table.block_ms(block)
+        ms = fixed["stage_2"] if block.stage == 2 else table.block_ms(block)
         lines.append(f"{block.stage:>5}  {name:<14} {block.in_channels:>4} {block.mid_channels:>5} {block.out_channels:>4} "
                      f"{block.stride:>6} {block.se_channels or '-':>4} {ms:>7.3f}")
-    for part, ms in table.fixed_ms[arch.model].items():
+    for part, ms in fixed.items():
         if part != "stage_2":
             lines.append(f"{'':>5}  {part:<14} {'':>4} {'':>5} {'':>4} {'':>6} {'':>4} {ms:>7.3f}")
     return "\n".join(lines)

@@ -432,3 +432,10 @@ def test_help_is_complete(capsys):
     for flag in ("--checkpoint", "--data", "--split", "--sigmas", "--input", "--sigma", "--clip", "--batch-size",
                  "--seed", "--threads", "--device", "--output-dir", "--no-latency", "--val-images", "examples:"):
         assert flag in text
+
+
+def test_the_gradient_of_ssim_is_that_of_its_formula():
+    """The window has a gradient of its own; in float64 it must agree with finite differences."""
+    torch.manual_seed(0)
+    image, reference = torch.rand(1, 2, 13, 14, dtype=torch.float64), torch.rand(1, 2, 13, 14, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: evaluation.ssim(x, reference), (image.requires_grad_(),))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -276,3 +277,24 @@ def test_latency_works_alone_in_an_empty_folder(tmp_path):
             "print(latency.measure_network(torch.nn.Conv2d(3, 4, 3), s, repeats=3, seconds=0).count)")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == "3", run.stderr
+
+
+@pytest.mark.parametrize("spill", (0.0, 0.3))
+def test_a_table_learns_what_parts_cost_each_other(spill):
+    """Whole networks that take `spill` ms per million weights more than their parts, and 0.1 ms less altogether."""
+    content = fake_table(space=8)
+    for parts in content["fixed_ms"].values():
+        del parts["rest"]
+    before = {model: sum(parts.values()) for model, parts in content["fixed_ms"].items()}
+    parts_alone, rng = latency.LatencyTable(content), random.Random(0)
+
+    def whole_ms(arch):
+        return parts_alone.predict_ms(arch) + spill * sum(latency._weights(block) for block in arch.blocks) / 1e6 - 0.1
+
+    archs = [models.random_arch("dcnas", 8, rng, 10).with_model(model) for _ in range(20) for model in models.MODELS]
+    runs = [(arch, whole_ms(arch)) for arch in archs]
+    latency._add_what_is_shared(content, runs)
+    table = latency.LatencyTable(content)
+    for arch in (models.random_arch(model, 8, rng, 0 if model == "dnas" else 10) for model in models.MODELS):
+        assert table.predict_ms(arch) == pytest.approx(whole_ms(arch), abs=1e-3)
+    assert all(table.base_ms(model) < ms for model, ms in before.items())

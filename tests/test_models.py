@@ -143,13 +143,29 @@ def test_decoder_costs_what_the_facts_say_at_224():
     assert (macs["dcnas"] - macs["cnas"]) / 1e6 == pytest.approx(222, abs=1)
 
 
-def test_the_up_convolution_is_a_transposed_convolution():
+@pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "with a 1x1 convolution behind it"))
+def test_the_up_convolution_is_a_transposed_convolution(then):
     torch.manual_seed(0)
     up, x = models.UpConv(6, 5), torch.rand(2, 6, 7, 9, requires_grad=True)
     plain = torch.nn.ConvTranspose2d.forward(up, x)
-    torch.testing.assert_close(up(x), plain)
-    gradients = [torch.autograd.grad(out.square().sum(), (x, up.weight, up.bias)) for out in (up(x), plain)]
+    plain = plain if then is None else then(plain)
+    torch.testing.assert_close(up(x, then), plain)
+    parameters = (x, *up.parameters(), *(then.parameters() if then else ()))
+    gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (up(x, then), plain)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kernel, stride, size", ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (5, 2, 3), (5, 1, 7)))
+def test_a_kernel_cropped_to_a_small_map_computes_the_same(kernel, stride, size):
+    torch.manual_seed(0)
+    position = models.Block(5, 16, 0, 16 if stride == 1 else 24, 0, stride, 0, "silu")
+    elastic = models.ElasticMBConv(position, models.Operation(kernel, 3))
+    block = models.build_block(elastic.block, norm_layer=models.SearchNorm)
+    elastic.copy_to(block)
+    x = torch.rand(4, 16, size, size)
+    torch.testing.assert_close(elastic(x), block(x))
+    elastic(x).sum().backward()
+    assert elastic.depthwise_weight.grad.shape == elastic.depthwise_weight.shape
 
 
 def test_macs_of_one_mbconv_by_hand():
