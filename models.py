@@ -367,10 +367,10 @@ class ElasticMBConv(nn.Module):
         out = F.conv2d(out, depthwise, stride=self.position.stride, padding=radius - beyond, groups=len(depthwise))
         out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
         if self.se is not None:
-            scale = F.adaptive_avg_pool2d(out, 1)
-            scale = self.activation(F.conv2d(scale, self.se.fc1.weight[:, :self.width], self.se.fc1.bias))
-            scale = F.conv2d(scale, self.se.fc2.weight[:self.width], self.se.fc2.bias[:self.width])
-            out = out * torch.sigmoid(scale)
+            fc1, fc2, kept = self.se.fc1, self.se.fc2, slice(self.width)  # 1x1 convolutions of single pixels: matrices
+            scale = self.activation(F.linear(out.mean((2, 3)), fc1.weight[:, kept, 0, 0], fc1.bias))
+            scale = torch.sigmoid(F.linear(scale, fc2.weight[kept, :, 0, 0], fc2.bias[kept]))
+            out = out * scale[:, :, None, None]
         out = _search_norm(F.conv2d(out, project))  # (B, out, H / stride, W / stride)
         return x + out if self.residual else out
 
@@ -519,12 +519,18 @@ class Network(nn.Module):
         return [block for stage in (*self.encoder, *self.tail) for block in stage]
 
     def forward(self, x: Tensor) -> Output:
-        height, width = x.shape[-2:]
+        return self.finish(self.begin(x), *x.shape[-2:])
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Stem and stage 2, which are not searched: (B, 3, H, W) -> (B, 16, H / 2, W / 2)."""
         if self.decoder is not None:
             x = pad_to_multiple(x, ENCODER_STRIDE)
-        x = self.stem((x - self.mean) / self.std)  # (B, 32, H / 2, W / 2)
-        features = []
-        for stage in self.encoder:  # down to (B, 112, H / 16, W / 16)
+        return self.encoder[0](self.stem((x - self.mean) / self.std))
+
+    def finish(self, x: Tensor, height: int, width: int) -> Output:
+        """The rest of the network, for an image of height x width, from what `begin` returned."""
+        features = [x]
+        for stage in self.encoder[1:]:  # down to (B, 112, H / 16, W / 16)
             x = stage(x)
             features.append(x)
         if not (self.parallel and x.is_cuda and self.denoises and self.classifies):
@@ -674,9 +680,17 @@ class SuperNet(nn.Module):
         return [self.alpha]
 
     def forward(self, x: Tensor, choice: list[int] | Tensor) -> Output:
+        return self.finish(self.begin(x), choice, *x.shape[-2:])
+
+    def begin(self, x: Tensor) -> Tensor:
+        """What no choice changes, to be computed once for several choices."""
+        return self.network.begin(x)
+
+    def finish(self, x: Tensor, choice: list[int] | Tensor, height: int, width: int) -> Output:
+        """The rest of the supernet, for images of height x width, from what `begin` returned."""
         for mixed, chosen in zip(self.mixed, choice, strict=True):
             mixed.choice = chosen
-        return self.network(x)
+        return self.network.finish(x, height, width)
 
     def _gumbel(self, generator: torch.Generator | None) -> Tensor:
         noise = torch.empty(self.alpha.shape).exponential_(generator=generator)  # on the CPU: the same on any device

@@ -50,7 +50,7 @@ class Searcher:
     """The supernet with its two optimizers: one step for the weights, one for the architecture.
 
     The supernet is anything with weight_parameters(), arch_parameters(), sample_path(), other_path(), mixture(),
-    normalize_() and forward(images, choice). Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
+    normalize_(), begin(images) and finish(begun, choice, height, width). Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
     betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
     """
 
@@ -68,10 +68,14 @@ class Searcher:
         self.arch_scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
         self.generator = torch.Generator().manual_seed(seed)  # of the paths, on the CPU: the same on every device
 
-    def _loss(self, batch, choice) -> Tensor:
+    def _begin(self, batch) -> Tensor:
+        with autocast(self.device, self.amp):
+            return self.supernet.begin(batch[0])
+
+    def _loss(self, begun: Tensor, batch, choice) -> Tensor:
         noisy, clean, labels = batch
         with autocast(self.device, self.amp):
-            output = self.supernet(noisy, choice)
+            output = self.supernet.finish(begun, choice, *noisy.shape[-2:])
         return task_loss(output, clean, labels, self.loss, self.label_smoothing)[0]
 
     def weight_step(self, batch, bi_sampling: bool, path: list[int] | None = None,
@@ -80,11 +84,13 @@ class Searcher:
         operations of every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
         self.weight_optimizer.zero_grad(set_to_none=True)  # operations that were not sampled stay as they are
         path = self.supernet.sample_path(self.generator) if path is None else path
-        total = 0.0
+        total, begun = 0.0, self._begin(batch)
+        start = begun.detach().requires_grad_()  # both paths start from here, and their gradients meet here
         for choice in (path, self.supernet.other_path(path, self.generator)) if bi_sampling else (path,):
-            loss = self._loss(batch, choice)
+            loss = self._loss(start, batch, choice)
             self.scaler.scale(loss).backward()  # each at once: the graph of one path in memory, not of two
             total = total + loss.detach()
+        begun.backward(start.grad)
         self.scaler.unscale_(self.weight_optimizer)
         nn.utils.clip_grad_norm_(self.weights, self.grad_clip)
         # Asked for last: it waits for the device.
@@ -98,7 +104,7 @@ class Searcher:
         for weight in self.weights:
             weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
         try:
-            loss = self._loss(batch, self.supernet.mixture(temperature, self.generator))
+            loss = self._loss(self._begin(batch), batch, self.supernet.mixture(temperature, self.generator))
             total = loss if latency_term is None else loss + latency_term()
             self.arch_optimizer.zero_grad(set_to_none=True)
             self.arch_scaler.scale(total).backward()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import benchmark
+import eval as evaluation
 import latency
 import models
 
@@ -37,3 +38,9 @@ def test_the_naive_sum_times_each_part_alone(monkeypatch):
     with torch.inference_mode():
         total = benchmark.naive_sum_ms(network, torch.rand(1, 3, 32, 32), torch.device("cpu"))
     assert len(timed) == 1 + 19 + 2 and total == 2.0 * len(timed)  # stem, blocks, decoder and head
+
+
+def test_both_ways_of_ssim_agree():
+    torch.manual_seed(0)
+    image, reference = torch.rand(2, 3, 24, 31), torch.rand(2, 3, 24, 31)
+    torch.testing.assert_close(benchmark.plain_ssim(image, reference), evaluation.ssim(image, reference))
