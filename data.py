@@ -5,8 +5,8 @@
 
 Reads the image files of a folder (or MNIST), writes nothing but the preview. Everything random comes from a
 seed: the same seed gives the same images, splits, order, crops and noise. Works when copied alone into
-another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Markhorst 2024: a digit (there
-two) on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
+another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Markhorst 2024: a coloured digit,
+or as there two white ones, on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
 """
 import argparse
 import copy
@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 MAX_PIXELS = 200_000_000  # a larger image is more likely a mistake (or an attack) than a photograph
 CACHE_BYTES = 2 * 2**30  # decoded images kept in memory
+DIGIT = 28  # pixels, height and width of a digit of MNIST
 SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
 LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes, "
            "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR")
@@ -57,9 +58,13 @@ def _mix(*numbers):
 
 # --- Noise --------------------------------------------------------------------------------------------------
 
-def sample_sigma(count, low, high, generator, device):
-    """Noise levels ~ U[low, high], one per image: (count,) float32 on device (images in [0, 1])."""
-    unit = torch.rand(count, generator=generator, device=generator.device if generator else device)
+def sample_sigma(count, low, high, generator, device, levels=0):
+    """Noise levels ~ U[low, high], one per image: (count,) float32 on device (images in [0, 1]).
+
+    levels: of so many values, evenly spaced from low to high, instead (0: of all).
+    """
+    how = dict(generator=generator, device=generator.device if generator else device)
+    unit = torch.randint(levels, (count,), **how) / max(1, levels - 1) if levels else torch.rand(count, **how)
     return (low + (high - low) * unit).to(device)
 
 
@@ -252,6 +257,83 @@ class Scenes(Dataset):
         return self.images[index], self.targets[index]
 
 
+class Pairs(Dataset):
+    """Scenes with two digits: images uint8 (N, 1, size, size), rows int64 (N, 2, 5): label, left, top, right, bottom.
+
+    dataset[i] -> (uint8 (3, size, size), its rows (2, 5)); see split_labels. targets: the label of the first digit.
+    """
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+        self.targets = rows[:, 0, 0].tolist()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index].expand(3, -1, -1), self.rows[index]
+
+
+def _render_pair(digits, labels, size, rng):
+    """Two digits, (28, 28) uint8, at random places on one grey: scene (1, size, size) uint8, rows (2, 5).
+
+    Markhorst 2024, section 3: a constant grey from [0.1, 0.3], no overlap of the digits' boxes.
+    """
+    background = rng.uniform(0.1, 0.3)
+    scene = np.full((1, size, size), round(255 * background), dtype=np.uint8)
+    while True:
+        corners = rng.integers(0, size - DIGIT + 1, (2, 2))  # (left, top) of each
+        if np.abs(corners[0] - corners[1]).max() >= DIGIT:
+            break
+    for digit, (left, top) in zip(digits, corners):
+        scene[0, top:top + DIGIT, left:left + DIGIT] = (background * 255 + 0.5) + digit * (1 - background)
+    return scene, [[label, left, top, left + DIGIT, top + DIGIT] for label, (left, top) in zip(labels, corners)]
+
+
+def _make_pairs(count, size, seed, split, two_digits):
+    """Scenes of these counts, each by (seed, split, index) alone. two_digits(rng) -> ([mask, mask], [label, label])."""
+    if size < 2 * DIGIT:
+        raise DataError(f"two digits of {DIGIT} pixels need images of {2 * DIGIT} pixels or more, not {size}")
+    images, rows = torch.empty(count, 1, size, size, dtype=torch.uint8), torch.empty(count, 2, 5, dtype=torch.int64)
+    for index in range(count):
+        rng = np.random.default_rng([seed % 2**32, split, index])
+        scene, row = _render_pair(*two_digits(rng), size, rng)
+        images[index], rows[index] = torch.from_numpy(scene), torch.tensor(np.array(row))
+    return Pairs(images, rows)
+
+
+def _framed(digit):
+    """A drawn digit in the middle of (28, 28), as in MNIST."""
+    frame = np.zeros((DIGIT, DIGIT), dtype=np.uint8)
+    top, left = (DIGIT - digit.shape[0]) // 2, (DIGIT - digit.shape[1]) // 2
+    frame[top:top + digit.shape[0], left:left + digit.shape[1]] = digit
+    return frame
+
+
+def _load_digit_pairs(root, size, seed, train_images, val_images):
+    """Pairs of drawn digits: 4,000 scenes for training and 1,000 for validation unless stated."""
+    def two_digits(rng):
+        labels = rng.integers(0, 10, 2).tolist()
+        return [_framed(_draw_digit(label, 20, 20, rng)) for label in labels], labels
+    return (_make_pairs(train_images or 4000, size, seed, 2, two_digits),
+            _make_pairs(val_images or 1000, size, seed, 3, two_digits))
+
+
+def _load_mnist_pairs(root, size, seed, train_images, val_images):
+    """Pairs of MNIST digits: 25,000 scenes from its training set and 5,000 from its test set unless stated.
+
+    Markhorst 2024 makes 30,000 scenes and does not say how they are split; here no digit is in both parts.
+    """
+    def split(number, count):
+        digits, targets = _read_mnist(root, train=number == 2)
+
+        def two_digits(rng):
+            chosen = rng.integers(0, len(targets), 2).tolist()
+            return [digits[i] for i in chosen], [targets[i] for i in chosen]
+        return _make_pairs(count, size, seed, number, two_digits)
+    return split(2, train_images or 25000), split(3, val_images or 5000)
+
+
 def _make_scenes(targets, indices, size, seed, split, masks):
     """Scenes of these indices, each by (seed, split, index) alone. masks(index, rng) -> digit_mask."""
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
@@ -261,7 +343,7 @@ def _make_scenes(targets, indices, size, seed, split, masks):
     return Scenes(images, [int(targets[i]) for i in indices])
 
 
-def _load_digits(size, seed, train_images, val_images):
+def _load_digits(root, size, seed, train_images, val_images):
     """Drawn digits, the classes in turn: 4,000 for training and 1,000 for validation unless stated."""
     def split(number, count, default):
         count = default if count is None else count
@@ -272,22 +354,32 @@ def _load_digits(size, seed, train_images, val_images):
     return split(0, train_images, 4000), split(1, val_images, 1000)
 
 
+def _read_mnist(root, train):
+    """MNIST's training or test set: digits (N, 28, 28) uint8, a list of labels."""
+    try:
+        try:
+            mnist = datasets.MNIST(root, train=train)
+        except RuntimeError:  # not there yet
+            mnist = datasets.MNIST(root, train=train, download=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}): "
+                        "give its folder with --data-root, or use --data digits") from None
+    return mnist.data.numpy(), mnist.targets.tolist()
+
+
 def _load_mnist(root, size, seed, train_images, val_images):
     """The same scenes from MNIST: for training from its training set, for validation from its test set."""
     def split(number, count):
-        try:
-            try:
-                mnist = datasets.MNIST(root, train=number == 0)
-            except RuntimeError:  # not there yet
-                mnist = datasets.MNIST(root, train=number == 0, download=True)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}): "
-                            "give its folder with --data-root, or use --data digits") from None
-        digits, targets = mnist.data.numpy(), mnist.targets.tolist()
+        digits, targets = _read_mnist(root, train=number == 0)
         return _make_scenes(targets, _choose(targets, count, seed), size, seed, number,
                             lambda i, rng: functools.partial(_fit_digit, digits[i]))
     return split(0, train_images), split(1, val_images)
+
+
+# One entry per source of scenes: name -> (function of root, size, seed, training and validation images; default size)
+SCENES = {"digits": (_load_digits, 64), "mnist": (_load_mnist, 64),
+          "digit-pairs": (_load_digit_pairs, 96), "mnist-pairs": (_load_mnist_pairs, 96)}
 
 
 # --- Image folders ------------------------------------------------------------------------------------------
@@ -442,7 +534,7 @@ def _load_folder(name, size, seed, train_images, val_images, augment):
     """Datasets of an image folder, see LAYOUTS. Without a val folder, a tenth of each class is held back."""
     folder = Path(name)
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}: --data is digits, mnist or an image folder; {LAYOUTS}")
+        raise DataError(f"there is no folder {folder}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
     parts = {s: _scan(folder / s) for s in ("train", "val", "test") if (folder / s).is_dir()}
     if not parts:
         parts["train"] = _scan(folder)
@@ -478,22 +570,21 @@ def _load_folder(name, size, seed, train_images, val_images, augment):
 # --- Entry points -------------------------------------------------------------------------------------------
 
 def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, augment=True):
-    """Data named `digits`, `mnist` (found under root, or downloaded) or the path of an image folder.
+    """Data named `digits`, `mnist`, `digit-pairs`, `mnist-pairs` (MNIST is found under root, or downloaded), or the
+    path of an image folder.
 
-    size: side in pixels (None: 64 for scenes, 224 for a folder). train_images, val_images: limits, chosen by
+    size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). train_images, val_images: limits, chosen by
     the seed in proportion to the classes. augment=False gives the training images of a folder the validation
     transform. Where there is no val folder the split follows the seed, so evaluate with the seed of the
     training. DataError says what is wrong.
     """
-    if size is None:
-        size = 64 if name in ("digits", "mnist") else 224
+    load, default_size = SCENES.get(name, (None, 224))
+    size = default_size if size is None else size
     if size < 8:
         raise DataError(f"the image size must be at least 8 pixels, not {size}")
     test, classes = None, [str(digit) for digit in range(10)]
-    if name == "digits":
-        train, val = _load_digits(size, seed, train_images, val_images)
-    elif name == "mnist":
-        train, val = _load_mnist(root, size, seed, train_images, val_images)
+    if load is not None:
+        train, val = load(root, size, seed, train_images, val_images)
     else:
         train, val, test, classes = _load_folder(name, size, seed, train_images, val_images, augment)
     return Data(str(name), train, val, test, classes, size)
@@ -542,6 +633,12 @@ def twin(dataset):
     return other
 
 
+def split_labels(labels, device):
+    """Labels of a loader on a device: ((B,), None); of pairs ((B * 2,), boxes (B, 2, 4): left, top, right, bottom)."""
+    labels = labels.to(device, non_blocking=True)
+    return (labels, None) if labels.ndim == 1 else (labels[..., 0].flatten(), labels[..., 1:])
+
+
 def to_float(images, device):
     """uint8 (B, 3, H, W) to float32 in [0, 1], channels-last, on device."""
     images = images.to(device, non_blocking=True)  # moved as bytes, a quarter of the traffic
@@ -574,17 +671,17 @@ def add_data_arguments(parser):
     """Add the flags that search.py, train.py and eval.py share."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", metavar="NAME",
-                       help="digits (drawn, no download), mnist, or the path of an image folder "
-                       "(default: %(default)s)")
+                       help="digits (drawn, no download), mnist, digit-pairs, mnist-pairs (two digits, as in the "
+                       "papers' controlled study), or the path of an image folder (default: %(default)s)")
     group.add_argument("--data-root", default="data", metavar="DIR",
                        help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
     group.add_argument("--size", type=whole(8, 65536), metavar="PIXELS",
                        help="side of the training images in pixels (default: 64 for digits and mnist, "
-                       "224 for a folder)")
+                       "96 for pairs, 224 for a folder)")
     group.add_argument("--train-images", type=whole(1), metavar="N",
-                       help="number of training images (default: 4000 for digits, else all)")
+                       help="number of training images (default: 4000 drawn digits, 25000 mnist-pairs, else all)")
     group.add_argument("--val-images", type=whole(1), metavar="N",
-                       help="number of validation images (default: 1000 for digits, else all)")
+                       help="number of validation images (default: 1000 drawn digits, 5000 mnist-pairs, else all)")
     group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
 

@@ -127,7 +127,8 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     """
     from tqdm import tqdm
 
-    from data import to_float
+    from data import split_labels, to_float
+    from models import run
 
     was_training = network.training
     network.eval()
@@ -137,10 +138,10 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             clean = to_float(images, device)  # (B, 3, H, W)
             noise = noise_batch(clean, count, seed)
-            reference, labels = clean.double(), labels.to(device)
+            reference, (labels, boxes) = clean.double(), split_labels(labels, device)
             for sigma, values in zip(sigmas, levels):
                 noisy = _noisy(clean, noise, sigma, clip)
-                image, logits = network(noisy)
+                image, logits = run(network, noisy, boxes)
                 if image is not None:
                     _add_quality(values, "", to_8bit(image.float()).double(), reference)
                     _add_quality(values, "input_", noisy.double(), reference)
@@ -294,8 +295,8 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from data import to_float
-    from models import write_file
+    from data import split_labels, to_float
+    from models import run, write_file
 
     font = ImageFont.load_default(size=14)
     rows = []
@@ -305,13 +306,16 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
         pixels, label = dataset[index]
         clean = to_float(pixels[None], device)
         noisy = _noisy(clean, noise_batch(clean, index, seed), sigma, clip)
-        image, logits = network(noisy)
+        labels, boxes = split_labels(torch.as_tensor(label)[None], device)
+        image, logits = run(network, noisy, boxes)
         tiles = {"noisy": noisy, "denoised": image, "clean": clean}
         quality = f"sigma {sigma:g}"
         if image is not None:
             before, after = (psnr(x.double(), clean.double()).item() for x in (noisy, to_8bit(image.float())))
             quality += f": PSNR {before:.1f} -> {after:.1f} dB"
-        texts = [(quality, INK)] + ([_verdict(logits[0], label, classes)] if logits is not None else [])
+        texts = [(quality, INK)]
+        if logits is not None:
+            texts += [_verdict(row, label, classes) for row, label in zip(logits, labels.tolist())]
         rows.append(({name: _tile(x[0]) for name, x in tiles.items() if x is not None}, texts))
 
     columns = list(rows[0][0])

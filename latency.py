@@ -315,11 +315,25 @@ class LatencyTable:
 
     def base_ms(self, model: str) -> float:
         """The latency of everything that is not searched."""
+        if model == "dcnas-seq":
+            return self.base_ms("dnas") + self.base_ms("cnas")
         return sum(self.fixed_ms[model].values()) * self.correction
 
     def predict_ms(self, arch) -> float:
-        """Milliseconds per batch of a whole network, in the table's setting."""
-        return self.base_ms(arch.model) + sum(self.block_ms(block) for block in arch.blocks if block.stage > 2)
+        """Milliseconds per batch of a whole network, in the table's setting; ValueError for what the table does not hold."""
+        if arch.decoder != "conv":
+            raise ValueError(f"The latency table holds the decoder of convolutions, not {arch.decoder}; measure that network "
+                             "with eval.py.")
+        return self.base_ms(arch.model) + sum(passes(arch.model, block.stage) * self.block_ms(block)
+                                              for block in arch.blocks if block.stage > 2)
+
+
+def passes(model: str, stage: int) -> int:
+    """How often an image goes through a stage of the encoder: not through the tail of a "dnas", twice through stages 2 to 6
+    of a "dcnas-seq", once else."""
+    if stage > 6:
+        return int(model != "dnas")
+    return 2 if model == "dcnas-seq" else 1
 
 
 def _number(value) -> float:
@@ -453,7 +467,7 @@ def _carriers(rng, space: int, num_classes: int, min_width: float, rounds: int) 
                 blocks.append(decks[shape].pop())
             carriers.append(models.make_arch("dcnas", blocks, num_classes))
     some = carriers[:4 * rounds]  # each kind among the first: where a network takes long to make no more are timed whole
-    return [arch.with_model(model) for arch in some for model in models.MODELS] + carriers[len(some):]
+    return [arch.with_model(model) for arch in some for model in ("cnas", "dnas", "dcnas")] + carriers[len(some):]
 
 
 def _weights(block) -> int:
@@ -575,7 +589,7 @@ def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
 
     reference = models.Network(models.named_arch(table.reference, table.setting.num_classes))
     with prepared(reference, table.setting) as (reference, images), \
-            prepared(models.Network(arch), table.setting) as (network, _):
+            prepared(models.make_network(arch), table.setting) as (network, _):
         burst = 3
         times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type, burst=burst,
                            min_rounds=17, seconds=seconds)
@@ -633,7 +647,7 @@ def format_table(table: LatencyTable) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     from data import number, whole
-    from models import MODES
+    from models import MODES, model_name
 
     parser = argparse.ArgumentParser(
         prog="latency.py", usage="python latency.py [options]  (--help lists them)",
@@ -670,6 +684,8 @@ def build_parser() -> argparse.ArgumentParser:
     use.add_argument("--table", metavar="FILE", help="the table to print, check or compare instead of building one")
     use.add_argument("--check", type=whole(1, 65536), metavar="N", help="predict and measure N random networks")
     use.add_argument("--arch", metavar="FILE", help="predict and measure the network of this arch.json")
+    use.add_argument("--model", type=model_name, metavar="NAME",
+                     help="only measure a named model in the setting above; python models.py lists them")
     use.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -702,10 +718,18 @@ def main(argv: list[str] | None = None) -> None:
             if not args.check and not args.arch:
                 print(json.dumps(table.content, indent=1) if args.json else format_table(table))
             return
-        start = time.perf_counter()
-        Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
         setting = this_setting(device, size=args.size, num_classes=args.classes, batch=args.batch, threads=args.threads,
                                dtype=args.dtype, memory_format=args.memory_format, mode=args.mode)
+        if args.model:
+            network = models.build_network(models.named_record(args.model, args.classes, {}))
+            models.check_fits(network, args.model, args.size)
+            row = {"model": args.model, **asdict(measure_network(network, setting)), "setting": asdict(setting)}
+            print(json.dumps(row, indent=1) if args.json else
+                  f"{args.model}: {row['median_ms']:.3f} ms per batch of {setting.batch} at {setting.size} px (median of "
+                  f"{row['count']} runs, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}) on {setting.device}, {setting.mode}")
+            return
+        start = time.perf_counter()
+        Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
         content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
                               min_width=models.MIN_WIDTH if args.min_width is None else args.min_width)
         table = LatencyTable(content)

@@ -37,7 +37,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-MODELS = ("cnas", "dnas", "dcnas")
+MODELS = ("cnas", "dnas", "dcnas", "dcnas-seq")
+DECODERS = ("conv", "mb", "mb-1", "mb-3level")
 
 
 class Output(NamedTuple):
@@ -143,10 +144,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Arch:
-    """A C-NAS, D-NAS or DC-NAS network, complete: the content of `arch.json`.
+    """A C-NAS, D-NAS, DC-NAS or sequential DC-NAS network, complete: the content of `arch.json`.
 
-    `blocks` run in order from stage 2; those after stage 6 exist only where the network classifies. Raises ValueError
-    when the blocks do not fit together.
+    `blocks` run in order from stage 2; those after stage 6 exist only where the network classifies. In a "dcnas-seq" stages 2
+    to 6 are there twice, in the denoiser and in the classifier behind it. `decoder`: see `Decoder`. Raises ValueError when
+    the blocks do not fit together.
     """
 
     model: str
@@ -154,6 +156,7 @@ class Arch:
     num_classes: int = 0
     stem_channels: int = STEM_CHANNELS
     head_channels: int = HEAD_CHANNELS
+    decoder: str = "conv"
 
     def __post_init__(self):
         def require(condition, message):
@@ -161,6 +164,7 @@ class Arch:
                 raise ValueError(f"The architecture is not valid: {message}.")
 
         require(self.model in MODELS, f"model must be one of {', '.join(MODELS)}, not {self.model!r}")
+        require(self.decoder in DECODERS, f"decoder must be one of {', '.join(DECODERS)}, not {self.decoder!r}")
         for name in ("stem_channels", "head_channels"):
             require(_is_count(getattr(self, name)), f"{name} must be a whole number from 1 to 65536")
         require(_is_count(self.num_classes) if self.classifies else self.num_classes == 0,
@@ -197,7 +201,7 @@ class Arch:
 
     def to_dict(self) -> dict:
         return {"model": self.model, "num_classes": self.num_classes, "stem_channels": self.stem_channels,
-                "head_channels": self.head_channels, "blocks": [asdict(block) for block in self.blocks]}
+                "head_channels": self.head_channels, "decoder": self.decoder, "blocks": [asdict(block) for block in self.blocks]}
 
     @classmethod
     def from_dict(cls, content: dict) -> Arch:
@@ -211,7 +215,8 @@ class Arch:
             if unknown:
                 raise ValueError(f"The architecture is not valid: unknown block fields {', '.join(sorted(unknown))}.")
             return cls(content["model"], tuple(Block(**{name: block[name] for name in names}) for block in blocks),
-                       content["num_classes"], content["stem_channels"], content["head_channels"])
+                       content["num_classes"], content["stem_channels"], content["head_channels"],
+                       content.get("decoder", "conv"))  # records of the first days have none
         except KeyError as error:
             raise ValueError(f"The architecture is not valid: the field {error} is missing.") from None
 
@@ -219,6 +224,17 @@ class Arch:
         """The same encoder as another model: D-NAS keeps the blocks up to stage 6, DC-NAS gets a decoder."""
         keep = tuple(block for block in self.blocks if model != "dnas" or block.stage <= LAST_ENCODER_STAGE)
         return replace(self, model=model, blocks=keep, num_classes=0 if model == "dnas" else self.num_classes)
+
+    def widened(self, factor: float) -> Arch:
+        """All channels times `factor`, in steps of WIDTH_STEP: a larger network of the same form (thesis, table 4)."""
+        def width(channels: int) -> int:
+            return round_width(factor * channels)
+
+        blocks = tuple(replace(block, in_channels=width(block.in_channels), out_channels=width(block.out_channels),
+                               mid_channels=max(width(block.mid_channels), width(block.in_channels)),
+                               se_channels=width(block.se_channels) if block.se_channels else 0) for block in self.blocks)
+        return replace(self, blocks=blocks, stem_channels=width(self.stem_channels),
+                       head_channels=width(self.head_channels))
 
 
 def _is_count(value) -> bool:
@@ -425,12 +441,11 @@ class UpConv(nn.ConvTranspose2d):
 
 
 class DecoderLevel(nn.Module):
-    """Concatenate the skip, two 3x3 convolutions, one 2x2 transposed convolution that doubles the size."""
+    """Concatenate the skip, some convolutions, one 2x2 transposed convolution that doubles the size."""
 
-    def __init__(self, in_channels: int, channels: int, out_channels: int, norm_layer=nn.BatchNorm2d):
+    def __init__(self, convs: list[nn.Module], channels: int, out_channels: int):
         super().__init__()
-        self.convs = nn.Sequential(Conv2dNormActivation(in_channels, channels, 3, norm_layer=norm_layer),
-                                   Conv2dNormActivation(channels, channels, 3, norm_layer=norm_layer))
+        self.convs = nn.Sequential(*convs)
         self.up = UpConv(channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor | None, then: nn.Conv2d | None = None) -> Tensor:
@@ -440,17 +455,24 @@ class DecoderLevel(nn.Module):
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS: levels 4..1 and a 1x1 convolution to the image; it is not searched.
 
-    Takes the outputs of stages 2 to 6 and returns the image. The papers do not state its widths; here each level has
-    the width of the encoder stage of its size, and hands up the width of the next one (112 -> 80 -> 40 -> 24 -> 16).
+    Takes the outputs of stages 2 to 6 and returns the image. `kind`: "conv": two 3x3 convolutions a level; "mb": two
+    MB-k3-e3; "mb-1": one of them; "mb-3level": two, but level 4 keeps only its transposed convolution (Markhorst 2024,
+    table 6). The papers do not state its widths; here each level has the width of the encoder stage of its size, and hands
+    up the width of the next one (112 -> 80 -> 40 -> 24 -> 16).
     """
 
-    def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d):
+    def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
         super().__init__()
         s2, s3, s4, s5, s6 = stage_channels
-        self.levels = nn.ModuleList([DecoderLevel(s6, s5, s4, norm_layer),
-                                     DecoderLevel(s4 + s4, s4, s3, norm_layer),
-                                     DecoderLevel(s3 + s3, s3, s2, norm_layer),
-                                     DecoderLevel(s2 + s2, s2, s2, norm_layer)])
+
+        def level(in_channels: int, channels: int, out_channels: int) -> DecoderLevel:
+            sources = [in_channels] if kind == "mb-1" else [in_channels, channels]
+            convs = [Conv2dNormActivation(source, channels, 3, norm_layer=norm_layer) if kind == "conv"
+                     else MBConv(source, 3 * source, channels, norm_layer=norm_layer) for source in sources]
+            return DecoderLevel(convs, channels, out_channels)
+
+        self.levels = nn.ModuleList([DecoderLevel([], s6, s4) if kind == "mb-3level" else level(s6, s5, s4),
+                                     level(s4 + s4, s4, s3), level(s3 + s3, s3, s2), level(s2 + s2, s2, s2)])
         self.image = nn.Conv2d(s2, 3, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -509,7 +531,7 @@ class Network(nn.Module):
         self.encoder = nn.ModuleList(m for number, m in modules.items() if number <= LAST_ENCODER_STAGE)
         self.tail = nn.ModuleList(m for number, m in modules.items() if number > LAST_ENCODER_STAGE)
         channels = {block.stage: block.out_channels for block in arch.blocks}
-        self.decoder = (Decoder([channels[number] for number in range(2, LAST_ENCODER_STAGE + 1)], norm_layer)
+        self.decoder = (Decoder([channels[number] for number in range(2, LAST_ENCODER_STAGE + 1)], norm_layer, arch.decoder)
                         if arch.denoises else None)
         self.head = (Head(arch.blocks[-1].out_channels, arch.head_channels, arch.num_classes, dropout, norm_layer)
                      if arch.classifies else None)
@@ -554,6 +576,29 @@ class Network(nn.Module):
         for stage in self.tail:  # (B, 320, H / 32, W / 32)
             x = stage(x)
         return self.head(x)
+
+
+class SequentialNetwork(nn.Module):
+    """A classifier on the image that a denoiser returns (Markhorst 2024, fig. 2.i and 7.iv); trained as one network."""
+
+    denoises, classifies = True, True
+
+    def __init__(self, denoiser: nn.Module, classifier: nn.Module):
+        super().__init__()
+        self.denoiser, self.classifier = denoiser, classifier
+        self.takes_boxes = getattr(classifier, "takes_boxes", False)
+
+    def forward(self, x: Tensor, *boxes: Tensor) -> Output:
+        image = self.denoiser(x).image
+        return Output(image, self.classifier(image, *boxes).logits)
+
+
+def make_network(arch: Arch, dropout: float = 0.0, drop_connect: float = 0.0) -> nn.Module:
+    """The network of a record with fresh weights."""
+    if arch.model != "dcnas-seq":
+        return Network(arch, dropout, drop_connect)
+    return SequentialNetwork(Network(arch.with_model("dnas"), dropout, drop_connect),
+                             Network(arch.with_model("cnas"), dropout, drop_connect))
 
 
 def build_block(block: Block, drop_connect: float = 0.0, norm_layer=nn.BatchNorm2d) -> MBConv:
@@ -622,6 +667,10 @@ def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None
     network = fold_batch_norm(network).to(memory_format=torch.channels_last)
     network.parallel = mode != "compile"  # streams are not for the compiler
     if mode == "compile":
+        from torch._dynamo import config
+
+        # All networks share the code of `forward`; beyond the limit, 8, further ones would silently run as they are.
+        config.recompile_limit = max(config.recompile_limit, 1024)
         return torch.compile(network)
     return Graphed(network, example) if mode == "graph" else network
 
@@ -646,15 +695,36 @@ class MixedOp(nn.Module):
         return sum(weight * run(candidate, x) for weight, candidate in zip(self.choice, self.candidates))
 
 
+class SinkStage(nn.Sequential):
+    """The blocks of a stage, each of which may be its last: the sum of their outputs, weighted by softmax(beta) (TF-NAS).
+
+    `beta` (blocks,) holds log probabilities. TF-NAS has the stage's input among them where it keeps the shape; in this
+    backbone no first block does.
+    """
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__(*blocks)
+        self.beta = nn.Parameter(torch.full((len(blocks),), -math.log(len(blocks))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0.0
+        for weight, block in zip(F.softmax(self.beta, 0), self):
+            x = block(x)
+            total = total + weight * x
+        return total
+
+
 class SuperNet(nn.Module):
     """Every network of the space at once: weights, and a log probability `alpha` (blocks, operations).
 
     `model` says which parts the supernet has: "cnas" for a search by classification alone (the papers' best, table 4),
-    "dcnas" for a search by both losses, "dnas" where there are no labels.
+    "dcnas" for a search by both losses, "dnas" where there are no labels. `depth` "fixed" keeps all blocks (Markhorst 2024);
+    "learned" searches how many each stage keeps (TF-NAS), by a log probability `beta` (blocks of the stage,) per stage.
     forward: (B, 3, H, W) and a choice: a list of one operation index per block, or weights (blocks, operations).
     """
 
-    def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH):
+    def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH,
+                 depth: str = "fixed"):
         super().__init__()
         self.space, self.min_width = space, min_width
         self.operations = SPACES[space]
@@ -672,12 +742,38 @@ class SuperNet(nn.Module):
         self.network = Network(template, make_block=make_block, norm_layer=SearchNorm)
         self.mixed = mixed  # the same modules as inside the network, in the order of alpha's rows
         self.alpha = nn.Parameter(torch.full((len(mixed), len(self.operations)), -math.log(len(self.operations))))
+        self.betas: list[nn.Parameter] = []  # in the order of the stages with more than one block
+        if depth == "learned":
+            for stages in (self.network.encoder, self.network.tail):
+                for index, stage in enumerate(stages):
+                    if len(stage) > 1:
+                        stages[index] = SinkStage(*stage)
+                        self.betas.append(stages[index].beta)
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        return list(self.network.parameters())
+        return [parameter for name, parameter in self.network.named_parameters() if not name.endswith(".beta")]
 
     def arch_parameters(self) -> list[nn.Parameter]:
-        return [self.alpha]
+        return [self.alpha, *self.betas]
+
+    def keep_probability(self) -> Tensor:
+        """The probability that a block is kept, (blocks,): that the last block of its stage is this one or a later one."""
+        values, betas = [], iter(self.betas)
+        for stage in (*self.network.encoder, *self.network.tail):
+            if isinstance(stage, SinkStage):
+                values.append(F.softmax(next(betas), 0).flip(0).cumsum(0).flip(0))
+            elif isinstance(stage[0], MixedOp):
+                values.append(self.alpha.new_ones(len(stage)))
+        return torch.cat(values)
+
+    def kept(self) -> list[bool]:
+        """The blocks that the found network keeps: those up to argmax(beta) in their stage."""
+        result = []
+        for stage in (*self.network.encoder, *self.network.tail):
+            if isinstance(stage[0], MixedOp):
+                last = int(stage.beta.argmax()) if isinstance(stage, SinkStage) else len(stage) - 1
+                result += [index <= last for index in range(len(stage))]
+        return result
 
     def forward(self, x: Tensor, choice: list[int] | Tensor) -> Output:
         return self.finish(self.begin(x), choice, *x.shape[-2:])
@@ -726,8 +822,9 @@ class SuperNet(nn.Module):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Make alpha a log probability again, as TF-NAS does after each step."""
-        self.alpha.copy_(F.log_softmax(self.alpha, 1))
+        """Make alpha and beta log probabilities again, as TF-NAS does after each step."""
+        for parameter in self.arch_parameters():
+            parameter.copy_(F.log_softmax(parameter, -1))
 
     def entropy(self) -> Tensor:
         """Entropy of each block's softmax(alpha) divided by its maximum, log(operations): 1 undecided, 0 decided."""
@@ -742,9 +839,10 @@ class SuperNet(nn.Module):
         """LAT = base + sum over blocks of sum_i softmax(alpha)_i * LAT(op_i), in ms (thesis, eq. 3.10).
 
         `latency_ms` (blocks, operations) holds the table's value of each candidate. TF-NAS's code weighs with the Gumbel
-        sample of the outputs instead; softmax(alpha) is the thesis's form and has no sampling noise.
+        sample of the outputs instead; softmax(alpha) is the thesis's form and has no sampling noise. With learned depth a
+        stage's is the sum over b of softmax(beta)_b * LAT(blocks 1 to b), that is, each block counts as it is likely kept.
         """
-        return base_ms + (F.softmax(self.alpha, 1) * latency_ms).sum()
+        return base_ms + ((F.softmax(self.alpha, 1) * latency_ms).sum(1) * self.keep_probability()).sum()
 
     def best_path(self) -> list[int]:
         return self.alpha.argmax(1).tolist()
@@ -752,7 +850,7 @@ class SuperNet(nn.Module):
     def arch(self, path: list[int] | None = None) -> Arch:
         """The record of one path, the likeliest by default, at the present widths, as the supernet's own model."""
         path = self.best_path() if path is None else path
-        blocks = [row[index] for row, index in zip(self.candidate_blocks(), path, strict=True)]
+        blocks = [row[index] for row, index, kept in zip(self.candidate_blocks(), path, self.kept(), strict=True) if kept]
         return make_arch(self.network.arch.model, blocks, self.network.arch.num_classes)
 
     def set_widths(self, path: list[int], mid_channels: list[int]) -> list[nn.Parameter]:
@@ -765,10 +863,10 @@ class SuperNet(nn.Module):
     @torch.no_grad()
     def copy_to(self, network: Network, path: list[int]) -> None:
         """Copy the weights of one path, at its present widths, into the network built from `arch(path)`."""
-        paths = dict(zip((id(mixed) for mixed in self.mixed), path, strict=True))
-        for source, target in zip(self.network.blocks(), network.blocks(), strict=True):
-            if isinstance(source, MixedOp):
-                source.candidates[paths[id(source)]].copy_to(target)
+        targets = iter(network.blocks()[1:])  # without stage 2
+        for mixed, index, kept in zip(self.mixed, path, self.kept(), strict=True):
+            if kept:
+                mixed.candidates[index].copy_to(next(targets))
         fixed = {name: value for name, value in self.network.state_dict().items() if ".candidates." not in name}
         network.load_state_dict(fixed, strict=False)
 
@@ -894,7 +992,66 @@ def load_record(path: str | Path) -> dict:
 
 
 # One entry per search method: the record's `method` -> function of (record, dropout, drop_connect) -> network.
-METHODS = {"tfnas": lambda record, dropout, drop_connect: Network(Arch.from_dict(record), dropout, drop_connect)}
+METHODS = {
+    "tfnas": lambda record, dropout, drop_connect: make_network(Arch.from_dict(record), dropout, drop_connect),
+    "named": lambda record, dropout, drop_connect: _baseline(record),
+}
+
+
+def _baseline(record: dict) -> nn.Module:
+    """A network made by hand: its record has a name in baselines.py and the number of classes."""
+    from baselines import build_baseline
+
+    if not isinstance(record.get("model"), str) or not _is_count(record.get("num_classes")):
+        raise ValueError("The record of a named model needs a model and num_classes.")
+    try:
+        return build_baseline(record["model"], record["num_classes"])
+    except KeyError:
+        raise ValueError(f"There is no model named {record['model']!r}; python models.py lists them.") from None
+
+
+def named_record(name: str, num_classes: int, made: dict) -> dict:
+    """The record of a named model, of the search space or made by hand."""
+    if name in NAMED:
+        return make_record(named_arch(name, num_classes), made)
+    return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": "named", "made": made, "model": name,
+            "num_classes": num_classes}
+
+
+def model_name(text: str) -> str:
+    """A type for argparse: the name of a model."""
+    if text not in NAMED:
+        from baselines import find_baseline
+
+        try:
+            find_baseline(text)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"there is no model {text!r}; python models.py lists them") from None
+    return text
+
+
+def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Output:
+    """The network's output, with boxes (B, D, 4) for those that look at places of an image."""
+    return network(images, boxes) if boxes is not None and getattr(network, "takes_boxes", False) else network(images)
+
+
+@torch.no_grad()
+def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
+    """ValueError in one sentence where a network cannot take images (3, size, size), or their boxes (1, D, 4)."""
+    was_training = network.training
+    device = next(network.parameters()).device
+    try:
+        output = run(network.eval(), torch.zeros(1, 3, size, size, device=device), boxes)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ValueError(f"The model {name} cannot take images of {size}x{size} pixels ({reason}); try another "
+                         "--size.") from None
+    finally:
+        network.train(was_training)
+    digits = 1 if boxes is None else boxes.shape[1]
+    if output.logits is not None and len(output.logits) != digits:
+        raise ValueError(f"The model {name} classifies whole images, but these have {digits} digits each; take one that "
+                         "looks at boxes, such as dcnet-s, or other --data.")
 
 
 def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0) -> nn.Module:
@@ -962,19 +1119,31 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("classes", "input"):
         if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= 65536:
             parser.error(f"--{flag} must be from 1 to 65536.")
+    from baselines import BASELINES, paper_flops
+
     rows = []
-    for name in NAMED:
-        network = Network(named_arch(name, args.classes))
-        size = args.input or PAPER_SIZE
+    for name in (*NAMED, *BASELINES):
+        network = build_network(named_record(name, args.classes, {}))
+        paper = BASELINES.get(name)
+        size = args.input or (paper.size if paper else PAPER_SIZE)
+        counted = None
+        if paper and paper.flops:  # of ten digits at the size in the paper, as the paper has them
+            counted = paper_flops(paper.build(10), paper.size)
         rows.append({"name": name, "denoises": network.denoises, "classifies": network.classifies, "input_px": size,
-                     "parameters": count_parameters(network), "macs": count_macs(network, size)})
+                     "parameters": count_parameters(network), "macs": count_macs(network, size),
+                     "paper_flops": paper.flops if paper else None, "counted_flops": counted})
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'model':<16} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>10}")
+    print(f"{'model':<18} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11} "
+          f"{'paper FLOPs':>12} {'counted so':>12}")
     for row in rows:
-        print(f"{row['name']:<16} {'yes' if row['denoises'] else '-':>8} {'yes' if row['classifies'] else '-':>10} "
-              f"{row['input_px']:>6} {row['parameters']:>12,} {row['macs'] / 1e6:>8.1f} M")
+        flops = "".join(f" {value / 1e6:>10.3f} M" if value else f" {'-':>12}" for value in
+                        (row["paper_flops"], row["counted_flops"]))
+        print(f"{row['name']:<18} {'yes' if row['denoises'] else '-':>8} {'yes' if row['classifies'] else '-':>10} "
+              f"{row['input_px']:>6} {row['parameters']:>12,} {row['macs'] / 1e6:>9.2f} M{flops}")
+    print("A UNet of any parameters: unet-b8-d4-m1.5-c2, and with MBConvs unet-b8-d4-m1.5-c2-mb. The papers' FLOPs have biases "
+          "and max pools in them.")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Budget:
     """What a target latency means for a supernet: the table's value of every candidate, in the exported model.
 
     `model` is what is exported; the parts that only the supernet has cost nothing (the tail of a C-NAS supernet that is
-    exported as a D-NAS). `target_ms` is for the whole exported network per batch, in the table's setting.
+    exported as a D-NAS), and those of a "dcnas-seq" that are there twice cost twice. `target_ms` is for the whole exported network per batch, in the table's setting.
     """
 
     def __init__(self, table: latency.LatencyTable, supernet: models.SuperNet, model: str, target_ms: float):
@@ -154,13 +154,14 @@ class Budget:
     def base_ms(self) -> float:
         return self.table.base_ms(self.model)
 
-    def exported(self, block: models.Block) -> bool:
-        return self.model != "dnas" or block.stage <= models.LAST_ENCODER_STAGE
+    def block_ms(self, block: models.Block) -> float:
+        """What a block costs in the exported network."""
+        passes = latency.passes(self.model, block.stage)
+        return passes * self.table.block_ms(block) if passes else 0.0
 
     def candidates_ms(self) -> Tensor:
-        """The table's latency of every candidate at its present width, (blocks, operations)."""
-        return torch.tensor([[self.table.block_ms(block) if self.exported(block) else 0.0 for block in row]
-                             for row in self.supernet.candidate_blocks()])
+        """The latency of every candidate at its present width, if it is kept, (blocks, operations)."""
+        return torch.tensor([[self.block_ms(block) for block in row] for row in self.supernet.candidate_blocks()])
 
     def limits(self) -> list[list[tuple[models.Block, models.Block]]]:
         """The narrowest and the widest form of every candidate."""
@@ -175,10 +176,12 @@ class Budget:
     def range_ms(self) -> tuple[float, float]:
         """The fastest and the slowest network of the space, by the table."""
         fastest = slowest = self.base_ms
+        stages = set()
         for row in self.limits():
-            if self.exported(row[0][0]):
-                fastest += min(self.table.block_ms(narrow) for narrow, _ in row)
-                slowest += max(self.table.block_ms(wide) for _, wide in row)
+            if not self.supernet.betas or row[0][0].stage not in stages:  # with learned depth one block a stage is enough
+                fastest += min(self.block_ms(narrow) for narrow, _ in row)
+            slowest += max(self.block_ms(wide) for _, wide in row)
+            stages.add(row[0][0].stage)
         return fastest, slowest
 
     def fit(self, path: list[int], target_ms: float | None = None) -> tuple[list[int], list[int]]:
@@ -186,13 +189,14 @@ class Budget:
 
         All widths are scaled by one factor, then single steps of models.WIDTH_STEP channels use up what is left, never
         above the target. Where the widths of the path's operations do not reach far enough, operations are exchanged
-        first: each time the exchange that costs the least log probability per millisecond.
+        first: each time the exchange that costs the least log probability per millisecond. Blocks beyond the learned depth
+        cost nothing and stay as they are.
         """
         target_ms = self.target_ms if target_ms is None else target_ms
-        limits, rows = self.limits(), self.supernet.candidate_blocks()
+        limits, rows, kept = self.limits(), self.supernet.candidate_blocks(), self.supernet.kept()
         log_p = torch.log_softmax(self.supernet.alpha.detach().double(), 1).tolist()
-        ends = [[tuple(self.table.block_ms(block) if self.exported(block) else 0.0 for block in pair) for pair in row]
-                for row in limits]  # [block][operation] -> (narrowest ms, widest ms)
+        ends = [[tuple(self.block_ms(block) if keep else 0.0 for block in pair) for pair in row]
+                for row, keep in zip(limits, kept)]  # [block][operation] -> (narrowest ms, widest ms)
         path = list(path)
 
         def reach(end: int) -> float:
@@ -222,8 +226,8 @@ class Budget:
         starts = [self.supernet.operations[o].start_width(block.in_channels) for o, block in zip(path, chosen)]
 
         def total(widths: list[int]) -> float:
-            return self.base_ms + sum(self.table.block_ms(replace(block, mid_channels=width))
-                                      for block, width in zip(chosen, widths) if self.exported(block))
+            return self.base_ms + sum(self.block_ms(replace(block, mid_channels=width))
+                                      for block, width, keep in zip(chosen, widths, kept) if keep)
 
         def scaled(factor: float) -> list[int]:
             return [min(max(models.round_width(factor * start), low), high) for start, (low, high) in zip(starts, bounds)]
@@ -240,10 +244,10 @@ class Budget:
         while present <= target_ms:
             options = []
             for b, width in enumerate(widths):
-                if self.exported(chosen[b]) and width + models.WIDTH_STEP <= bounds[b][1]:
-                    more = (self.table.block_ms(replace(chosen[b], mid_channels=width + models.WIDTH_STEP))
-                            - self.table.block_ms(replace(chosen[b], mid_channels=width)))
-                    if present + more <= target_ms:
+                if kept[b] and width + models.WIDTH_STEP <= bounds[b][1]:
+                    more = (self.block_ms(replace(chosen[b], mid_channels=width + models.WIDTH_STEP))
+                            - self.block_ms(replace(chosen[b], mid_channels=width)))
+                    if more and present + more <= target_ms:
                         options.append((more, -width / starts[b], b))  # the largest that fits, then the most reduced
             if not options:
                 break
@@ -336,6 +340,7 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
                      "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
                      "path": [supernet.operations[index].name for index in supernet.best_path()],
                      "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
+                     "beta": [[round(v, 5) for v in beta.softmax(0).tolist()] for beta in supernet.betas],
                      "seconds": time.perf_counter() - start})
         models.save_checkpoint(output_dir / "search.pt", {
             "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "flags": flags,
@@ -369,8 +374,8 @@ def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: b
         widths = [supernet.mixed[block].candidates[index].width for block, index in enumerate(path)]
         if pressure:
             path, widths = budget.fit(path)
-        blocks = [replace(row[index], mid_channels=width)
-                  for row, index, width in zip(supernet.candidate_blocks(), path, widths)]
+        blocks = [replace(row[index], mid_channels=width) for row, index, width, kept
+                  in zip(supernet.candidate_blocks(), path, widths, supernet.kept()) if kept]
         full = models.make_arch(supernet.network.arch.model, blocks, supernet.network.arch.num_classes)
         arch = full.with_model(budget.model)
         result = {"target_ms": budget.target_ms, **latency.compare(budget.table, arch)}
@@ -388,15 +393,18 @@ def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: b
 
 def format_arch(arch: models.Arch, table: latency.LatencyTable) -> str:
     """The found network as a table a person can read."""
-    fixed = {part: ms * table.correction for part, ms in table.fixed_ms[arch.model].items()}
+    parts = ({f"{part} of {half}": ms for half in ("dnas", "cnas") for part, ms in table.fixed_ms[half].items()}
+             if arch.model == "dcnas-seq" else table.fixed_ms[arch.model])
+    fixed = {part: ms * table.correction for part, ms in parts.items()}
     lines = [f"{'stage':>5}  {'operation':<14} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} {'ms':>7}"]
     for block in arch.blocks:
         name = f"MBConv k{block.kernel_size} x{block.mid_channels / block.in_channels:.2f}"
-        ms = fixed["stage_2"] if block.stage == 2 else table.block_ms(block)
+        ms = (sum(ms for part, ms in fixed.items() if part.startswith("stage_2")) if block.stage == 2 else
+              latency.passes(arch.model, block.stage) * table.block_ms(block))
         lines.append(f"{block.stage:>5}  {name:<14} {block.in_channels:>4} {block.mid_channels:>5} {block.out_channels:>4} "
                      f"{block.stride:>6} {block.se_channels or '-':>4} {ms:>7.3f}")
     for part, ms in fixed.items():
-        if part != "stage_2":
+        if not part.startswith("stage_2"):
             lines.append(f"{'':>5}  {part:<14} {'':>4} {'':>5} {'':>4} {'':>6} {'':>4} {ms:>7.3f}")
     return "\n".join(lines)
 
@@ -453,6 +461,12 @@ def build_parser() -> argparse.ArgumentParser:
                       help="cnas classifies, dnas denoises, dcnas does both (default: %(default)s)")
     what.add_argument("--space", type=int, choices=sorted(models.SPACES), default=4,
                       help="operations per block (default: %(default)s, the papers' most stable)")
+    what.add_argument("--depth", choices=("fixed", "learned"), default="fixed",
+                      help="fixed: all blocks are kept; learned: the search finds how many each stage keeps, as TF-NAS does "
+                           "(default: %(default)s, which the papers found to be more stable)")
+    what.add_argument("--strategy", choices=("gradient", "random"), default="gradient",
+                      help="random: no search, operations are drawn and fitted to the target: what a search must beat "
+                           "(default: %(default)s)")
     what.add_argument("--search-images", choices=("noisy", "clean"), default="noisy",
                       help="images during the search (default: %(default)s)")
     what.add_argument("--search-loss", choices=("cls", "both", "den"),
@@ -517,7 +531,7 @@ def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[st
         raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, or give a folder "
                          "with one folder per class in train/ and val/.")
     loss = search_loss or ("cls" if labelled else "den")
-    allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dnas": ("cls", "den") if labelled else ("den",)}[model]
+    allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dcnas-seq": ("cls",), "dnas": ("cls", "den") if labelled else ("den",)}[model]
     if loss not in allowed:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; "
                          f"possible: {', '.join(allowed)}.")
@@ -558,6 +572,9 @@ def main(argv: list[str] | None = None) -> None:
         flags = run_flags(args)
         data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
                                      train_images=args.train_images, val_images=args.val_images)
+        if isinstance(data.train, data_module.Pairs):
+            raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; search with "
+                             "--data mnist or --data digits.")
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
         check_images(data, loss)
         parts = data_module.stratified_split(data.train.targets, 0.8, args.seed)
@@ -573,7 +590,7 @@ def main(argv: list[str] | None = None) -> None:
             folder = Path(args.output_dir) / (f"target_{target_ms:g}" if len(args.target) > 1 else "")
             make_folder(folder)
             torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
-            supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width)
+            supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width, args.depth)
             for mixed in supernet.mixed:
                 mixed.recompute = args.recompute
             budget = Budget(table, supernet, args.model, target_ms)
@@ -597,7 +614,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_targets(args: argparse.Namespace, table: latency.LatencyTable, supernet_model: str, argv: list[str]) -> float:
     """The slowest network of the space, ms; ValueError before any training when a target lies below the fastest."""
-    supernet = models.SuperNet(supernet_model, args.space, 0 if supernet_model == "dnas" else 1, args.min_width)
+    supernet = models.SuperNet(supernet_model, args.space, 0 if supernet_model == "dnas" else 1, args.min_width, args.depth)
     try:
         fastest, slowest = Budget(table, supernet, args.model, 1.0).range_ms()
     except ValueError as error:
@@ -625,6 +642,11 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
                for images, part in zip((data.train, data_module.twin(data.train)), parts)]
     warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
     decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
+    if args.strategy == "random":
+        with torch.no_grad():
+            supernet.alpha.copy_(torch.randn(supernet.alpha.shape, generator=torch.Generator().manual_seed(args.seed)))
+            supernet.normalize_()
+        return finish(args, data, supernet, budget, pressure, folder, start)
     print(f"Searching {args.model} for {budget.target_ms:g} ms by {loss} on {args.search_images} images of {data.name}: "
           f"{len(parts[0]):,} for the weights, {len(parts[1]):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for "
           "the weights only.")
@@ -634,21 +656,31 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
                   flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
                   temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
                   seed=args.seed, state=state)
+    return finish(args, data, supernet, budget, pressure, folder, start, rows)
+
+
+def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.SuperNet, budget: Budget, pressure: bool,
+           folder: Path, start: float, rows: list[dict] | None = None) -> tuple:
+    """Derive the network, write its files, print it. Returns (path of arch.json, latencies, network)."""
     arch, result = derive(supernet, budget, pressure, correct=args.table is None)
     path, picture, setting = folder / "arch.json", folder / "alpha.png", budget.table.setting
     record = models.make_record(arch, models.provenance(setting.device, args.seed),
                                 latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
                                 data=args.data, data_root=args.data_root, size=data.size)
     models.write_json(path, record)
-    drawn = plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
+    drawn = bool(rows) and plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
     print(f"\n{format_arch(arch, budget.table)}\n")
     print(f"target {budget.target_ms:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} "
           f"ms per batch of {setting.batch} (median of {result['bursts']} bursts, 10-90 %: {result['p10_ms']:.3f}-"
           f"{result['p90_ms']:.3f} ms) on {setting.device}")
     for line in explain(result, pressure):
         print(line)
+    kept = supernet.kept()
+    if pressure and not all(kept) and result["predicted_ms"] < 0.99 * budget.target_ms:
+        print(f"note: the learned depth keeps {sum(kept)} of {len(kept)} blocks, and these are at their widest; --depth fixed "
+              "keeps all.")
     print(f"found in {time.perf_counter() - start:.0f} s: {path}" + (f", {picture}" if drawn else
-          "; install matplotlib for a picture of how alpha moved"))
+          "; install matplotlib for a picture of how alpha moved" if rows else ""))
     print(f"next:\n  python train.py --arch {shlex.quote(str(path))}")
     return path, result, models.build_network(record)
 

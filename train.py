@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,19 @@ AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {
     # name: (function of parameters, lr, weight decay; default lr; default weight decay)
     "adamw": (lambda parameters, lr, decay: torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True), 3e-3, 1e-2),
+    "adam": (lambda parameters, lr, decay: torch.optim.Adam(parameters, lr, weight_decay=decay, fused=True), 1e-3, 0.0),
     "sgd": (lambda parameters, lr, decay: torch.optim.SGD(parameters, lr, 0.9, weight_decay=decay, fused=True), 0.15, 1e-5),
+}
+
+
+# Flags that go together; each can still be given by itself.
+RECIPES = {
+    "short": {},  # the defaults: good results after minutes
+    "study": {  # Markhorst 2024, section 3: the controlled study on mnist-pairs
+        "epochs": 100, "batch_size": 64, "optimizer": "adam", "lr": 1e-3, "schedule": "plateau", "warmup_epochs": 0,
+        "denoising_loss": "charbonnier", "sigma_levels": 11, "label_smoothing": 0.0, "dropout": 0.0, "drop_connect": 0.0},
+    "paper": {  # Markhorst 2024, section 4, and TF-NAS: found networks on ImageNet-100
+        "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},
 }
 
 
@@ -62,18 +75,21 @@ def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
     return 0.8 * charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
 
 
-def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str,
-              label_smoothing: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+DENOISING_LOSSES = {"mixed": denoising_loss, "charbonnier": charbonnier}  # sections 4 and 3 of Markhorst 2024
+
+
+def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str, label_smoothing: float = 0.1,
+              denoising: str = "mixed") -> tuple[Tensor, dict[str, Tensor]]:
     """The loss `loss` of a network's output, and its parts for the log.
 
-    "cls": cross-entropy with label smoothing; "den": L_Den; "both": 0.1 * L_CE + 0.9 * L_Den (Markhorst 2024, eq. 3).
-    Computed in float32 whatever the network computes in.
+    "cls": cross-entropy with label smoothing; "den": L_Den; "both": 0.1 * L_CE + 0.9 * L_Den (Markhorst 2024, eq. 1 and 3),
+    with L_Den one of DENOISING_LOSSES. Computed in float32 whatever the network computes in.
     """
     parts = {}
     if loss != "den":
         parts["ce"] = F.cross_entropy(output.logits.float(), labels, label_smoothing=label_smoothing)
     if loss != "cls":
-        parts["den"] = denoising_loss(output.image.float(), clean)
+        parts["den"] = DENOISING_LOSSES[denoising](output.image.float(), clean)
     total = 0.1 * parts["ce"] + 0.9 * parts["den"] if loss == "both" else parts["ce" if loss == "cls" else "den"]
     return total, {name: part.detach() for name, part in parts.items()}
 
@@ -110,14 +126,15 @@ def check_finite(loss: Tensor, where: str, lr: float) -> float:
 
 
 class NoisyBatches:
-    """Batches (noisy, clean, labels) of one epoch on the device, with sigma ~ U[0, sigma_max] per image.
+    """Batches (noisy, clean, labels) of one epoch on the device, with sigma ~ U[0, sigma_max] per image, or of `levels`
+    evenly spaced values where that is not 0.
 
     Noise comes from a generator seeded by (seed, epoch), on the training device: a run that was stopped after an epoch and
     resumed sees the same noise as one that was not.
     """
 
-    def __init__(self, loader, device: torch.device, sigma_max: float, seed: int):
-        self.loader, self.device, self.sigma_max, self.seed = loader, device, sigma_max, seed
+    def __init__(self, loader, device: torch.device, sigma_max: float, seed: int, levels: int = 0):
+        self.loader, self.device, self.sigma_max, self.seed, self.levels = loader, device, sigma_max, seed, levels
         self.generator = torch.Generator(device=device)
 
     def __len__(self) -> int:
@@ -131,45 +148,54 @@ class NoisyBatches:
             clean = data_module.to_float(images, self.device)  # (B, 3, H, W)
             labels = labels.to(self.device, non_blocking=True)
             if self.sigma_max > 0:
-                sigma = data_module.sample_sigma(len(clean), 0.0, self.sigma_max, self.generator, self.device)
+                sigma = data_module.sample_sigma(len(clean), 0.0, self.sigma_max, self.generator, self.device, self.levels)
                 yield data_module.add_noise(clean, sigma, self.generator), clean, labels
             else:
                 yield clean, clean, labels
 
 
 @torch.inference_mode()
-def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sigma_max: float, amp: str = "off") -> dict:
+def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sigma_max: float, amp: str = "off",
+             denoising: str = "mixed") -> dict:
     """Mean loss, accuracy and PSNR on a split, with noise that is the same in every epoch and run.
 
-    The noise levels go through [0, sigma_max] evenly from image to image; sums are over images, so that a smaller last
-    batch weighs what it holds. PSNR is None for networks that do not denoise, accuracy for those that do not classify.
+    The noise levels go through [0, sigma_max] evenly from image to image; means are over images (accuracy: over labels), so
+    that a smaller last batch weighs what it holds. PSNR is None for networks that do not denoise, accuracy for those that do not classify.
     """
     was_training = network.training
     network.eval()
-    sums, count = {}, 0
+    sums, count, label_count = {}, 0, 0
 
     def add(name, values):
         sums[name] = sums.get(name, 0.0) + float(values)
 
     for images, labels in loader:
-        clean, labels = data_module.to_float(images, device), labels.to(device)
+        clean = data_module.to_float(images, device)
+        labels, boxes = data_module.split_labels(labels, device)
         sigma = torch.tensor([sigma_max * ((count + i) % 11) / 10 for i in range(len(clean))], device=device)
         noise = evaluation.noise_batch(clean, count, seed=0)
         with autocast(device, amp):
-            output = network(clean + sigma.view(-1, 1, 1, 1) * noise)
-        total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0)
+            output = models.run(network, clean + sigma.view(-1, 1, 1, 1) * noise, boxes)
+        total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0, denoising=denoising)
         add("loss", total * len(clean))
         if loss != "den":
             add("accuracy", (output.logits.argmax(1) == labels).sum())
         if loss != "cls":
             add("psnr_db", evaluation.psnr(output.image.float().clamp(0, 1), clean).clamp(max=100).sum())
-        count += len(clean)
+        count, label_count = count + len(clean), label_count + len(labels)
     network.train(was_training)
-    return {name: sums[name] / count if name in sums else None for name in ("loss", "accuracy", "psnr_db")}
+    counts = {"loss": count, "accuracy": label_count, "psnr_db": count}
+    return {name: sums[name] / counts[name] if name in sums else None for name in counts}
 
 
-def make_schedule(optimizer, epochs: int, warmup_epochs: float, steps_per_epoch: int):
-    """Linear warm-up, then a cosine to zero, stepped once per batch."""
+SCHEDULES = ("cosine", "plateau")
+
+
+def make_schedule(optimizer, schedule: str, epochs: int, warmup_epochs: float, steps_per_epoch: int):
+    """"cosine": linear warm-up, then a cosine to zero, stepped once per batch. "plateau": a fifth of the learning rate
+    after five epochs without a better validation loss, stepped once per epoch (the paper names no numbers)."""
+    if schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.2, patience=5)
     warmup = max(1, round(warmup_epochs * steps_per_epoch))
     rest = max(1, epochs * steps_per_epoch - warmup)
     schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),
@@ -180,21 +206,23 @@ def make_schedule(optimizer, epochs: int, warmup_epochs: float, steps_per_epoch:
 def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: int, output_dir: str | Path, about: dict,
           device: torch.device, optimizer: str = "adamw", lr: float | None = None, weight_decay: float | None = None,
           sigma_max: float = 1.0, warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0,
-          ema: float = 0.0, amp: str = "off", seed: int = 0, state: dict | None = None) -> dict:
+          ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine", denoising: str = "mixed",
+          sigma_levels: int = 0, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
-    go on from. Linear warm-up, cosine, gradients clipped by norm. The papers train with SGD for 250 epochs; its steps for
+    go on from. Gradients are clipped by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for
     the decoder are small, since the denoising loss is, and in a short training colours are not learned at all: AdamW is the
     default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays.
     """
     make_optimizer, default_lr, default_decay = OPTIMIZERS[optimizer]
     output_dir = Path(output_dir)
     network = network.to(device, memory_format=torch.channels_last)
-    batches = NoisyBatches(train_loader, device, sigma_max, seed)
+    batches = NoisyBatches(train_loader, device, sigma_max, seed, sigma_levels)
     optimizer = make_optimizer(network.parameters(), default_lr if lr is None else lr,
                                default_decay if weight_decay is None else weight_decay)
-    schedule = make_schedule(optimizer, epochs, warmup_epochs, len(batches))
+    by_epoch = schedule == "plateau"
+    schedule = make_schedule(optimizer, schedule, epochs, warmup_epochs, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
     average = None
     if ema:
@@ -223,9 +251,10 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                         disable=None)
         for step, (noisy, clean, labels) in enumerate(progress):
             rate = optimizer.param_groups[0]["lr"]
+            labels, boxes = data_module.split_labels(labels, device)
             with autocast(device, amp):
-                output = network(noisy)
-            total, parts = task_loss(output, clean, labels, loss, label_smoothing)
+                output = models.run(network, noisy, boxes)
+            total, parts = task_loss(output, clean, labels, loss, label_smoothing, denoising)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(total).backward()
             scaler.unscale_(optimizer)
@@ -233,7 +262,8 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             value = check_finite(total, f"epoch {epoch + 1}, batch {step + 1}", rate)  # waits for the device: only here
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
+            if not by_epoch:
+                schedule.step()
             if average is not None:
                 average.update_parameters(network)
             count += len(clean)
@@ -241,7 +271,9 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                 sums[name] = sums.get(name, 0.0) + part * len(clean)
             progress.set_postfix(loss=f"{sums['loss'] / count:.4f}", lr=f"{rate:.2g}")
         trained = average.module if average is not None else network
-        held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp)
+        held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp, denoising=denoising)
+        if by_epoch:
+            schedule.step(_comparable(held_out["loss"]))
         rows.append({"epoch": epoch + 1, "lr": rate,
                      **{f"train_{name}": float(total) / count for name, total in sums.items()},
                      **{f"val_{name}": value for name, value in held_out.items()},
@@ -351,6 +383,25 @@ def check_images(data: data_module.Data, loss: str) -> None:
         raise ValueError(f"--size {data.size} is too small for the denoising loss: SSIM needs {evaluation.WINDOW} pixels.")
 
 
+def vary(record: dict, model: str | None = None, decoder: str | None = None, widen: float | None = None) -> dict:
+    """The record of the same encoder as another model, with another decoder or with wider channels; None: as it is.
+
+    ValueError where the record is not of a searched network. A latency in the record is dropped: it is of another network.
+    """
+    if model is None and decoder is None and widen is None:
+        return record
+    if record["method"] != "tfnas":
+        raise ValueError(f"--train-as, --decoder and --widen are for searched networks, not for {record['model']}.")
+    arch = models.Arch.from_dict(record)
+    if model not in (None, "dnas") and not arch.classifies:
+        raise ValueError("The record is of a dnas, which has no classifier; it cannot be trained as another model.")
+    arch = arch if model is None else arch.with_model(model)
+    arch = arch if decoder is None else replace(arch, decoder=decoder)
+    arch = arch if widen is None else arch.widened(widen)
+    kept = {name: value for name, value in record.items() if name != "latency"}
+    return {**kept, **arch.to_dict()}
+
+
 def make_folder(path: str | Path) -> None:
     """Make the folder of the results before the work starts; ValueError in one sentence where that fails."""
     try:
@@ -380,8 +431,13 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("network")
     what.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
                       help="record of the network, from search.py (default: %(default)s)")
-    what.add_argument("--model", choices=models.NAMED, metavar="NAME",
+    what.add_argument("--model", type=models.model_name, metavar="NAME",
                       help="a named model instead of --arch; python models.py lists them")
+    what.add_argument("--train-as", choices=models.MODELS,
+                      help="train the found encoder as another model: the classifier or denoiser of a dcnas alone, or dcnas-seq")
+    what.add_argument("--decoder", choices=models.DECODERS,
+                      help="another decoder: two MBConvs a level, one, or two without those of level 4 (default: that of the record)")
+    what.add_argument("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels (default: 1)")
     what.add_argument("--loss", choices=LOSSES,
                       help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one of them (default: what the network can)")
     what.add_argument("--dropout", type=number(0, 0.9), default=0.2, metavar="P",
@@ -391,8 +447,15 @@ def build_parser() -> argparse.ArgumentParser:
     data_module.add_data_arguments(parser)
     parser.set_defaults(data=None, data_root=None)  # those of the search, or digits
     recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--recipe", choices=RECIPES, default="short",
+                        help="defaults for the flags below: short; study: the papers' controlled study; paper: the papers' on "
+                             "ImageNet-100 (default: %(default)s)")
     recipe.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
                         help="noise is drawn from U[0, S] per image, for images in [0, 1]; 0: clean (default: %(default)s)")
+    recipe.add_argument("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
+                        help="draw sigma from N evenly spaced values instead; 0: from all (default: %(default)s)")
+    recipe.add_argument("--denoising-loss", choices=DENOISING_LOSSES, default="mixed",
+                        help="mixed: 0.8 Charbonnier + 0.2 (1 - SSIM); charbonnier alone (default: %(default)s)")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=25, metavar="N",
                         help="passes over the images; the papers train 250 (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
@@ -401,6 +464,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="adamw learns sooner; sgd (momentum 0.9) is the papers', for long trainings (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), metavar="LR",
                         help="peak learning rate (default: 0.003 for adamw, 0.15 for sgd; the papers: 0.2 at batch size 512)")
+    recipe.add_argument("--schedule", choices=SCHEDULES, default="cosine",
+                        help="learning rate: warm-up and cosine, or less on each plateau (default: %(default)s)")
     recipe.add_argument("--warmup-epochs", type=number(0, 1000), metavar="N",
                         help="epochs of linear warm-up (default: 5, but at most a tenth of all)")
     recipe.add_argument("--weight-decay", type=number(0, 1), metavar="WD",
@@ -417,6 +482,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     try:
+        parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
         args, state = parse_or_resume(parser, argv, "last.pt", "optimizer")
         device = prepare(args)
         if state is not None:
@@ -432,14 +498,18 @@ def main(argv: list[str] | None = None) -> None:
                                      train_images=args.train_images, val_images=args.val_images)
         classes = data.classes
         if not record:  # without labels choose_loss says what to do
-            record = models.make_record(models.named_arch(args.model, len(classes or []) or 1),
-                                        models.provenance(latency.device_name(device), args.seed))
+            record = models.named_record(args.model, len(classes or []) or 1,
+                                         models.provenance(latency.device_name(device), args.seed))
+        if state is None:
+            record = vary(record, args.train_as, args.decoder, args.widen)
         network = models.build_network(record, args.dropout, args.drop_connect)
         if network.classifies and classes and record["num_classes"] != len(classes):
             raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                              f"{len(classes)}; search again with --data {args.data}.")
         loss = choose_loss(network, classes is not None, args.loss)
         check_images(data, loss)
+        boxes = data_module.split_labels(torch.as_tensor(data.train[0][1])[None], "cpu")[1]
+        models.check_fits(network, record["model"], data.size, boxes)
         make_folder(args.output_dir)
     except ValueError as error:
         parser.error(str(error))
@@ -457,7 +527,8 @@ def main(argv: list[str] | None = None) -> None:
         best = train(network, *loaders, loss=loss, epochs=args.epochs, output_dir=args.output_dir, about=about, device=device,
                      optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, sigma_max=args.sigma,
                      warmup_epochs=warmup, label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
-                     seed=args.seed, state=state)
+                     seed=args.seed, schedule=args.schedule, denoising=args.denoising_loss,
+                     sigma_levels=args.sigma_levels, state=state)
     except KeyboardInterrupt:
         say_stopped("train.py", args.output_dir, "last.pt", started)
     except (TrainingError, OSError) as error:

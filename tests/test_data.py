@@ -403,7 +403,7 @@ def test_other_layouts_are_refused_in_one_sentence(tmp_path, folders, empty, mes
 
 
 def test_missing_folder_and_single_image_are_refused(tmp_path):
-    with pytest.raises(data.DataError, match="no folder .*absent: --data is digits, mnist or"):
+    with pytest.raises(data.DataError, match="no folder .*absent: --data is digits, mnist, digit-pairs"):
         data.load_data(str(tmp_path / "absent"))
     write_images(tmp_path, 1)
     with pytest.raises(data.DataError, match="too few images"):
@@ -566,3 +566,42 @@ def test_decoded_images_are_kept_as_long_as_they_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_image", lambda path: reads.append(path.name) or original(path))
     assert all(torch.equal(pictures[index][0], first[index]) for index in range(4))
     assert reads == ["2.png", "3.png"]  # the first two were kept
+
+
+# --- Scenes with two digits ---------------------------------------------------------------------------------
+
+def test_pairs_do_not_overlap_and_boxes_hold_the_digits():
+    pairs = data.load_data("digit-pairs", train_images=60, val_images=5)
+    assert pairs.size == 96 and len(pairs.classes) == 10 and len(pairs.train) == 60
+    seen = set()
+    for image, rows in pairs.train:
+        assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
+        assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+        outside = torch.ones(96, 96, dtype=torch.bool)
+        for label, left, top, right, bottom in rows.tolist():
+            assert (right - left, bottom - top) == (28, 28) and 0 <= left and right <= 96 and 0 <= top and bottom <= 96
+            assert outside[top:bottom, left:right].all()  # no overlap
+            outside[top:bottom, left:right] = False
+            assert image[0, top:bottom, left:right].max() > 150
+            seen.add(label)
+        background = image[0][outside].unique()
+        assert len(background) == 1 and 25 <= background.item() <= 77
+    assert seen == set(range(10))
+
+
+def test_pairs_follow_their_seed():
+    first, same, other = (data.load_data("digit-pairs", seed=seed, train_images=6, val_images=2) for seed in (1, 1, 2))
+    longer = data.load_data("digit-pairs", seed=1, train_images=9, val_images=2)
+    assert torch.equal(first.train.images, same.train.images) and torch.equal(first.train.rows, same.train.rows)
+    assert torch.equal(first.train.images, longer.train.images[:6])
+    assert not torch.equal(first.train.images, other.train.images)
+
+
+def test_labels_of_pairs_are_split_into_labels_and_boxes():
+    pairs = data.load_data("digit-pairs", train_images=4, val_images=2)
+    images, rows = next(iter(data.make_loader(pairs.train, 4)))
+    labels, boxes = data.split_labels(rows, "cpu")
+    assert images.shape == (4, 3, 96, 96) and labels.shape == (8,) and boxes.shape == (4, 2, 4)
+    assert labels.tolist() == [label for _, row in pairs.train for label in row[:, 0].tolist()]
+    plain, none = data.split_labels(torch.tensor([3, 1]), "cpu")
+    assert plain.tolist() == [3, 1] and none is None

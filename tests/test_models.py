@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import baselines
 import models
 from models import Arch, MBConv, Network, SuperNet, make_arch, named_arch
 
@@ -332,7 +333,7 @@ def test_models_works_alone_in_an_empty_folder(tmp_path):
 def test_listing(capsys):
     models.main(["--classes", "10", "--input", "64", "--json"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == set(models.NAMED) and rows["dnas-k3-e3"]["classifies"] is False
+    assert set(rows) == {*models.NAMED, *baselines.BASELINES} and rows["dnas-k3-e3"]["classifies"] is False
     network = Network(named_arch("cnas-k3-e6", 10))
     assert rows["cnas-k3-e6"]["parameters"] == sum(p.numel() for p in network.parameters())
     models.main([])
@@ -426,3 +427,82 @@ def test_fast_forms_on_a_gpu_compute_the_same(mode):
             images = torch.rand_like(images)
             for ours, theirs in zip(fast(images), network(images)):
                 torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+# --- learned depth, other decoders, sequential, wider --------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ("cnas", "dcnas"))
+def test_a_supernet_with_one_hot_depths_equals_its_export(model):
+    torch.manual_seed(0)
+    supernet = SuperNet(model, 4, 5, depth="learned").double()
+    depths = (1, 3, 2, 4, 1)
+    with torch.no_grad():
+        for beta, depth in zip(supernet.betas, depths):
+            beta.copy_(1e4 * torch.nn.functional.one_hot(torch.tensor(depth - 1), len(beta)))
+    path = supernet.sample_path()
+    arch = supernet.arch(path)
+    assert [sum(block.stage == stage for block in arch.blocks) for stage in range(3, 8)] == list(depths)
+    exported = Network(arch, norm_layer=models.SearchNorm,
+                       make_block=lambda block, _: models.build_block(block, norm_layer=models.SearchNorm)).double()
+    supernet.copy_to(exported, path)
+    x = torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    for ours, theirs in zip(supernet(x, path), exported(x)):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_depth_gets_gradients_and_is_no_weight():
+    supernet = SuperNet("cnas", 4, 5, depth="learned")
+    weights = {id(weight) for weight in supernet.weight_parameters()}
+    assert len(supernet.arch_parameters()) == 6 and not any(id(p) in weights for p in supernet.arch_parameters())
+    supernet(torch.rand(2, 3, 32, 32), supernet.mixture(5.0)).logits.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in supernet.arch_parameters())
+    with torch.no_grad():
+        supernet.betas[0].add_(3.0)
+    supernet.normalize_()
+    assert supernet.betas[0].exp().sum().item() == pytest.approx(1)
+    fixed = SuperNet("cnas", 4, 5)
+    assert fixed.arch_parameters() == [fixed.alpha] and all(fixed.kept())
+
+
+@pytest.mark.parametrize("decoder", models.DECODERS)
+def test_decoders(decoder):
+    arch = replace(named_arch("dcnas-k3-e3", 4), decoder=decoder)
+    assert Arch.from_dict(arch.to_dict()) == arch
+    network = models.build_network(models.make_record(arch, {}))
+    output = network(torch.rand(2, 3, 50, 41))
+    assert output.image.shape == (2, 3, 50, 41)
+    output.image.sum().backward()
+    assert all(p.grad is not None for p in network.decoder.parameters())
+    kinds = [len(level.convs) for level in network.decoder.levels]
+    assert kinds == {"conv": [2] * 4, "mb": [2] * 4, "mb-1": [1] * 4, "mb-3level": [0, 2, 2, 2]}[decoder]
+    assert any(isinstance(m, MBConv) for m in network.decoder.modules()) == (decoder != "conv")
+
+
+def test_an_unknown_decoder_is_refused_and_old_records_have_the_default():
+    content = named_arch("dcnas-k3-e3", 4).to_dict()
+    with pytest.raises(ValueError, match="decoder must be one of conv, mb"):
+        Arch.from_dict({**content, "decoder": "huge"})
+    del content["decoder"]
+    assert Arch.from_dict(content).decoder == "conv"
+
+
+def test_a_sequential_network_is_its_parts_in_turn():
+    torch.manual_seed(0)
+    network = models.make_network(named_arch("dcnas-seq-k3-e3", 4)).eval()
+    x = torch.rand(2, 3, 40, 33)
+    image, logits = network(x)
+    torch.testing.assert_close(image, network.denoiser(x).image)
+    torch.testing.assert_close(logits, network.classifier(image).logits)
+    logits.sum().backward()
+    assert next(network.denoiser.parameters()).grad is not None  # trained as one
+
+
+def test_widened():
+    arch = named_arch("dnas-k3-e3").widened(2.0)
+    assert arch.stem_channels == 64 and arch.blocks[-1].out_channels == 224
+    assert Network(arch).eval()(torch.rand(1, 3, 32, 32)).image.shape == (1, 3, 32, 32)
+    ratio = (models.count_macs(Network(arch), 64) / models.count_macs(Network(named_arch("dnas-k3-e3")), 64))
+    assert 3 < ratio < 4.2  # the square, but for depthwise convolutions and the image's three channels
+    assert Network(named_arch("dcnas-k5-e6", 3).widened(0.5)).eval()(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)

@@ -19,8 +19,8 @@ ROOT = Path(search.__file__).parent
 CPU = torch.device("cpu")
 
 
-def make(model="dcnas", supernet="cnas", space=4, target=2.0, cost=None):
-    supernet = models.SuperNet(supernet, space, 0 if supernet == "dnas" else 10)
+def make(model="dcnas", supernet="cnas", space=4, target=2.0, cost=None, depth="fixed"):
+    supernet = models.SuperNet(supernet, space, 0 if supernet == "dnas" else 10, depth=depth)
     table = latency.LatencyTable(fake_table(space, cost=cost))
     return supernet, search.Budget(table, supernet, model, target)
 
@@ -36,7 +36,7 @@ def set_alpha(supernet, rows):
 
 @pytest.mark.parametrize("space", [4, 6, 8])
 @pytest.mark.parametrize("model, supernet", [("cnas", "cnas"), ("dcnas", "cnas"), ("dcnas", "dcnas"), ("dnas", "cnas"),
-                                             ("dnas", "dnas")])
+                                             ("dnas", "dnas"), ("dcnas-seq", "cnas")])
 def test_expected_latency_of_a_one_hot_supernet_is_the_prediction_for_the_export(model, supernet, space):
     supernet, budget = make(model, supernet, space)
     generator = torch.Generator().manual_seed(space)
@@ -72,6 +72,64 @@ def test_gradient_of_the_expected_latency_agrees_with_finite_differences():
                 values.append(loss().item())
                 supernet.alpha[block, operation] -= sign * step
         assert gradient[block, operation].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("model", ["cnas", "dcnas", "dcnas-seq"])
+def test_expected_latency_of_one_hot_depths_is_the_prediction_for_the_export(model):
+    supernet, budget = make(model, depth="learned")
+    path = supernet.sample_path(torch.Generator().manual_seed(0))
+    set_alpha(supernet, 1e3 * torch.nn.functional.one_hot(torch.tensor(path), 4).float())
+    for index, beta in enumerate(supernet.betas):  # stages 3 to 7, of 2, 3, 4, 4, 4 blocks
+        with torch.no_grad():
+            beta.copy_(1e3 * torch.nn.functional.one_hot(torch.tensor(index % len(beta)), len(beta)).float())
+    exported = supernet.arch(path).with_model(model)
+    assert [sum(block.stage == stage for block in exported.blocks) for stage in range(3, 9)] == [1, 2, 3, 4, 1, 1]
+    expected = supernet.expected_latency(budget.candidates_ms(), budget.base_ms).item()
+    assert expected == pytest.approx(budget.table.predict_ms(exported), rel=1e-5)
+
+
+def test_expected_latency_of_depths_is_the_sum_over_ends_of_the_paper():
+    """LAT of a stage = sum over b of softmax(beta)_b * LAT(blocks 1 to b)."""
+    supernet, budget = make("cnas", depth="learned")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in supernet.arch_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    costs = (supernet.alpha.softmax(1) * budget.candidates_ms()).sum(1)
+    total, start = budget.base_ms, 0
+    for stage in models.STAGES:
+        part = costs[start:start + stage.blocks]
+        ends = supernet.betas[stage.number - 3].softmax(0) if stage.blocks > 1 else torch.ones(1)
+        total += sum(end * part[:b + 1].sum() for b, end in enumerate(ends))
+        start += stage.blocks
+    torch.testing.assert_close(supernet.expected_latency(budget.candidates_ms(), budget.base_ms), total)
+    supernet.expected_latency(budget.candidates_ms(), budget.base_ms).backward()
+    assert all(beta.grad[0] < 0 < beta.grad[-1] for beta in supernet.betas)  # the first end costs least, the last most
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_the_fit_meets_the_target_with_learned_depth(share):
+    supernet, budget = make("dcnas", depth="learned")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in supernet.arch_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    path, kept = supernet.best_path(), supernet.kept()
+    narrow, wide = (budget.base_ms + sum(f(budget.block_ms(pair[end]) for pair in row)
+                                         for row, keep in zip(budget.limits(), kept) if keep)
+                    for f, end in ((min, 0), (max, 1)))
+    assert budget.range_ms()[0] <= narrow < wide <= budget.range_ms()[1]
+    target = narrow + share * (wide - narrow) + 1e-9
+    path, widths = budget.fit(path, target)
+    supernet.set_widths(path, widths)
+    assert 0.99 * target <= budget.table.predict_ms(supernet.arch(path).with_model("dcnas")) <= target + 1e-6
+
+
+def test_a_sequential_network_pays_twice_for_its_encoder():
+    table = latency.LatencyTable(fake_table(4))
+    arch = models.named_arch("dcnas-k3-e3", 10)
+    parts = [table.predict_ms(arch.with_model(model)) for model in ("dnas", "cnas")]
+    assert table.predict_ms(arch.with_model("dcnas-seq")) == pytest.approx(sum(parts))
 
 
 def test_latency_losses_by_hand():
@@ -279,6 +337,47 @@ SMALL = ["--size", "16", "--train-images", "60", "--val-images", "10", "--epochs
 def write_table(path, **options):
     models.write_json(path, fake_table(**{"size": 16, **options}))
     return str(path)
+
+
+def test_pairs_cannot_be_searched(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        search.main(["--target", "3", "--data", "digit-pairs", "--train-images", "8", "--val-images", "2", "--output-dir",
+                     str(tmp_path / "a")])
+    assert stopped.value.code == 2 and "has two digits in each image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, model", ((["--depth", "learned"], "dcnas"), (["--strategy", "random", "--seed", "4"], "dcnas"),
+                                          (["--model", "dcnas-seq"], "dcnas-seq"),
+                                          (["--model", "dnas", "--depth", "learned"], "dnas")))
+def test_other_searches_find_a_network_within_the_target(flags, model, tmp_path, capsys, quick_measurement):
+    table = write_table(tmp_path / "t.json")
+    target = {"dcnas": 2.5, "dcnas-seq": 4.5, "dnas": 1.7}[model]
+    search.main(["--target", str(target), "--table", table, "--output-dir", str(tmp_path / "a"), *SMALL, *flags])
+    record = models.load_record(tmp_path / "a" / "arch.json")
+    network = models.build_network(record)
+    assert record["model"] == model and 0.9 * target < record["latency"]["predicted_ms"] <= target
+    assert network(torch.rand(2, 3, 16, 16))._fields == ("image", "logits")
+    log = tmp_path / "a" / "log.jsonl"
+    assert log.exists() == ("random" not in flags)
+    if "learned" in flags:
+        assert [len(beta) for beta in json.loads(log.read_text().splitlines()[-1])["beta"]] == [2, 3, 4, 4, 4]
+
+
+def test_a_learned_depth_that_is_too_small_for_the_target_is_said(tmp_path, capsys, quick_measurement):
+    table = write_table(tmp_path / "t.json")
+    search.main(["--target", "2.57", "--table", table, "--output-dir", str(tmp_path / "a"), "--model", "dnas", "--depth",
+                 "learned", *SMALL])
+    out = capsys.readouterr().out
+    assert "note: the learned depth keeps" in out and "at their widest" in out
+
+
+def test_random_networks_follow_their_seed(tmp_path, quick_measurement):
+    table, archs = write_table(tmp_path / "t.json"), []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        search.main(["--target", "2.5", "--table", table, "--output-dir", str(tmp_path / name), "--strategy", "random", *SMALL,
+                     "--seed", seed])
+        archs.append(models.Arch.from_dict(models.load_record(tmp_path / name / "arch.json")))
+    assert archs[0] == archs[1] != archs[2]
 
 
 def test_same_seed_and_table_give_the_same_architecture_in_the_record(tmp_path, capsys, quick_measurement):

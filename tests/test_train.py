@@ -53,7 +53,7 @@ def test_the_loss_follows_network_and_data():
 
 def test_schedule_warms_up_and_falls_to_zero():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
-    schedule = train.make_schedule(optimizer, epochs=10, warmup_epochs=1, steps_per_epoch=10)
+    schedule = train.make_schedule(optimizer, "cosine", epochs=10, warmup_epochs=1, steps_per_epoch=10)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
