@@ -1,0 +1,96 @@
+"""reproduce.py: the tables fit together, and the smallest of each kind runs, goes on, and says what holds."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import baselines
+import models
+import reproduce
+from fake_table import fake_table
+
+PAPER = [f"table-{number}" for number in range(1, 11)] + ["figure-5", "figure-6", "figure-9"]
+
+
+def test_every_table_and_figure_of_the_papers_is_there_and_fits():
+    assert list(reproduce.TABLES) == PAPER
+    runs = {}
+    for table in reproduce.TABLES.values():
+        assert len({label for label, _, _ in table.rows}) == len(table.rows)
+        for _, run, published in table.rows:
+            assert runs.setdefault(run.name, run) == run  # one name, one run
+            assert set(published) <= {*table.columns}
+            if run.kind != "natural":
+                assert baselines.find_baseline(run.name)
+    for run in runs.values():
+        assert run.from_run is None or runs[run.from_run].search
+        assert bool(run.search) == (run.target is not None)
+
+
+def test_claims_are_judged_by_means_and_by_seeds():
+    rows = [("a", [{"x": 1.0}, {"x": 5.0}], {}), ("b", [{"x": 2.0}, {"x": 3.0}], {}), ("c", None, {})]
+    claims = (("a beats b", reproduce.beats("a", "b", "x")), ("b beats a", reproduce.beats("b", "a", "x")),
+              ("a beats c", reproduce.beats("a", "c", "x")), ("close", reproduce.close("a", "b", "x", 1.0)))
+    verdicts = reproduce.judge(claims, rows)
+    assert [v["verdict"] for v in verdicts] == ["holds", "does not hold", "not run", "holds"]
+    assert [v["seeds_for"] for v in verdicts] == [1, 1, 0, 0]
+
+
+def test_a_table_shows_means_spreads_the_papers_numbers_and_what_was_not_run():
+    rows = [("one", [{"PSNR dB": 20.0}, {"PSNR dB": 21.0}], {"PSNR dB": 25.4}), ("two", None, {}), ("three", [{}], {})]
+    text, records = reproduce.summarise(("PSNR dB",), rows)
+    lines = text.splitlines()
+    assert "20.50 ±0.5 (25.4)" in lines[1] and "not run" in lines[2] and lines[3].split() == ["three", "-"]
+    assert records[0]["ours"]["PSNR dB"] == {"mean": 20.5, "half_range": 0.5, "values": [20.0, 21.0]}
+
+
+def test_a_table_of_the_study_runs_and_is_not_run_again(tmp_path, capfd):
+    command = ["table-1", "--scale", "tiny", "--digits", "--threads", "1", "--device", "cpu", "--skip", "dcnet", "dcnet-seq",
+               "--output-dir", str(tmp_path)]
+    reproduce.main(command)
+    out = capfd.readouterr().out
+    assert "scaled down" in out and "not run: baseline: Integrated denoises better" in out
+    content = json.loads((tmp_path / "tiny/table-1.json").read_text())
+    rows = {row["label"]: row for row in content["rows"]}
+    assert rows["Integrated, reduced"]["ours"]["MACs M"]["mean"] == pytest.approx(49.17, abs=0.01)
+    assert rows["Integrated, baseline"]["ours"] == {} and rows["Integrated, reduced"]["paper"]["PSNR dB"] == 29.9
+    reproduce.main(command)
+    assert "$ python" not in capfd.readouterr().out
+
+
+def test_a_searched_table_runs(tmp_path, capfd):
+    for split, count in (("train", 12), ("val", 6)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (40, 40), (40 * index % 256, 90 * number, 50)).save(folder / f"{index}.png")
+    models.write_json(tmp_path / "runs/tiny/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
+    reproduce.main(["table-6", "--scale", "tiny", "--threads", "1", "--device", "cpu", "--data", str(tmp_path / "photos"),
+                    "--skip", "dcnas-m-clean-mb", "dcnas-m-clean-mb-3level", "--output-dir", str(tmp_path / "runs")])
+    out = capfd.readouterr().out
+    assert "MBConv, 1 operation" in out and out.count("$ python search.py") == 1  # both rows train what one search found
+    trained = models.read_checkpoint(tmp_path / "runs/tiny/dcnas-m-clean-mb-1/seed-0/train/best.pt")
+    assert trained["record"]["decoder"] == "mb-1"
+
+
+@pytest.mark.parametrize("arguments, message", ((["table-3"], "needs natural images"), (["table-99"], "invalid choice"),
+                                                (["table-1", "--device", "nonsense"], "cannot be used here")))
+def test_wrong_usage(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main([*arguments, "--output-dir", str(tmp_path)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_named(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["table-1", "--scale", "tiny", "--threads", "1", "--device", "cpu", "--data-root",
+                        str(tmp_path / "file"), "--output-dir", str(tmp_path / "runs"), "--threads", "0"])
+    assert "This command failed" in str(stopped.value.code) and "python train.py" in str(stopped.value.code)
+
+
+def test_without_a_name_it_lists_what_there_is(capsys):
+    reproduce.main([])
+    out = capsys.readouterr().out
+    assert all(name in out for name in PAPER)
