@@ -614,12 +614,14 @@ MODES = ("eager", "folded", "compile", "graph")
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy in eval mode whose batch norms are folded into the convolutions before them; it computes the same."""
+    """A copy in eval mode whose batch norms are folded into the convolutions that they follow in a Sequential; it computes the
+    same."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
-        if isinstance(module, Conv2dNormActivation) and len(module) > 1 and isinstance(module[1], nn.BatchNorm2d):
-            module[0] = fuse_conv_bn_eval(module[0], module[1])
-            del module[1]
+        for index in reversed(range(len(module) - 1 if isinstance(module, nn.Sequential) else 0)):
+            if isinstance(module[index], nn.Conv2d) and isinstance(module[index + 1], nn.BatchNorm2d):
+                module[index] = fuse_conv_bn_eval(module[index], module[index + 1])
+                del module[index + 1]
     return folded
 
 

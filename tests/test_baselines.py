@@ -54,6 +54,24 @@ def test_every_baseline_takes_any_size_and_trains(name):
     assert not idle
 
 
+@pytest.mark.parametrize("name, left", (("unet-s", 0), ("dncnn", 0), ("dcnet-s-tail", 0), ("mobilenet-v2", 0), ("resnet18", 17)))
+def test_folded_baselines_compute_the_same(name, left):
+    """`left`: the batch norms that do not stand behind their convolution in a Sequential."""
+    torch.manual_seed(0)
+    network = baselines.build_baseline(name, 5)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    folded, x = models.fast(network), torch.rand(2, 3, 64, 64)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
+    with torch.inference_mode():
+        for ours, theirs in zip(folded(x), network.eval()(x)):
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_a_cut_out_at_full_resolution_is_the_pixels():
     x = torch.rand(2, 3, 40, 50)
     boxes = torch.tensor([[[3, 5, 31, 33], [20, 11, 48, 39]], [[0, 0, 28, 28], [22, 12, 50, 40]]])

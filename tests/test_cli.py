@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark")
+SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce")
 README = (ROOT / "README.md").read_text()
+REPRODUCE = (ROOT / "REPRODUCE.md").read_text()
 
 # What makes each command small: appended flags, by script.
 SMALLEST = {
@@ -48,8 +49,8 @@ def test_the_readme_names_every_script_and_its_numbers_stand_beside_commands():
     assert "python search.py --target 12" in commands(README)
 
 
-@pytest.mark.parametrize("command", commands(README))
-def test_every_readme_command_parses(command):
+@pytest.mark.parametrize("command", list(dict.fromkeys(commands(README) + commands(REPRODUCE))))
+def test_every_command_of_the_documents_parses(command):
     """Flags, choices and numbers of every command, with the parser of its script: the long ones too."""
     words = shlex.split(command)
     try:
