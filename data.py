@@ -12,13 +12,15 @@ import argparse
 import copy
 import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, RandomSampler, get_worker_info
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets, utils
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -50,10 +52,44 @@ class Data:
     size: int  # side of the training images in pixels
 
 
-def _mix(*numbers):
+def mix(*numbers):
     """One well mixed seed in [0, 2**63) from several integers."""
     sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+
+
+# --- Processes ----------------------------------------------------------------------------------------------
+
+def join_processes(device):
+    """Join the processes that torchrun started, if it did; returns the device of this one (NCCL on CUDA, gloo on CPUs).
+
+    All but the first print nothing.
+    """
+    if "LOCAL_RANK" not in os.environ or "MASTER_ADDR" not in os.environ or dist.is_initialized():
+        return device
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank_and_world():
+    """The number of this process and how many there are: (0, 1) without torchrun."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def from_first(make):
+    """make() of the first process, on all of them."""
+    rank, world = rank_and_world()
+    result = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 # --- Noise --------------------------------------------------------------------------------------------------
@@ -89,7 +125,7 @@ def evaluation_noise(shape, index, seed=0):
     Depends on nothing but (shape, index, seed), so neither on batch size nor on device; numpy's generator
     gives the same numbers on every kind of processor.
     """
-    rng = np.random.default_rng(_mix(seed, index))
+    rng = np.random.default_rng(mix(seed, index))
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
@@ -98,7 +134,7 @@ def evaluation_noise(shape, index, seed=0):
 def _by_class(targets, seed):
     """Indices of each class in a seeded random order."""
     targets = np.asarray(targets, dtype=np.int64)
-    rng = np.random.default_rng(_mix(seed, len(targets)))
+    rng = np.random.default_rng(mix(seed, len(targets)))
     return [rng.permutation(np.flatnonzero(targets == label)) for label in np.unique(targets)]
 
 
@@ -461,7 +497,7 @@ class Pictures(Dataset):
         image = self._load(index)
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed, which would also reset the generator of the GPU
-            torch.default_generator.manual_seed(_mix(self.seed, int(self.epoch), index))
+            torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
             return self.transform(image), self.targets[index]
 
     def _load(self, index):
@@ -597,29 +633,51 @@ def _source(dataset):
     return dataset
 
 
+class Order(Sampler):
+    """The order of a dataset in an epoch: shuffled by (seed, epoch) or as it is, from image `start` of this process on.
+
+    With several processes (torchrun) each has every `world`-th image, beginning with its rank. In training all get the same
+    number, so that none waits for another; in evaluation no image is left out or comes twice.
+    """
+
+    def __init__(self, count, shuffle, seed, equal):
+        self.count, self.shuffle, self.seed = count, shuffle, seed
+        self.rank, self.world = rank_and_world()
+        self.epoch = self.start = 0
+        self.last = count - count % self.world if equal else count
+
+    def __len__(self):
+        return len(range(self.rank, self.last, self.world))
+
+    def __iter__(self):
+        order = list(range(self.count))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+            order = torch.randperm(self.count, generator=generator).tolist()
+        return iter(order[self.rank:self.last:self.world][self.start:])
+
+
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu"):
-    """Loader of (uint8 (B, 3, H, W), int64 (B,)), shuffled by a generator of its own, see set_epoch.
+    """Loader of (uint8 (B, 3, H, W), int64 (B,)), in an order of its own, see Order and set_epoch.
 
     Whole images (unlabelled validation) differ in size, so they come one by one whatever batch_size is.
-    drop_last is ignored when no batch would be left.
+    drop_last is ignored when no batch would be left. batch_size is that of one process.
     """
     if getattr(_source(dataset), "whole", False):
         batch_size = 1
-    order = torch.Generator()
-    loader = DataLoader(
-        dataset, batch_size, sampler=RandomSampler(dataset, generator=order) if shuffle else None,
-        drop_last=drop_last and len(dataset) >= batch_size, pin_memory=torch.device(device).type == "cuda",
-        num_workers=workers, persistent_workers=workers > 0,
-        # Not `order`: with workers the loader draws from it in the first epoch only. Nor the global one.
-        generator=torch.Generator())
-    loader.seed, loader.order = seed, order
-    set_epoch(loader, 0)
-    return loader
+    order = Order(len(dataset), shuffle, seed, equal=drop_last)
+    return DataLoader(
+        dataset, batch_size, sampler=order, drop_last=drop_last and len(order) >= batch_size,
+        pin_memory=torch.device(device).type == "cuda", num_workers=workers, persistent_workers=workers > 0,
+        generator=torch.Generator())  # of the workers' seeds; not the global one
 
 
-def set_epoch(loader, epoch):
-    """Make order and crops those of (seed, epoch), so that a resumed run sees what an unbroken one would."""
-    loader.order.manual_seed(_mix(loader.seed, epoch))
+def set_epoch(loader, epoch, batches=0):
+    """Make order and crops those of (seed, epoch), so that a resumed run sees what an unbroken one would.
+
+    batches: how many of this epoch's batches were seen already; none of their images is read.
+    """
+    loader.sampler.epoch, loader.sampler.start = epoch, batches * loader.batch_size
     source = _source(loader.dataset)
     if isinstance(source, Pictures):
         source.epoch.fill_(epoch)

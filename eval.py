@@ -13,6 +13,8 @@ the Edge", 2024): Gaussian noise of sigma 0, 0.1 ... 1.0 on images in [0, 1], an
 """
 
 import argparse
+import contextlib
+import copy
 import math
 import sys
 from collections import defaultdict
@@ -127,9 +129,10 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     """
     from tqdm import tqdm
 
-    from data import split_labels, to_float
+    from data import rank_and_world, split_labels, to_float
     from models import run
 
+    rank, world = rank_and_world()
     was_training = network.training
     network.eval()
     levels = [defaultdict(list) for _ in sigmas]  # per level: name -> one value per image
@@ -137,7 +140,7 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     try:
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             clean = to_float(images, device)  # (B, 3, H, W)
-            noise = noise_batch(clean, count, seed)
+            noise = noise_batch(clean, [rank + (count + i) * world for i in range(len(images))], seed)
             reference, (labels, boxes) = clean.double(), split_labels(labels, device)
             for sigma, values in zip(sigmas, levels):
                 noisy = _noisy(clean, noise, sigma, clip)
@@ -151,6 +154,8 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
             count += len(images)
     finally:
         network.train(was_training)
+    if world > 1:
+        count, num_classes, levels = _gather(count, num_classes, levels)
     if not count:
         raise ValueError("There is no image to evaluate on.")
 
@@ -168,11 +173,23 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
                       "noisy_levels": _level_means([record for record in records if record["sigma"] > 0])}}
 
 
-def noise_batch(clean: Tensor, first_index: int, seed: int) -> Tensor:
-    """Standard normal noise for the images `first_index`, `first_index` + 1 ..., as `clean` in shape and place."""
+def _gather(count: int, num_classes: int | None, levels: list[dict]) -> tuple[int, int | None, list[dict]]:
+    """The values of the images of all processes. (The mean of them is summed exactly, so that their order does not matter.)"""
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (count, num_classes, [dict(values) for values in levels]))
+    merged = [defaultdict(list) for _ in levels]
+    for _, _, others in parts:
+        for values, other in zip(merged, others):
+            for name, more in other.items():
+                values[name] += more
+    return sum(part[0] for part in parts), max((part[1] for part in parts if part[1]), default=None), merged
+
+
+def noise_batch(clean: Tensor, places: list[int], seed: int) -> Tensor:
+    """Standard normal noise for the images at these places of a split, as `clean` in shape and device."""
     from data import evaluation_noise
 
-    noise = torch.stack([evaluation_noise(clean.shape[1:], first_index + i, seed) for i in range(len(clean))])
+    noise = torch.stack([evaluation_noise(clean.shape[1:], place, seed) for place in places])
     return noise.to(clean.device, memory_format=torch.channels_last)
 
 
@@ -274,10 +291,11 @@ def _cell(name: str, value: float | str | None) -> str:
 
 
 def to_picture(image: Tensor):
-    """(3, H, W) in [0, 1], clamped if not -> Pillow image."""
+    """(3, H, W) in [0, 1], clamped if not, or uint8 -> Pillow image."""
     from PIL import Image
 
-    return Image.fromarray(to_8bit(image.float()).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = image if image.dtype == torch.uint8 else to_8bit(image.float()).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 TILE, GAP, LINE = 192, 8, 20  # of the picture grid: pixels
@@ -305,7 +323,7 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
         index = order[number % len(order)]
         pixels, label = dataset[index]
         clean = to_float(pixels[None], device)
-        noisy = _noisy(clean, noise_batch(clean, index, seed), sigma, clip)
+        noisy = _noisy(clean, noise_batch(clean, [index], seed), sigma, clip)
         labels, boxes = split_labels(torch.as_tensor(label)[None], device)
         image, logits = run(network, noisy, boxes)
         tiles = {"noisy": noisy, "denoised": image, "clean": clean}
@@ -365,6 +383,89 @@ def _class_name(index: int, classes: list[str] | None) -> str:
 # The user's own pictures
 
 
+TILE_CORE, TILE_MARGIN = 1024, 256  # pixels; multiples of any network's stride
+
+
+class _Reached(Exception):
+    """A layer has seen what it needs; the rest of the pass is not wanted."""
+
+
+class _WholePool(nn.Module):
+    """Stands for the average pool of a squeeze-and-excitation while a picture goes through a network in tiles.
+
+    First it adds up the cores of the tiles that reach it, then it gives their mean, that of the whole picture.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.count, self.core = 0.0, 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.core is None:
+            return (self.total / self.count).to(x.dtype)
+        tile_height, tile_width, top, bottom, left, right = self.core  # a core at the picture's edge goes on to the map's
+        rows, columns = tile_height // x.shape[2], tile_width // x.shape[3]
+        part = x[:, :, top // rows:None if bottom is None else bottom // rows,
+                 left // columns:None if right is None else right // columns].double()
+        self.total, self.count = self.total + part.sum((2, 3), keepdim=True), self.count + part.shape[2] * part.shape[3]
+        raise _Reached
+
+
+@torch.inference_mode()
+def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str = "cpu", core: int = TILE_CORE,
+                  margin: int = TILE_MARGIN) -> Tensor:
+    """Denoise a large picture in tiles: (1, 3, H, W), uint8 or float in [0, 1], on the CPU -> (1, 3, H, W) uint8 on the CPU.
+
+    Each tile is computed with `margin` pixels around its core (both multiples of 32), so that there are no seams; what
+    squeeze-and-excitation pools over the whole picture is collected by passes over all tiles before. The memory needed is that
+    of a tile, and of the picture in 8 bit. The network must be in eval mode.
+    """
+    from torchvision.ops import SqueezeExcitation
+
+    from data import to_float
+    from models import ENCODER_STRIDE
+
+    network = copy.copy(getattr(network, "denoiser", network))  # of a sequential network only the first half is needed
+    if hasattr(network, "decoder"):
+        network.classifies = False
+    height, width = image.shape[-2:]
+    places = [(max(0, y - margin), min(height, y + core + margin), max(0, x - margin), min(width, x + core + margin), y, x)
+              for y in range(0, height, core) for x in range(0, width, core)]
+
+    def run(place):
+        top, bottom, left, right, _, _ = place
+        tile = image[..., top:bottom, left:right]
+        return network(to_float(tile, device) if tile.dtype == torch.uint8 else tile.to(device)).image
+
+    squeezes: list[nn.Module] = []  # in the order in which they are called
+    handles = [module.register_forward_hook(lambda module, *_: squeezes.append(module))
+               for module in network.modules() if isinstance(module, SqueezeExcitation)]
+    network(torch.zeros(1, 3, 64, 64, device=device))
+    for handle in handles:
+        handle.remove()
+    pools = [module.avgpool for module in squeezes]
+    try:
+        for squeeze in squeezes:
+            squeeze.avgpool = pool = _WholePool()
+            for place in places:
+                top, bottom, left, right, y, x = place
+                padded = [-(-side // ENCODER_STRIDE) * ENCODER_STRIDE for side in (bottom - top, right - left)]
+                pool.core = (*padded, y - top, None if y + core >= height else y + core - top,
+                             x - left, None if x + core >= width else x + core - left)
+                with contextlib.suppress(_Reached):
+                    run(place)
+            pool.core = None
+        result = torch.empty(image.shape, dtype=torch.uint8)
+        for place in places:
+            top, _, left, _, y, x = place
+            tile = run(place)[..., y - top:y - top + core, x - left:x - left + core]
+            result[..., y:y + core, x:x + core] = to_8bit(tile.float()).mul(255).round().byte().cpu()
+    finally:
+        for squeeze, pool in zip(squeezes, pools):
+            squeeze.avgpool = pool
+    return result
+
+
 @torch.inference_mode()
 def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path, *, size: int,
                   device: torch.device | str = "cpu", classes: list[str] | None = None, sigma: float = 0.0,
@@ -372,37 +473,49 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
     """Denoise and classify image files of any size; returns a record per picture and one per file that failed.
 
     Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where `sigma` > 0 adds noise; a second file of
-    the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised at full resolution. Its class
-    comes from the same pass where both sides are within a factor of 2 of `size`, the training size in pixels;
-    otherwise from a second pass on a copy whose short side is `size`, because a classifier knows objects at the
-    scale it was trained on. A file that cannot be read is reported and skipped. The network must be in eval mode.
+    the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised at full resolution, in tiles where it is
+    larger than one (`denoise_tiled`). Its class comes from the same pass where both sides are within a factor of 2 of `size`,
+    the training size in pixels; otherwise from a second pass on a copy whose short side is `size`, because a classifier knows
+    objects at the scale it was trained on. A file that cannot be read is reported and skipped. The network must be in eval
+    mode.
     """
     import numpy
+    from tqdm import tqdm
 
     from data import load_image, to_float
     from models import write_file
 
     output_dir = Path(output_dir)
     pictures, failures = [], []
-    for index, (path, name) in enumerate(zip(paths, _output_names(paths))):
+    progress = tqdm(list(zip(paths, _output_names(paths))), desc="pictures", unit="file", leave=False,
+                    disable=None if len(paths) > 1 else True)
+    for index, (path, name) in enumerate(progress):
         try:
-            pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)
-            clean = to_float(pixels[None], device)  # (1, 3, H, W)
-            noisy = _noisy(clean, noise_batch(clean, index, seed), sigma, clip) if sigma else clean
+            pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
+            height, width = pixels.shape[-2:]
+            large = height * width > (TILE_CORE + 2 * TILE_MARGIN) ** 2  # stays in 8 bit and on the CPU, as a whole
+            noisy = pixels if large else to_float(pixels, device)
+            if sigma:
+                clean = to_float(pixels, "cpu" if large else device)
+                noisy = _noisy(clean, noise_batch(clean, [index], seed), sigma, clip)
             seen = _classifier_view(noisy, size)
-            image, logits = network(noisy) if network.denoises or seen is noisy else (None, None)
+            image = logits = None
+            if large and network.denoises:
+                image = denoise_tiled(network, noisy, device, TILE_CORE, TILE_MARGIN)
+            elif network.denoises or seen is noisy:
+                image, logits = network(noisy)
             if network.classifies and seen is not noisy:
-                logits = network(seen).logits
+                logits = network(to_float(seen, device) if seen.dtype == torch.uint8 else seen.to(device)).logits
         except (ValueError, OSError) as error:
             failures.append({"file": str(path), "error": str(error)})
-            print(f"{path}: skipped: {error}", file=sys.stderr)
+            progress.write(f"{path}: skipped: {error}", file=sys.stderr)
             continue
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             failures.append({"file": str(path), "error": "too large for the memory of the device"})
-            print(f"{path}: skipped: too large for the memory of {device}; try --device cpu.", file=sys.stderr)
+            progress.write(f"{path}: skipped: too large for the memory of {device}; try --device cpu.", file=sys.stderr)
             continue
-        record = {"file": str(path), "width_px": clean.shape[-1], "height_px": clean.shape[-2]}
-        text = f"{path} ({clean.shape[-1]}x{clean.shape[-2]})"
+        record = {"file": str(path), "width_px": width, "height_px": height}
+        text = f"{path} ({width}x{height})"
         for kind, result in (("noisy", noisy if sigma else None), ("denoised", image)):
             if result is not None:
                 file = output_dir / f"{name}_{kind}.png"
@@ -415,7 +528,7 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
             record["classes"] = [{"name": _class_name(i, classes), "probability": p}
                                  for p, i in zip(best.values.tolist(), best.indices.tolist())]
             text += ": " + ", ".join(f"{c['name']} {c['probability']:.1%}" for c in record["classes"][:3])
-        print(text + (f" -> {record['denoised']}" if "denoised" in record else ""), flush=True)
+        progress.write(text + (f" -> {record['denoised']}" if "denoised" in record else ""))
         pictures.append(record)
     return pictures, failures
 
@@ -501,13 +614,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     from data import load_data
+    from data import join_processes
     from latency import check_device
     from models import load_checkpoint
 
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        device = torch.device(check_device(args.device))
+        device = torch.device(check_device(join_processes(args.device)))
         if args.threads:
             torch.set_num_threads(args.threads)
         network, checkpoint = load_checkpoint(args.checkpoint, device)
@@ -572,15 +686,18 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
                     device: torch.device, sigmas: list[float], clip: bool, seed: int, batch_size: int, workers: int,
                     latency_setting, about: dict) -> None:
     """Measure the network, write metrics.json, table.txt and grid.png, print the table."""
-    from data import make_loader
+    from data import make_loader, rank_and_world
     from latency import device_name
     from models import count_macs, count_parameters, provenance, write_file, write_json
 
     output_dir.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
     loader = make_loader(dataset, batch_size, workers=workers, device=device)
-    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), seed), **about,
-               **evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
-                          progress=sys.stderr.isatty()),
+    first = rank_and_world()[0] == 0
+    measured = evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
+                        progress=first and sys.stderr.isatty())
+    if not first:
+        return
+    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), seed), **about, **measured,
                "network": {"parameters": count_parameters(network), "macs": count_macs(network, size),
                            "size_px": size},
                "latency": None}

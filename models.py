@@ -945,12 +945,14 @@ def provenance(device_name: str, seed: int | None = None) -> dict:
 
 
 def write_file(path: str | Path, write) -> None:
-    """Call `write(temporary_path)` and rename, so that `path` holds the old content or all of the new one."""
+    """Call `write(temporary_path)` and rename, so that `path` holds the old content or all of the new one, whatever happens."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before the old content goes: a crash of the machine must not lose both
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1065,9 +1067,22 @@ def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0)
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Write tensors, numbers, strings, lists and dicts beside and rename."""
+    """Write tensors, numbers, strings, lists and dicts beside, read it back, and rename.
+
+    OSError in one sentence when it cannot be written (a full disk, say); what was at `path` is then still there.
+    """
     content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **content}
-    write_file(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary):
+        try:
+            torch.save(content, temporary)
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise OSError(f"The checkpoint {path} could not be written ({reason}); the one before it is intact: make room, "
+                          "and go on with --resume.") from None
+
+    write_file(path, write)
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:

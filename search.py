@@ -31,8 +31,8 @@ import data as data_module
 import latency
 import models
 from data import number, whole
-from train import (NoisyBatches, TrainingError, add_run_arguments, autocast, check_finite, check_images, make_folder,
-                   parse_or_resume, prepare, run_flags, say_stopped, task_loss)
+from train import (Guard, NoisyBatches, Stopped, TrainingError, add_run_arguments, autocast, bar, check_images, lock_folder,
+                   make_folder, parse_or_resume, prepare, run_flags, say_stopped, share, sum_over_processes, task_loss)
 
 LATENCY_LOSSES = {
     # name: (function of LAT / target, default lambda)
@@ -55,7 +55,8 @@ class Searcher:
     """
 
     def __init__(self, supernet: nn.Module, *, device: torch.device, lr: float, arch_lr: float, loss: str, seed: int,
-                 amp: str = "off", label_smoothing: float = 0.1, grad_clip: float = 5.0):
+                 amp: str = "off", label_smoothing: float = 0.1, grad_clip: float = 5.0, guard: Guard | None = None):
+        self.guard = guard or Guard()
         self.supernet = supernet.to(device, memory_format=torch.channels_last).train()
         self.device, self.loss, self.amp = device, loss, amp
         self.label_smoothing, self.grad_clip = label_smoothing, grad_clip
@@ -81,7 +82,8 @@ class Searcher:
     def weight_step(self, batch, bi_sampling: bool, path: list[int] | None = None,
                     where: str = "this step") -> dict[str, float]:
         """One step of the weights: a path by Gumbel softmax (or the one given), then, with `bi_sampling`, one of the other
-        operations of every block drawn uniformly, over the same batch; the losses are added (TF-NAS)."""
+        operations of every block drawn uniformly, over the same batch; the losses are added (TF-NAS). Empty for a step that
+        was skipped."""
         self.weight_optimizer.zero_grad(set_to_none=True)  # operations that were not sampled stay as they are
         path = self.supernet.sample_path(self.generator) if path is None else path
         total, begun = 0.0, self._begin(batch)
@@ -91,13 +93,19 @@ class Searcher:
             self.scaler.scale(loss).backward()  # each at once: the graph of one path in memory, not of two
             total = total + loss.detach()
         begun.backward(start.grad)
-        self.scaler.unscale_(self.weight_optimizer)
-        nn.utils.clip_grad_norm_(self.weights, self.grad_clip)
-        # Asked for last: it waits for the device.
-        value = check_finite(total, where, self.weight_optimizer.param_groups[0]["lr"]) / (2 if bi_sampling else 1)
-        self.scaler.step(self.weight_optimizer)
-        self.scaler.update()
-        return {"weight_loss": value}
+        return self._step("weight_loss", total / (2 if bi_sampling else 1), self.weights, self.weight_optimizer, self.scaler, where)
+
+    def _step(self, name: str, loss: Tensor, parameters: list, optimizer, scaler, where: str) -> dict[str, float]:
+        """The optimizer's step, with gradients averaged over the processes, if the loss and they are finite."""
+        finite = self.guard.reduce(parameters, loss)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        finite = finite and (scaler.is_enabled() or math.isfinite(norm))
+        taken = self.guard.judge(finite, where, optimizer.param_groups[0]["lr"])
+        if taken:
+            scaler.step(optimizer)
+        scaler.update()
+        return {name: loss.item()} if taken else {}
 
     def arch_step(self, batch, temperature: float, latency_term=None, where: str = "this step") -> dict[str, float]:
         """One step of alpha: every operation, summed with Gumbel-softmax weights, plus the latency term."""
@@ -111,11 +119,9 @@ class Searcher:
         finally:
             for weight in self.weights:
                 weight.requires_grad_(True)
-        value = check_finite(loss, where, self.arch_optimizer.param_groups[0]["lr"])
-        self.arch_scaler.step(self.arch_optimizer)
-        self.arch_scaler.update()
+        values = self._step("arch_loss", loss.detach(), self.arch, self.arch_optimizer, self.arch_scaler, where)
         self.supernet.normalize_()
-        return {"arch_loss": value}
+        return values
 
     def set_widths(self, path: list[int], mid_channels: list[int]) -> None:
         """Set the widths of a path; where channels changed places, momentum starts anew."""
@@ -271,8 +277,8 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
            output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
            warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0,
            temperature_decay: float = 0.96, sigma_max: float = 1.0, amp: str = "off", seed: int = 0,
-           state: dict | None = None) -> list[dict]:
-    """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl.
+           nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> list[dict]:
+    """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl. `state`: the content of a search.pt.
 
     The first `warmup_epochs` train weights only, one path a step: with `warmup` "sampled" by Gumbel softmax, as in TF-NAS;
     with "inherit" the largest operations, whose weights all others then take over. (A supernet learns its first features
@@ -283,71 +289,98 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
     `pressure`: the target is within reach).
     """
     output_dir = Path(output_dir)
-    searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp)
-    weight_batches = NoisyBatches(weight_loader, device, sigma_max, seed)
-    arch_batches = NoisyBatches(arch_loader, device, sigma_max, seed + 1)
-    steps = len(weight_batches)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, epochs * steps)
-    rows: list[dict] = []
-    if state is not None:
-        searcher.load_state_dict(state["searcher"])
-        schedule.load_state_dict(state["schedule"])
-        rows = state["rows"]
+    with Guard(nonfinite, save_minutes) as guard:
+        searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp, guard=guard)
+        weight_batches = NoisyBatches(weight_loader, device, sigma_max, seed)
+        arch_batches = NoisyBatches(arch_loader, device, sigma_max, seed + 1)
+        steps = len(weight_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, epochs * steps)
+        rows: list[dict] = []
+        first, sums = 0, {}
+        if state is not None:
+            searcher.load_state_dict(state["searcher"])
+            schedule.load_state_dict(state["schedule"])
+            rows, first, sums = state["rows"], state["step"], state["sums"]
 
-    for epoch in range(len(rows), epochs):
-        start = time.perf_counter()
-        warm = epoch < warmup_epochs
-        if warmup == "inherit" and epoch == warmup_epochs > 0:
-            supernet.inherit_()
-        tau = temperature * temperature_decay ** max(0, epoch - warmup_epochs)
-        candidates_ms = budget.candidates_ms().to(device)  # widths change between epochs only
-        sums: dict[str, list[float]] = {}
-        held_out = iter(())
-        tour = 0  # of the held-out images in this epoch
+        def save(step: int) -> None:
+            """search.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
+            models.save_checkpoint(output_dir / "search.pt", {
+                "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "step": step, "sums": sums,
+                "flags": flags, "table": budget.table.content})
 
-        def expected_ms() -> Tensor:
-            return supernet.expected_latency(candidates_ms, budget.base_ms)
+        for epoch in range(len(rows), epochs):
+            start = time.perf_counter()
+            warm = epoch < warmup_epochs
+            if warmup == "inherit" and epoch == warmup_epochs > 0 and first == 0:
+                supernet.inherit_()
+            tau = temperature * temperature_decay ** max(0, epoch - warmup_epochs)
+            candidates_ms = budget.candidates_ms().to(device)  # widths change between epochs only
+            held_out = HeldOut(arch_batches, epoch, 0 if warm else first // 2)
 
-        progress = tqdm(weight_batches.epoch(epoch), f"search {epoch + 1}/{epochs}", steps, leave=False, unit="step",
-                        disable=None)
-        for step, batch in enumerate(progress):
-            where = f"epoch {epoch + 1}, step {step + 1}"
-            values = searcher.weight_step(batch, bi_sampling=not warm, where=where,
-                                          path=supernet.largest_path() if warm and warmup == "inherit" else None)
-            schedule.step()
-            if not warm and step % 2 == 1:
-                batch = next(held_out, None)
-                if batch is None:  # the held-out images are fewer than the steps: another tour, in another order
-                    held_out = arch_batches.epoch(epoch * 1000 + tour)
-                    tour += 1
-                    batch = next(held_out)
-                values |= searcher.arch_step(batch, tau, (lambda: latency_term(expected_ms())) if pressure else None,
-                                             where=where)
-            for name, value in values.items():
-                sums.setdefault(name, []).append(value)
-            progress.set_postfix({name: f"{sum(v) / len(v):.3f}" for name, v in sums.items()})
-        if pressure and not warm:
-            path = supernet.best_path()
-            fitted, widths = budget.fit(path)
-            for block, (old, new) in enumerate(zip(path, fitted)):
-                if old != new:  # only the widths of what the search itself prefers
-                    widths[block] = supernet.mixed[block].candidates[old].width
-            searcher.set_widths(path, widths)
-            candidates_ms = budget.candidates_ms().to(device)
-        entropy = supernet.entropy()
-        rows.append({"epoch": epoch + 1, **{name: sum(v) / len(v) for name, v in sums.items()},
-                     "expected_ms": expected_ms().item(), "temperature": None if warm else tau,
-                     "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
-                     "path": [supernet.operations[index].name for index in supernet.best_path()],
-                     "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
-                     "beta": [[round(v, 5) for v in beta.softmax(0).tolist()] for beta in supernet.betas],
-                     "seconds": time.perf_counter() - start})
-        models.save_checkpoint(output_dir / "search.pt", {
-            "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "flags": flags,
-            "table": budget.table.content})
-        write_log(output_dir / "log.jsonl", rows)
-        tqdm.write(format_row(rows[-1], epochs))
+            def expected_ms() -> Tensor:
+                return supernet.expected_latency(candidates_ms, budget.base_ms)
+
+            progress = bar(weight_batches.epoch(epoch, first), f"search {epoch + 1}/{epochs}", steps, first, "step")
+            for step, batch in enumerate(progress, first):
+                where = f"epoch {epoch + 1}, step {step + 1}"
+                values = searcher.weight_step(batch, bi_sampling=not warm, where=where,
+                                              path=supernet.largest_path() if warm and warmup == "inherit" else None)
+                schedule.step()
+                if not warm and step % 2 == 1:
+                    values |= searcher.arch_step(held_out.next(), tau, (lambda: latency_term(expected_ms())) if pressure else None,
+                                                 where=where)
+                for name, value in values.items():
+                    total, count = sums.get(name, (0.0, 0))
+                    sums[name] = [total + value, count + 1]
+                progress.set_postfix({name: f"{total / count:.3f}" for name, (total, count) in sums.items()})
+                guard.end_of_step(lambda: save(step + 1))
+            if pressure and not warm:
+                path = supernet.best_path()
+                fitted, widths = budget.fit(path)
+                for block, (old, new) in enumerate(zip(path, fitted)):
+                    if old != new:  # only the widths of what the search itself prefers
+                        widths[block] = supernet.mixed[block].candidates[old].width
+                searcher.set_widths(path, widths)
+                candidates_ms = budget.candidates_ms().to(device)
+            entropy = supernet.entropy()
+            if "weight_loss" not in sums:
+                raise TrainingError(f"Every step of epoch {epoch + 1} was skipped, since the {guard.what} each time; the last "
+                                    "checkpoint is good: try a smaller --lr, or --amp off.")
+            totals = sum_over_processes([value for pair in sums.values() for value in pair])
+            rows.append({"epoch": epoch + 1, **{name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums)},
+                         "expected_ms": expected_ms().item(), "temperature": None if warm else tau,
+                         "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
+                         "path": [supernet.operations[index].name for index in supernet.best_path()],
+                         "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
+                         "beta": [[round(v, 5) for v in beta.softmax(0).tolist()] for beta in supernet.betas],
+                         "seconds": time.perf_counter() - start})
+            first, sums = 0, {}
+            guard.save(lambda: save(0))
+            if data_module.rank_and_world()[0] == 0:
+                write_log(output_dir / "log.jsonl", rows)
+            tqdm.write(format_row(rows[-1], epochs))
     return rows
+
+
+class HeldOut:
+    """The held-out batches of one epoch, from the `first` on; where they are fewer than are asked for, another tour in
+    another order begins."""
+
+    def __init__(self, batches: NoisyBatches, epoch: int, first: int):
+        self.batches, self.epoch = batches, epoch
+        self.tour, place = divmod(first, len(batches))
+        self.iterator = batches.epoch(self._number(), place)
+
+    def _number(self) -> int:
+        return self.epoch * 1000 + self.tour
+
+    def next(self):
+        batch = next(self.iterator, None)
+        if batch is None:
+            self.tour += 1
+            self.iterator = self.batches.epoch(self._number())
+            batch = next(self.iterator)
+        return batch
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
@@ -548,12 +581,16 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
         table = latency.LatencyTable(state["table"])
         latency.require_setting(table, setting, "of this run")
     else:
-        make_folder(path.parent)
         print(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch {setting.batch}) into "
               f"{path}; use it again with --table.")
-        content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
-        models.write_json(path, content)
-        table = latency.LatencyTable(content)
+        lock_folder(path.parent)
+
+        def make() -> dict:
+            content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
+            models.write_json(path, content)
+            return content
+
+        table = latency.LatencyTable(data_module.from_first(make))
     if "check" in table.content:
         check = table.content["check"]
         print(f"The table's error on {check['networks']} random networks: {latency.format_error(check)}.")
@@ -583,8 +620,10 @@ def main(argv: list[str] | None = None) -> None:
         classes = len(data.classes or [])
         setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
                                        threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
+        batch_size = share(args.batch_size)
         table = obtain_table(args, setting, state)
         slowest = check_targets(args, table, supernet_model, sys.argv[1:] if argv is None else argv)
+        lock_folder(args.output_dir)
         found = []
         for target_ms in args.target:
             folder = Path(args.output_dir) / (f"target_{target_ms:g}" if len(args.target) > 1 else "")
@@ -595,15 +634,16 @@ def main(argv: list[str] | None = None) -> None:
                 mixed.recompute = args.recompute
             budget = Budget(table, supernet, args.model, target_ms)
             found.append(find(args, data, parts, supernet, budget, loss, target_ms <= slowest, device, folder,
-                              {**flags, "target": [target_ms]}, state))
+                              {**flags, "target": [target_ms]}, state, batch_size))
             if budget.table is not table:  # corrected by what was measured
                 table = budget.table
-                models.write_json(Path(args.output_dir) / "latency.json", table.content)
+                if data_module.rank_and_world()[0] == 0:
+                    models.write_json(Path(args.output_dir) / "latency.json", table.content)
     except ValueError as error:
         parser.error(str(error))
     except (TrainingError, OSError) as error:
         sys.exit(f"search.py: {error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         say_stopped("search.py", folder or args.output_dir, "search.pt", started)
     if len(found) > 1:
         print(f"\n{'target':>8} {'predicted':>10} {'measured':>10} {'parameters':>12} {'MACs':>9}  record")
@@ -631,14 +671,14 @@ def check_targets(args: argparse.Namespace, table: latency.LatencyTable, superne
 
 
 def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: models.SuperNet, budget: Budget, loss: str,
-         pressure: bool, device: torch.device, folder: Path, flags: dict, state: dict | None) -> tuple:
+         pressure: bool, device: torch.device, folder: Path, flags: dict, state: dict | None, batch_size: int) -> tuple:
     """One search from its images to its files; prints what it found. Returns (path of arch.json, latencies, network)."""
     start = time.perf_counter()
     if not pressure:
         print(f"The target of {budget.target_ms:g} ms is above that: every network meets it, and the search goes on without "
               "pressure on the latency.")
     how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
-    loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), args.batch_size, **how)
+    loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), batch_size, **how)
                for images, part in zip((data.train, data_module.twin(data.train)), parts)]
     warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
     decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
@@ -655,20 +695,25 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
                   latency_term=latency_loss(args.latency_loss, budget.target_ms, args.latency_weight), device=device,
                   flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
                   temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
-                  seed=args.seed, state=state)
+                  seed=args.seed, nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
     return finish(args, data, supernet, budget, pressure, folder, start, rows)
 
 
 def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.SuperNet, budget: Budget, pressure: bool,
            folder: Path, start: float, rows: list[dict] | None = None) -> tuple:
     """Derive the network, write its files, print it. Returns (path of arch.json, latencies, network)."""
-    arch, result = derive(supernet, budget, pressure, correct=args.table is None)
+    arch, result, content = data_module.from_first(
+        lambda: (*derive(supernet, budget, pressure, correct=args.table is None), budget.table.content))
+    if content is not budget.table.content:
+        budget.table = latency.LatencyTable(content)
     path, picture, setting = folder / "arch.json", folder / "alpha.png", budget.table.setting
     record = models.make_record(arch, models.provenance(setting.device, args.seed),
                                 latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
                                 data=args.data, data_root=args.data_root, size=data.size)
-    models.write_json(path, record)
-    drawn = bool(rows) and plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
+    first = data_module.rank_and_world()[0] == 0
+    if first:
+        models.write_json(path, record)
+    drawn = first and bool(rows) and plot_alpha(rows, [operation.name for operation in supernet.operations], picture)
     print(f"\n{format_arch(arch, budget.table)}\n")
     print(f"target {budget.target_ms:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} "
           f"ms per batch of {setting.batch} (median of {result['bursts']} bursts, 10-90 %: {result['p10_ms']:.3f}-"

@@ -17,11 +17,18 @@ import io
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 from torch import Tensor, nn
@@ -116,20 +123,125 @@ def autocast(device: torch.device, amp: str):
     return torch.autocast(device.type, AMP_DTYPES[amp]) if amp != "off" else nullcontext()
 
 
-def check_finite(loss: Tensor, where: str, lr: float) -> float:
-    """The loss as a number; TrainingError when it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"The loss is {value} at {where} (learning rate {lr:.2g}); the last checkpoint is good: "
-                            "try a smaller --lr, or --amp off.")
-    return value
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+
+class Guard:
+    """What can befall a run between two steps: a signal to stop, a checkpoint that is due, a loss that is not finite.
+
+    Within it, SIGTERM and SIGINT let the step in progress end (a second one stops at once); `end_of_step` then saves and
+    raises Stopped. All processes of a run come to the same verdict at the same step.
+    """
+
+    SKIPS = 10  # so many steps in a row may be skipped
+
+    def __init__(self, nonfinite: str = "stop", save_minutes: float = 10.0):
+        self.nonfinite, self.save_seconds = nonfinite, 60 * save_minutes
+        self.asked = self.stop = False
+        self.skipped, self.saved = 0, time.monotonic()
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Guard:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            for name in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[name] = signal.signal(name, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+
+    def _note(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def remember(self, network: nn.Module) -> None:
+        """Before a step that may be skipped: the statistics of batch norms, which a bad batch spoils in the forward pass."""
+        if self.nonfinite == "skip":
+            self.buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+
+    def reduce(self, parameters, loss: Tensor) -> bool:
+        """After backward: average the gradients over the processes; whether the loss is finite on all of them.
+
+        Only gradients that there are take part; the processes of a search draw the same path, so theirs are the same ones.
+        """
+        self.loss = loss.item()  # waits for the device
+        flags = [float(not math.isfinite(self.loss)), float(self.asked)]
+        if data_module.rank_and_world()[1] > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.new_tensor(flags)])
+            torch.distributed.all_reduce(flat)
+            flags, start = flat[-2:].tolist(), 0
+            for gradient in gradients:
+                part = flat[start:start + gradient.numel()].view(gradient.shape)
+                gradient.copy_(part / torch.distributed.get_world_size())
+                start += gradient.numel()
+        self.stop = flags[1] > 0
+        return flags[0] == 0
+
+    def judge(self, finite: bool, where: str, lr: float) -> bool:
+        """Whether a step may be taken. TrainingError for a loss or gradient that is not finite, unless steps are skipped."""
+        if finite:
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        self.what = what = "gradient is not finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
+        if self.nonfinite == "stop" or self.skipped > self.SKIPS:
+            raise TrainingError(
+                f"The {what} at {where} (learning rate {lr:.2g}); the last checkpoint is good: try a smaller --lr, --amp off"
+                + (", or --nonfinite skip." if self.nonfinite == "stop" else f". {self.SKIPS} steps in a row were skipped before."))
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        tqdm.write(f"skipped {where}: the {what} (learning rate {lr:.2g})")
+        return False
+
+    def end_of_step(self, save) -> None:
+        """Save when it is time or when the run was asked to stop; raise Stopped in the latter case."""
+        if self.stop or time.monotonic() - self.saved > self.save_seconds:
+            self.save(save)
+        if self.stop:
+            raise Stopped
+
+    def save(self, save) -> None:
+        """Call `save()` on the first process."""
+        if data_module.rank_and_world()[0] == 0:
+            save()
+        self.saved = time.monotonic()
+
+
+def sum_over_processes(values: list[float]) -> list[float]:
+    """Each value's sum over all processes."""
+    if data_module.rank_and_world()[1] == 1:
+        return values
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def average_buffers(network: nn.Module) -> None:
+    """The statistics of batch norms are each process's own while it trains; their mean is what all of them go on with."""
+    world = data_module.rank_and_world()[1]
+    for buffer in network.buffers() if world > 1 else ():
+        if buffer.is_floating_point():
+            torch.distributed.all_reduce(buffer)
+            buffer /= world
+
+
+def bar(batches, text: str, total: int, first: int, unit: str) -> tqdm:
+    """A progress bar on a terminal, of the first process."""
+    return tqdm(batches, text, total, initial=first, leave=False, unit=unit,
+                disable=True if data_module.rank_and_world()[0] else None)
 
 
 class NoisyBatches:
     """Batches (noisy, clean, labels) of one epoch on the device, with sigma ~ U[0, sigma_max] per image, or of `levels`
     evenly spaced values where that is not 0.
 
-    Noise comes from a generator seeded by (seed, epoch), on the training device: a run that was stopped after an epoch and
+    Noise comes from a generator on the training device, seeded by (seed, epoch, batch, process): a run that was stopped and
     resumed sees the same noise as one that was not.
     """
 
@@ -140,11 +252,11 @@ class NoisyBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, number: int):
-        """The batches of one epoch, in that epoch's order and with its noise."""
-        data_module.set_epoch(self.loader, number)
-        self.generator.manual_seed(self.seed * 1_000_003 + number)
-        for images, labels in self.loader:
+    def epoch(self, number: int, first: int = 0):
+        """The batches of one epoch from the `first` on, in that epoch's order and with its noise."""
+        data_module.set_epoch(self.loader, number, first)
+        for index, (images, labels) in enumerate(self.loader, first):
+            self.generator.manual_seed(data_module.mix(self.seed, number, index, data_module.rank_and_world()[0]))
             clean = data_module.to_float(images, self.device)  # (B, 3, H, W)
             labels = labels.to(self.device, non_blocking=True)
             if self.sigma_max > 0:
@@ -164,16 +276,18 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sig
     """
     was_training = network.training
     network.eval()
-    sums, count, label_count = {}, 0, 0
+    sums, count, label_count = dict.fromkeys(("loss", "accuracy", "psnr_db"), 0.0), 0, 0
+    rank, world = data_module.rank_and_world()
 
     def add(name, values):
-        sums[name] = sums.get(name, 0.0) + float(values)
+        sums[name] += float(values)
 
     for images, labels in loader:
         clean = data_module.to_float(images, device)
         labels, boxes = data_module.split_labels(labels, device)
-        sigma = torch.tensor([sigma_max * ((count + i) % 11) / 10 for i in range(len(clean))], device=device)
-        noise = evaluation.noise_batch(clean, count, seed=0)
+        places = [rank + (count + i) * world for i in range(len(clean))]  # of these images in the split
+        sigma = torch.tensor([sigma_max * (place % 11) / 10 for place in places], device=device)
+        noise = evaluation.noise_batch(clean, places, seed=0)
         with autocast(device, amp):
             output = models.run(network, clean + sigma.view(-1, 1, 1, 1) * noise, boxes)
         total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0, denoising=denoising)
@@ -184,8 +298,9 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sig
             add("psnr_db", evaluation.psnr(output.image.float().clamp(0, 1), clean).clamp(max=100).sum())
         count, label_count = count + len(clean), label_count + len(labels)
     network.train(was_training)
-    counts = {"loss": count, "accuracy": label_count, "psnr_db": count}
-    return {name: sums[name] / counts[name] if name in sums else None for name in counts}
+    *totals, count, label_count = sum_over_processes([*sums.values(), count, label_count])
+    counts = {"loss": count, "accuracy": 0 if loss == "den" else label_count, "psnr_db": 0 if loss == "cls" else count}
+    return {name: total / counts[name] if counts[name] else None for name, total in zip(sums, totals)}
 
 
 SCHEDULES = ("cosine", "plateau")
@@ -207,13 +322,15 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
           device: torch.device, optimizer: str = "adamw", lr: float | None = None, weight_decay: float | None = None,
           sigma_max: float = 1.0, warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0,
           ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine", denoising: str = "mixed",
-          sigma_levels: int = 0, state: dict | None = None) -> dict:
+          sigma_levels: int = 0, nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
-    go on from. Gradients are clipped by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for
+    go on from, which is also written every `save_minutes` and when the run is asked to stop (see Guard). Gradients are clipped by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for
     the decoder are small, since the denoising loss is, and in a short training colours are not learned at all: AdamW is the
-    default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays.
+    default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays. Raises
+    Stopped after SIGTERM or SIGINT. With several processes the loaders hold each one's share (data.Order), gradients are
+    averaged, the statistics of batch norms are each process's own within an epoch, and the first process writes.
     """
     make_optimizer, default_lr, default_decay = OPTIMIZERS[optimizer]
     output_dir = Path(output_dir)
@@ -238,58 +355,74 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             average.module.load_state_dict(state["ema"])
             average.n_averaged.fill_(state["averaged"])
         rows, best = state["rows"], state["best"]
-        torch.set_rng_state(state["rng"].cpu())  # dropout and drop-connect
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    rank, _ = data_module.rank_and_world()
+    first, sums, count = (state["step"], state["sums"], state["count"]) if state is not None else (0, {}, 0)
 
-    for epoch in range(len(rows), epochs):
-        start = time.perf_counter()
-        network.train()
-        sums: dict[str, float | Tensor] = {}
-        count = 0
-        progress = tqdm(batches.epoch(epoch), f"epoch {epoch + 1}/{epochs}", len(batches), leave=False, unit="batch",
-                        disable=None)
-        for step, (noisy, clean, labels) in enumerate(progress):
-            rate = optimizer.param_groups[0]["lr"]
-            labels, boxes = data_module.split_labels(labels, device)
-            with autocast(device, amp):
-                output = models.run(network, noisy, boxes)
-            total, parts = task_loss(output, clean, labels, loss, label_smoothing, denoising)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(total).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
-            value = check_finite(total, f"epoch {epoch + 1}, batch {step + 1}", rate)  # waits for the device: only here
-            scaler.step(optimizer)
-            scaler.update()
-            if not by_epoch:
-                schedule.step()
-            if average is not None:
-                average.update_parameters(network)
-            count += len(clean)
-            for name, part in (("loss", value), *parts.items()):
-                sums[name] = sums.get(name, 0.0) + part * len(clean)
-            progress.set_postfix(loss=f"{sums['loss'] / count:.4f}", lr=f"{rate:.2g}")
-        trained = average.module if average is not None else network
-        held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp, denoising=denoising)
-        if by_epoch:
-            schedule.step(_comparable(held_out["loss"]))
-        rows.append({"epoch": epoch + 1, "lr": rate,
-                     **{f"train_{name}": float(total) / count for name, total in sums.items()},
-                     **{f"val_{name}": value for name, value in held_out.items()},
-                     "seconds": time.perf_counter() - start})
-        better = best is None or _comparable(rows[-1]["val_loss"]) < _comparable(best["val_loss"])
-        best = rows[-1] if better else best
-        saved = {**about, "epoch": epoch + 1, "network": network.state_dict(),
-                 "ema": average.module.state_dict() if average is not None else None}
-        if better:
-            models.save_checkpoint(output_dir / "best.pt", saved)
+    def save(step: int) -> None:
+        """last.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
         models.save_checkpoint(output_dir / "last.pt", {
-            **saved, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
-            "averaged": int(average.n_averaged) if average is not None else 0, "rows": rows, "best": best,
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
-        write_summary(output_dir / "summary.csv", rows)
-        tqdm.write(format_row(rows[-1], epochs))
+            **about, "epoch": len(rows), "network": network.state_dict(),
+            "ema": average.module.state_dict() if average is not None else None, "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
+            "averaged": int(average.n_averaged) if average is not None else 0, "rows": rows, "best": best, "step": step,
+            "sums": {name: float(value) for name, value in sums.items()}, "count": count})
+
+    with Guard(nonfinite, save_minutes) as guard:
+        for epoch in range(len(rows), epochs):
+            start = time.perf_counter()
+            network.train()
+            progress = bar(batches.epoch(epoch, first), f"epoch {epoch + 1}/{epochs}", len(batches), first, "batch")
+            for step, (noisy, clean, labels) in enumerate(progress, first):
+                rate = optimizer.param_groups[0]["lr"]
+                torch.manual_seed(data_module.mix(seed, epoch, step, rank))  # of dropout and drop-connect
+                guard.remember(network)
+                labels, boxes = data_module.split_labels(labels, device)
+                with autocast(device, amp):
+                    output = models.run(network, noisy, boxes)
+                total, parts = task_loss(output, clean, labels, loss, label_smoothing, denoising)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(total).backward()
+                finite = guard.reduce(network.parameters(), total)
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+                finite = finite and (scaler.is_enabled() or math.isfinite(norm))  # the scaler skips steps by itself
+                if guard.judge(finite, f"epoch {epoch + 1}, batch {step + 1}", rate):
+                    scaler.step(optimizer)
+                    if average is not None:
+                        average.update_parameters(network)
+                    count += len(clean)
+                    for name, part in (("loss", total.detach()), *parts.items()):
+                        sums[name] = sums.get(name, 0.0) + part * len(clean)
+                    progress.set_postfix(loss=f"{float(sums['loss']) / count:.4f}", lr=f"{rate:.2g}")
+                scaler.update()
+                if not by_epoch:
+                    schedule.step()
+                guard.end_of_step(lambda: save(step + 1))
+            trained = average.module if average is not None else network
+            for model in {id(model): model for model in (network, trained)}.values():
+                average_buffers(model)
+            held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp,
+                                denoising=denoising)
+            if by_epoch:
+                schedule.step(_comparable(held_out["loss"]))
+            if not count:
+                raise TrainingError(f"Every step of epoch {epoch + 1} was skipped, since the {guard.what} each time; the last "
+                                    "checkpoint is good: try a smaller --lr, or --amp off.")
+            *totals, count = sum_over_processes([*(float(value) for value in sums.values()), count])
+            rows.append({"epoch": epoch + 1, "lr": rate,
+                         **{f"train_{name}": value / count for name, value in zip(sums, totals)},
+                         **{f"val_{name}": value for name, value in held_out.items()},
+                         "seconds": time.perf_counter() - start})
+            better = best is None or _comparable(rows[-1]["val_loss"]) < _comparable(best["val_loss"])
+            best, first, sums, count = rows[-1] if better else best, 0, {}, 0
+            if better and rank == 0:
+                models.save_checkpoint(output_dir / "best.pt", {
+                    **about, "epoch": epoch + 1, "network": network.state_dict(),
+                    "ema": average.module.state_dict() if average is not None else None})
+            guard.save(lambda: save(0))
+            if rank == 0:
+                write_summary(output_dir / "summary.csv", rows)
+            tqdm.write(format_row(rows[-1], epochs))
     return best
 
 
@@ -330,11 +463,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
                        help="seed of weights, order, splits and noise (default: %(default)s)")
     group.add_argument("--device", default=latency.default_device(), help="cuda or cpu (default: cuda if there is one)")
     group.add_argument("--threads", type=whole(1, 4096), metavar="N", help="threads of torch on a CPU (default: torch's own)")
+    group.add_argument("--nonfinite", choices=("stop", "skip"), default="stop",
+                       help=f"a loss or gradient that is not finite: stop, or skip the step, {Guard.SKIPS} times in a row at most "
+                            "(default: %(default)s)")
+    group.add_argument("--save-minutes", type=number(0, 1e6), default=10.0, metavar="MIN",
+                       help="write a checkpoint within an epoch this often, besides the one at its end (default: %(default)s)")
     group.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision (default: bfloat16 on CUDA, off on a CPU)")
 
 
 # What may differ from a stopped run when it goes on.
-FREE_FLAGS = {"resume", "output_dir", "device", "threads", "workers", "data_root", "table"}
+FREE_FLAGS = {"resume", "output_dir", "device", "threads", "workers", "data_root", "table", "nonfinite", "save_minutes"}
 
 
 def run_flags(args: argparse.Namespace) -> dict:
@@ -366,13 +504,16 @@ def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, che
     return args, state
 
 
+RESUME_ME = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again"
+
+
 def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -> None:
-    """After Ctrl-C: how to go on, if this run has written a checkpoint, and exit code 130."""
+    """After a signal: how to go on, with exit code RESUME_ME, or 130 where this run has written no checkpoint."""
     path = Path(output_dir) / checkpoint
     going = path.exists() and path.stat().st_mtime >= started
     print("\nStopped" + (f". Go on with: python {script} --resume {shlex.quote(str(output_dir))}" if going else
-                         " before the first epoch ended; there is nothing to go on from."), file=sys.stderr)
-    sys.exit(130)
+                         " before there was anything to go on from."), file=sys.stderr)
+    sys.exit(RESUME_ME if going else 130)
 
 
 def check_images(data: data_module.Data, loss: str) -> None:
@@ -410,15 +551,48 @@ def make_folder(path: str | Path) -> None:
         raise ValueError(f"The folder {path} cannot be made ({error.strerror}); name another --output-dir.") from None
 
 
+_locks: dict[Path, io.TextIOBase] = {}  # of the folders that this process holds
+
+
+def lock_folder(path: str | Path) -> None:
+    """Make the folder and hold it until this process ends, however it ends.
+
+    ValueError in one sentence while another process holds it. Where there is no fcntl (Windows) nothing is locked.
+    """
+    make_folder(path)
+    folder = Path(path).resolve()
+    if fcntl is None or folder in _locks or data_module.rank_and_world()[0] > 0:
+        return
+    try:
+        file = open(folder / ".lock", "a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[folder] = file
+    except BlockingIOError:
+        raise ValueError(f"Another run is writing into {path}: wait for it, or name another --output-dir.") from None
+    except OSError as error:
+        raise ValueError(f"The folder {path} cannot be written to ({error.strerror}); name another --output-dir.") from None
+
+
 def prepare(args: argparse.Namespace) -> torch.device:
-    """Threads, seed and device of a run."""
+    """Threads, processes, seed and device of a run."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(latency.check_device(args.device))
+    device = torch.device(latency.check_device(data_module.join_processes(args.device)))
     if args.amp is None:
         args.amp = "bfloat16" if device.type == "cuda" else "off"
     torch.manual_seed(args.seed)
     return device
+
+
+def share(batch_size: int) -> int:
+    """A process's part of the batch of all of them; ValueError in one sentence where it cannot be shared."""
+    world = data_module.rank_and_world()[1]
+    if batch_size % world or batch_size // world < 2:
+        raise ValueError(f"--batch-size {batch_size} is that of all {world} processes together; it must be a multiple of {world}, "
+                         "of 2 images each or more.")
+    if world > 1:
+        print(f"{world} processes of {batch_size // world} images, {batch_size} a step; the learning rate is for {batch_size}")
+    return batch_size // world
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -510,15 +684,16 @@ def main(argv: list[str] | None = None) -> None:
         check_images(data, loss)
         boxes = data_module.split_labels(torch.as_tensor(data.train[0][1])[None], "cpu")[1]
         models.check_fits(network, record["model"], data.size, boxes)
-        make_folder(args.output_dir)
+        batch_size = share(args.batch_size)
+        lock_folder(args.output_dir)
     except ValueError as error:
         parser.error(str(error))
     print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
           f"{models.count_macs(network, data.size) / 1e6:.1f} M MACs at {data.size} px; {len(data.train):,} training and "
           f"{len(data.val):,} validation images of {data.name}; loss {loss}")
     how = dict(seed=args.seed, workers=args.workers, device=device)
-    loaders = (data_module.make_loader(data.train, args.batch_size, shuffle=True, drop_last=True, **how),
-               data_module.make_loader(data.val, args.batch_size, **how))
+    loaders = (data_module.make_loader(data.train, batch_size, shuffle=True, drop_last=True, **how),
+               data_module.make_loader(data.val, batch_size, **how))
     warmup = min(5, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
     about = {"record": record, "classes": classes, "size": data.size, "data": args.data, "seed": args.seed, "loss": loss,
              "made": models.provenance(latency.device_name(device), args.seed), "flags": flags}
@@ -528,8 +703,8 @@ def main(argv: list[str] | None = None) -> None:
                      optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, sigma_max=args.sigma,
                      warmup_epochs=warmup, label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
                      seed=args.seed, schedule=args.schedule, denoising=args.denoising_loss,
-                     sigma_levels=args.sigma_levels, state=state)
-    except KeyboardInterrupt:
+                     sigma_levels=args.sigma_levels, nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
+    except (KeyboardInterrupt, Stopped):
         say_stopped("train.py", args.output_dir, "last.pt", started)
     except (TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")

@@ -439,3 +439,63 @@ def test_the_gradient_of_ssim_is_that_of_its_formula():
     torch.manual_seed(0)
     image, reference = torch.rand(1, 2, 13, 14, dtype=torch.float64), torch.rand(1, 2, 13, 14, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: evaluation.ssim(x, reference), (image.requires_grad_(),))
+
+
+# --- Large pictures in tiles ---------------------------------------------------------------------------------
+
+
+def smooth_picture(height, width):
+    """Waves and noise, uint8 (1, 3, height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None]
+    waves = torch.stack([torch.sin(y / 37 + k) * torch.cos(x / 53 - k) for k in range(3)])
+    picture = 0.5 + 0.3 * waves + 0.1 * torch.randn(3, height, width, generator=generator)
+    return picture.clamp(0, 1).mul(255).byte()[None]
+
+
+@pytest.mark.parametrize("arch", ("dcnas-k3-e3", "dnas with squeeze-and-excitation everywhere", "dcnas-seq-k3-e3"))
+def test_tiles_compute_what_the_whole_picture_does(arch):
+    """Random weights and statistics; the margin covers what the encoder sees, so that only rounding is left."""
+    torch.manual_seed(0)
+    if arch.startswith("dnas"):
+        positions = models.searched_positions("dnas")
+        arch = models.make_arch("dnas", [models.fill(p, models.Operation(3, 3, True)) for p in positions])
+    else:
+        arch = models.named_arch(arch, 10)
+    network = models.make_network(arch)
+    network(torch.rand(4, 3, 64, 64))  # statistics of batch norms
+    network.eval()
+    picture = smooth_picture(410, 505)
+    with torch.inference_mode():
+        whole = network(data.to_float(picture, "cpu")).image.clamp(0, 1)
+    tiled = evaluation.denoise_tiled(network, picture, core=128, margin=256).float() / 255
+    assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3
+    assert network(torch.rand(1, 3, 32, 32)).image is not None  # the network is as it was
+
+
+def test_tiles_of_a_baseline_without_squeeze_and_excitation():
+    torch.manual_seed(0)
+    network = models.build_network(models.named_record("dcnet-s", 10, {})).eval()
+    picture = smooth_picture(300, 290)
+    with torch.inference_mode():
+        whole = network(data.to_float(picture, "cpu")).image.clamp(0, 1)
+    tiled = evaluation.denoise_tiled(network, picture, core=96, margin=64).float() / 255
+    assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3
+
+
+def test_a_picture_larger_than_a_tile_goes_through_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "TILE_CORE", 64)
+    monkeypatch.setattr(evaluation, "TILE_MARGIN", 32)
+    record = models.make_record(models.named_arch("dcnas-k3-e3", 10), {})
+    models.save_checkpoint(tmp_path / "c.pt", {"record": record, "network": models.build_network(record).state_dict(),
+                                               "ema": None, "classes": list("abcdefghij"), "size": 48, "epoch": 1})
+    picture = smooth_picture(150, 260)
+    evaluation.to_picture(picture[0]).save(tmp_path / "large.png")
+    for flags, name in (([], "plain"), (["--sigma", "0.2"], "noisy")):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(["--checkpoint", str(tmp_path / "c.pt"), "--input", str(tmp_path / "large.png"), "--output-dir",
+                             str(tmp_path / name), *flags])
+        assert stopped.value.code == 0
+        result = json.loads((tmp_path / name / "predictions.json").read_text())["pictures"][0]
+        assert result["classified_at_px"] == [48, 83] and (result["width_px"], result["height_px"]) == (260, 150)
+        assert Image.open(result["denoised"]).size == (260, 150) and ("noisy" in result) == bool(flags)

@@ -107,7 +107,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "write_summary", stop_after_one)
     with pytest.raises(SystemExit) as caught:
         run(tmp_path / "part", *flags)
-    assert caught.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert caught.value.code == train.RESUME_ME == 75 and "--resume" in capsys.readouterr().err
     monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "part")])  # every setting comes from the run
     resumed = models.read_checkpoint(tmp_path / "part" / "last.pt")

@@ -1,0 +1,320 @@
+"""Runs that are killed, stopped, starved of disk or fed nonsense: nothing is lost, and what goes on gives the same.
+
+    python -m pytest tests/test_faults.py            # the short form
+    python -m pytest tests/test_faults.py --slow     # 50 kills over search and training, thousands of damaged files
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import latency
+import models
+import train
+from fake_table import fake_table
+
+ROOT = Path(train.__file__).parent
+TRAIN = ["train.py", "--model", "dcnas-k3-e3", "--size", "16", "--train-images", "160", "--val-images", "10", "--batch-size", "8",
+         "--epochs", "3", "--ema", "0.9", "--threads", "1", "--device", "cpu", "--save-minutes", "0.002"]
+SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--size", "16", "--train-images", "120", "--val-images", "10",
+          "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--threads", "1", "--device", "cpu", "--save-minutes",
+          "0.002"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(command, folder):
+    return subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:], "--output-dir", str(folder)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def complete(command, folder):
+    """Run to the end; the weights and, of a search, the architecture."""
+    process = start(command, folder)
+    output = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return result(command, folder)
+
+
+def result(command, folder):
+    if command[0] == "train.py":
+        state = models.read_checkpoint(folder / "last.pt")
+        return {**{f"network.{k}": v for k, v in state["network"].items()}, **{f"ema.{k}": v for k, v in state["ema"].items()}}
+    arch = models.Arch.from_dict(models.load_record(folder / "arch.json"))
+    return {**models.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "arch": arch}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name] for name, value in one.items())
+
+
+def disturbed(command, checkpoint, folder, disturbances, rng, how):
+    """Start again and again, each time disturbed after a random while, then let it end. How many were disturbed."""
+    hit, began = 0, time.monotonic()
+    while True:
+        resumable = (folder / checkpoint).exists()
+        process = start([*command, *(["--resume", str(folder)] if resumable else [])], folder)
+        if hit < disturbances:
+            time.sleep(rng.uniform(2.0, 8.0))
+            hit += process.poll() is None
+            process.send_signal(how)
+        output = process.communicate(timeout=600)
+        allowed = {0, -how} | ({train.RESUME_ME, 130} if how != signal.SIGKILL else set())
+        assert process.returncode in allowed, output
+        if process.returncode == 0:
+            return hit
+        assert time.monotonic() - began < 3000
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    table = tmp_path_factory.mktemp("table") / "t.json"
+    models.write_json(table, fake_table(size=16))
+    return {"train": (TRAIN, "last.pt"), "search": ([*SEARCH, "--table", str(table)], "search.pt")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands, tmp_path_factory):
+    return {name: complete(command, tmp_path_factory.mktemp(name)) for name, (command, _) in commands.items()}
+
+
+@pytest.mark.parametrize("name, how", (("train", signal.SIGKILL), ("search", signal.SIGTERM)))
+def test_a_run_that_is_disturbed_ends_as_one_that_is_not(name, how, commands, undisturbed, tmp_path):
+    command, checkpoint = commands[name]
+    disturbed(command, checkpoint, tmp_path / "run", 2, random.Random(how), how)
+    assert same(result(command, tmp_path / "run"), undisturbed[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("train", "search"))
+def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
+    """25 kills of each, over as many runs as that takes; every run ends with the weights of an undisturbed one."""
+    command, checkpoint = commands[name]
+    rng, kills, runs = random.Random(7), 0, 0
+    while kills < 25:
+        kills += disturbed(command, checkpoint, tmp_path / str(runs), 5, rng, signal.SIGKILL)
+        assert same(result(command, tmp_path / str(runs)), undisturbed[name])
+        runs += 1
+    with capsys.disabled():
+        print(f"\n{name}: {kills} kills over {runs} runs, 0 lost")
+
+
+def test_a_signal_ends_the_step_and_says_how_to_go_on(commands, tmp_path):
+    for name, (command, checkpoint) in commands.items():
+        folder = tmp_path / name
+        process = start(command, folder)
+        deadline = time.monotonic() + 120
+        while not (folder / checkpoint).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == train.RESUME_ME and f"python {command[0]} --resume" in error and "Traceback" not in error
+
+
+def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way(commands, tmp_path):
+    command, _ = commands["train"]
+    first = start(command, tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = start(command, tmp_path / "run")
+    _, error = second.communicate(timeout=120)
+    assert second.returncode == 2 and "Another run is writing into" in error and len(error.strip().splitlines()) <= 2
+    first.kill()
+    first.communicate()
+    third = start([*command, "--resume", str(tmp_path / "run")], tmp_path / "run")
+    _, error = third.communicate(timeout=300)
+    assert third.returncode == 0, error
+
+
+# --- A full disk, a loss that is not finite -------------------------------------------------------------------
+
+
+SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8", "--device",
+         "cpu"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    train.main([*SMALL, "--epochs", "1", "--output-dir", str(tmp_path)])
+    before = models.read_checkpoint(tmp_path / "last.pt")
+    real = torch.save
+
+    def full(content, path):
+        real(content, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:1000])  # as far as the disk went
+        raise RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file data/3")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, "--epochs", "2", "--output-dir", str(tmp_path)])
+    assert "could not be written" in str(stopped.value.code) and "intact" in str(stopped.value.code)
+    after = models.read_checkpoint(tmp_path / "last.pt")
+    assert same(before["network"], after["network"]) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_checkpoint_that_cannot_be_read_back_does_not_replace_the_last_one(tmp_path, monkeypatch):
+    models.save_checkpoint(tmp_path / "c.pt", {"number": 1})
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, path: (real(content, path), Path(path).write_bytes(b"PK\3\4 half")))
+    with pytest.raises(OSError, match="could not be written"):
+        models.save_checkpoint(tmp_path / "c.pt", {"number": 2})
+    monkeypatch.undo()
+    assert models.read_checkpoint(tmp_path / "c.pt")["number"] == 1
+
+
+def spoil(monkeypatch, steps, value=float("nan")):
+    """The training loss of these steps, counted from 1, is multiplied by `value`."""
+    real, calls = train.task_loss, []
+
+    def bad(output, *args, **kwargs):
+        total, parts = real(output, *args, **kwargs)
+        if output.logits.requires_grad:
+            calls.append(1)
+            if len(calls) in steps:
+                total = total * value
+        return total, parts
+
+    monkeypatch.setattr(train, "task_loss", bad)
+
+
+def test_steps_that_are_not_finite_are_skipped_when_told(tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {2, 3, 7})
+    train.main([*SMALL, "--epochs", "2", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("skipped epoch") == 3 and "skipped epoch 2, batch 2: the loss is nan" in out
+    state = models.read_checkpoint(tmp_path / "last.pt")
+    assert all(torch.isfinite(value).all() for value in state["network"].values()) and state["epoch"] == 2
+
+
+def test_skipping_has_a_limit(tmp_path, monkeypatch):
+    spoil(monkeypatch, set(range(3, 100)))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, "--train-images", "200", "--epochs", "2", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
+    assert "The loss is nan at epoch 1, batch 13" in str(stopped.value.code) and "10 steps in a row" in str(stopped.value.code)
+
+
+def test_an_epoch_of_which_every_step_was_skipped_ends_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, set(range(6, 11)))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*SMALL, "--epochs", "3", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
+    assert "Every step of epoch 2 was skipped, since the loss is nan" in str(stopped.value.code)
+    assert models.read_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_a_bad_batch_does_not_spoil_the_statistics_of_batch_norms(tmp_path, monkeypatch):
+    real, calls = train.data_module.to_float, []
+
+    def bad(images, device):
+        calls.append(1)
+        return real(images, device) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(train.data_module, "to_float", bad)
+    train.main([*SMALL, "--epochs", "1", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
+    state = models.read_checkpoint(tmp_path / "last.pt")
+    assert len(calls) > 5 and all(torch.isfinite(value).all() for value in state["network"].values())
+
+
+# --- Damaged files --------------------------------------------------------------------------------------------
+
+
+def mutate(value, rng):
+    """A JSON value with something in it changed: removed, of another type, huge, or renamed."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(sorted(value))
+        action = rng.randrange(4)
+        rest = {k: v for k, v in value.items() if k != key}
+        if action == 0:
+            return rest
+        if action == 1:
+            return {**rest, key + "x": value[key]}
+        return {**value, key: mutate(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        index = rng.randrange(len(value))
+        return [*value[:index], *([] if rng.random() < 0.3 else [mutate(value[index], rng)]), *value[index + 1:]]
+    return rng.choice([None, True, -1, 0, 1, 3, 1e308, -5e-324, 10**30, 0.5, "", "k3", "cnas", [], [[]], {}, {"a": 1}, "\ud800"])
+
+
+def mutated_text(content, rng):
+    text = json.dumps(content)
+    action = rng.randrange(10)
+    if action == 0:
+        return text[:rng.randrange(len(text))]
+    if action == 1:
+        place = rng.randrange(len(text))
+        return text[:place] + rng.choice('{}[],:"0\\x9eN') + text[place + 1:]
+    if action == 2:
+        return rng.choice(["", "null", "[]", "NaN", "[" * 5000, '{"format": NaN}', "\x00\x01", text.replace("1", "NaN", 1)])
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        content = mutate(content, rng)
+    return json.dumps(content)
+
+
+class Payload:
+    """What a pickle may call when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def fuzz(folder, count, seed):
+    """Load `count` damaged files of each kind: each gives a valid object or a ValueError in one sentence. How many were valid."""
+    rng, valid, planted = random.Random(seed), 0, folder / "planted"
+    arch = models.make_record(models.random_arch("dcnas", 8, rng, 10), models.provenance("a CPU", 0))
+    table = fake_table(space=4, size=16)
+    network = models.build_network(models.named_record("mb1-s", 10, {}))
+    models.save_checkpoint(folder / "good.pt", {"record": models.named_record("mb1-s", 10, {}), "network": network.state_dict(),
+                                                "ema": None, "classes": None, "size": 28})
+    good = (folder / "good.pt").read_bytes()
+    for _ in range(count):
+        for name, loader, content in (("arch.json", lambda p: models.build_network(models.load_record(p)), arch),
+                                      ("latency.json", lambda p: latency.load_table(p).predict_ms(
+                                          models.named_arch("dcnas-k3-e3", 10)), table),
+                                      ("c.pt", models.load_checkpoint, None)):
+            path = folder / name
+            if content is not None:
+                path.write_text(mutated_text(content, rng), errors="surrogatepass")
+            else:
+                damaged = bytearray(good)
+                action = rng.randrange(4)
+                if action == 0:
+                    del damaged[rng.randrange(len(damaged)):]
+                elif action == 1:
+                    for _ in range(rng.randrange(1, 20)):
+                        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+                path.write_bytes(damaged)
+                if action == 2:
+                    torch.save({"format": models.CHECKPOINT_FORMAT, "version": 1, "network": Payload(planted)}, path)
+                elif action == 3:
+                    state = torch.load(folder / "good.pt", weights_only=True)
+                    key = rng.choice(sorted(state))
+                    state[key] = mutate(state[key], rng) if rng.random() < 0.5 else rng.choice([None, 3, "x", {}])
+                    torch.save(state, path)
+            try:
+                loader(path)
+                valid += 1
+            except ValueError as error:
+                assert len(str(error).splitlines()) == 1 and len(str(error)) > 10, error
+            assert not planted.exists()
+    return valid
+
+
+def test_damaged_files_end_in_one_sentence(tmp_path):
+    assert fuzz(tmp_path, 60, seed=0) > 0
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_files_end_in_one_sentence(tmp_path, capsys):
+    valid = fuzz(tmp_path, 700, seed=1)
+    with capsys.disabled():
+        print(f"\n2,100 damaged files: {valid} were still valid, the others ended in a sentence; 0 tracebacks, 0 executions")
