@@ -27,13 +27,13 @@ STEPS = 20
 def make_searcher():
     torch.manual_seed(0)
     supernet = models.SuperNet("cnas", 4, 10, depth="learned").double()
-    return search.Searcher(supernet, device=CPU, lr=0.01, arch_lr=0.01, loss="cls", seed=3)
+    return search.Searcher(supernet, device=CPU, lr=1e-3, arch_lr=1e-3, loss="cls", seed=3)
 
 
 def make_batch(step):
     """A batch of 8; the first half is the first process's."""
     generator = torch.Generator().manual_seed(step)
-    clean = torch.rand(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    clean = torch.rand(8, 3, 64, 64, generator=generator, dtype=torch.float64)
     return clean + 0.3 * torch.randn(clean.shape, generator=generator, dtype=torch.float64), clean, torch.arange(8) % 10
 
 
