@@ -301,9 +301,17 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
             searcher.load_state_dict(state["searcher"])
             schedule.load_state_dict(state["schedule"])
             rows, first, sums = state["rows"], state["step"], state["sums"]
+            if data_module.rank_and_world()[0] > 0:
+                sums = {name: [0.0, 0] for name in sums}
 
         def save(step: int) -> None:
             """search.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
+            nonlocal sums
+            totals = sum_over_processes([value for pair in sums.values() for value in pair])
+            sums = {name: totals[2 * n:2 * n + 2] for n, name in enumerate(sums)}
+            if data_module.rank_and_world()[0] > 0:  # what has been added up is the first one's from here on
+                sums = {name: [0.0, 0] for name in sums}
+                return
             models.save_checkpoint(output_dir / "search.pt", {
                 "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "step": step, "sums": sums,
                 "flags": flags, "table": budget.table.content})
@@ -332,7 +340,7 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
                 for name, value in values.items():
                     total, count = sums.get(name, (0.0, 0))
                     sums[name] = [total + value, count + 1]
-                progress.set_postfix({name: f"{total / count:.3f}" for name, (total, count) in sums.items()})
+                progress.set_postfix({name: f"{total / max(1, count):.3f}" for name, (total, count) in sums.items()})
                 guard.end_of_step(lambda: save(step + 1))
             if pressure and not warm:
                 path = supernet.best_path()
@@ -708,7 +716,7 @@ def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.Su
         budget.table = latency.LatencyTable(content)
     path, picture, setting = folder / "arch.json", folder / "alpha.png", budget.table.setting
     record = models.make_record(arch, models.provenance(setting.device, args.seed),
-                                latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
+                                decisions=decisions(supernet), latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
                                 data=args.data, data_root=args.data_root, size=data.size)
     first = data_module.rank_and_world()[0] == 0
     if first:
@@ -720,6 +728,8 @@ def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.Su
           f"{result['p90_ms']:.3f} ms) on {setting.device}")
     for line in explain(result, pressure):
         print(line)
+    for line in judge_alpha(record["decisions"], [supernet.operations[i].name for i in supernet.best_path()]) if rows else ():
+        print(line)
     kept = supernet.kept()
     if pressure and not all(kept) and result["predicted_ms"] < 0.99 * budget.target_ms:
         print(f"note: the learned depth keeps {sum(kept)} of {len(kept)} blocks, and these are at their widest; --depth fixed "
@@ -728,6 +738,28 @@ def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.Su
           "; install matplotlib for a picture of how alpha moved" if rows else ""))
     print(f"next:\n  python train.py --arch {shlex.quote(str(path))}")
     return path, result, models.build_network(record)
+
+
+def decisions(supernet: models.SuperNet) -> list[dict]:
+    """How decided alpha is in each block: entropy (1 undecided, 0 decided), and how far the two likeliest operations are apart
+    in probability."""
+    best = supernet.alpha.detach().softmax(1).topk(2, 1).values
+    return [{"entropy": round(entropy, 4), "margin": round(margin, 4)}
+            for entropy, margin in zip(supernet.entropy().tolist(), (best[:, 0] - best[:, 1]).tolist())]
+
+
+def judge_alpha(blocks: list[dict], path: list[str]) -> list[str]:
+    """What a user must know about an alpha that stayed undecided, or collapsed to one operation."""
+    lines = []
+    weak = sum(block["entropy"] > 0.95 and block["margin"] < 0.05 for block in blocks)
+    if weak > len(blocks) / 2:
+        lines.append(f"note: alpha stayed undecided in {weak} of {len(blocks)} blocks (entropy above 0.95, the two likeliest "
+                     "operations less than 5 % apart): the choice there is weak. More epochs or images, or a higher --arch-lr, "
+                     "decide more.")
+    if len(set(path)) == 1 and all(block["margin"] > 0.5 for block in blocks):
+        lines.append(f"note: alpha collapsed: every block prefers {path[0]} by far. See log.jsonl for when; a lower --arch-lr or "
+                     "a longer warm-up helps.")
+    return lines
 
 
 def explain(result: dict, pressure: bool) -> list[str]:

@@ -130,15 +130,16 @@ class Stopped(Exception):
 class Guard:
     """What can befall a run between two steps: a signal to stop, a checkpoint that is due, a loss that is not finite.
 
-    Within it, SIGTERM and SIGINT let the step in progress end (a second one stops at once); `end_of_step` then saves and
-    raises Stopped. All processes of a run come to the same verdict at the same step.
+    Within it, SIGTERM and SIGINT let the step in progress end; `end_of_step` then saves and raises Stopped. A second SIGINT
+    stops at once, but not one that follows within two seconds: torchrun hands on what its processes got already. All processes
+    of a run come to the same verdict at the same step.
     """
 
     SKIPS = 10  # so many steps in a row may be skipped
 
     def __init__(self, nonfinite: str = "stop", save_minutes: float = 10.0):
         self.nonfinite, self.save_seconds = nonfinite, 60 * save_minutes
-        self.asked = self.stop = False
+        self.asked = self.stop = self.due = False
         self.skipped, self.saved = 0, time.monotonic()
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
@@ -153,34 +154,39 @@ class Guard:
         for name, handler in self.handlers.items():
             signal.signal(name, handler)
 
-    def _note(self, *_) -> None:
-        if self.asked:
+    def _note(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() > self.asked_at + 2:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self.asked_at = True, time.monotonic()
 
     def remember(self, network: nn.Module) -> None:
         """Before a step that may be skipped: the statistics of batch norms, which a bad batch spoils in the forward pass."""
         if self.nonfinite == "skip":
             self.buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
 
-    def reduce(self, parameters, loss: Tensor) -> bool:
-        """After backward: average the gradients over the processes; whether the loss is finite on all of them.
+    def reduce(self, parameters, loss: Tensor, buffers=()) -> bool:
+        """After backward: average gradients and buffers over the processes; whether the loss is finite on all of them.
 
         Only gradients that there are take part; the processes of a search draw the same path, so theirs are the same ones.
+        Buffers are the statistics of batch norms, each process's of its own images.
         """
         self.loss = loss.item()  # waits for the device
-        flags = [float(not math.isfinite(self.loss)), float(self.asked)]
-        if data_module.rank_and_world()[1] > 1:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.new_tensor(flags)])
+        rank, world = data_module.rank_and_world()
+        due = rank == 0 and time.monotonic() - self.saved > self.save_seconds  # by one clock, so that all save together
+        flags = [float(not math.isfinite(self.loss)), float(self.asked), float(due)]
+        if world > 1:
+            tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
+            flat = torch.cat([*(tensor.flatten() for tensor in tensors), loss.new_tensor(flags)])
             torch.distributed.all_reduce(flat)
-            flags, start = flat[-2:].tolist(), 0
-            for gradient in gradients:
-                part = flat[start:start + gradient.numel()].view(gradient.shape)
-                gradient.copy_(part / torch.distributed.get_world_size())
-                start += gradient.numel()
-        self.stop = flags[1] > 0
-        return flags[0] == 0
+            flags, start = flat[-len(flags):].tolist(), 0
+            for tensor in tensors:
+                part = flat[start:start + tensor.numel()].view(tensor.shape)
+                tensor.copy_(part / world)
+                start += tensor.numel()
+        bad, self.stop, self.due = (flag > 0 for flag in flags)
+        return not bad
 
     def judge(self, finite: bool, where: str, lr: float) -> bool:
         """Whether a step may be taken. TrainingError for a loss or gradient that is not finite, unless steps are skipped."""
@@ -200,15 +206,16 @@ class Guard:
 
     def end_of_step(self, save) -> None:
         """Save when it is time or when the run was asked to stop; raise Stopped in the latter case."""
-        if self.stop or time.monotonic() - self.saved > self.save_seconds:
+        if self.stop or self.due:
             self.save(save)
         if self.stop:
+            if data_module.rank_and_world()[1] > 1:
+                torch.distributed.barrier()  # torchrun ends all processes when the first one leaves: not before it is saved
             raise Stopped
 
     def save(self, save) -> None:
-        """Call `save()` on the first process."""
-        if data_module.rank_and_world()[0] == 0:
-            save()
+        """Call `save()`, on every process."""
+        save()
         self.saved = time.monotonic()
 
 
@@ -220,15 +227,6 @@ def sum_over_processes(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.tolist()
-
-
-def average_buffers(network: nn.Module) -> None:
-    """The statistics of batch norms are each process's own while it trains; their mean is what all of them go on with."""
-    world = data_module.rank_and_world()[1]
-    for buffer in network.buffers() if world > 1 else ():
-        if buffer.is_floating_point():
-            torch.distributed.all_reduce(buffer)
-            buffer /= world
 
 
 def bar(batches, text: str, total: int, first: int, unit: str) -> tqdm:
@@ -330,7 +328,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     the decoder are small, since the denoising loss is, and in a short training colours are not learned at all: AdamW is the
     default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays. Raises
     Stopped after SIGTERM or SIGINT. With several processes the loaders hold each one's share (data.Order), gradients are
-    averaged, the statistics of batch norms are each process's own within an epoch, and the first process writes.
+    averaged, and so are the statistics of batch norms, each process's of its own images; the first process writes.
     """
     make_optimizer, default_lr, default_decay = OPTIMIZERS[optimizer]
     output_dir = Path(output_dir)
@@ -357,15 +355,23 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
         rows, best = state["rows"], state["best"]
     rank, _ = data_module.rank_and_world()
     first, sums, count = (state["step"], state["sums"], state["count"]) if state is not None else (0, {}, 0)
+    if rank > 0:
+        sums, count = dict.fromkeys(sums, 0.0), 0
 
     def save(step: int) -> None:
         """last.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
+        nonlocal sums, count
+        *totals, count = sum_over_processes([*(float(value) for value in sums.values()), count])
+        sums = dict(zip(sums, totals))
+        if rank > 0:  # what has been added up is the first one's from here on
+            sums, count = dict.fromkeys(sums, 0.0), 0
+            return
         models.save_checkpoint(output_dir / "last.pt", {
             **about, "epoch": len(rows), "network": network.state_dict(),
             "ema": average.module.state_dict() if average is not None else None, "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
             "averaged": int(average.n_averaged) if average is not None else 0, "rows": rows, "best": best, "step": step,
-            "sums": {name: float(value) for name, value in sums.items()}, "count": count})
+            "sums": sums, "count": count})
 
     with Guard(nonfinite, save_minutes) as guard:
         for epoch in range(len(rows), epochs):
@@ -382,7 +388,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                 total, parts = task_loss(output, clean, labels, loss, label_smoothing, denoising)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(total).backward()
-                finite = guard.reduce(network.parameters(), total)
+                finite = guard.reduce(network.parameters(), total, network.buffers())
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
                 finite = finite and (scaler.is_enabled() or math.isfinite(norm))  # the scaler skips steps by itself
@@ -399,8 +405,6 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                     schedule.step()
                 guard.end_of_step(lambda: save(step + 1))
             trained = average.module if average is not None else network
-            for model in {id(model): model for model in (network, trained)}.values():
-                average_buffers(model)
             held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp,
                                 denoising=denoising)
             if by_epoch:
@@ -509,6 +513,8 @@ RESUME_ME = 75  # exit code of a run that was asked to stop and can go on: EX_TE
 
 def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -> None:
     """After a signal: how to go on, with exit code RESUME_ME, or 130 where this run has written no checkpoint."""
+    if data_module.rank_and_world()[0] > 0:
+        sys.exit(RESUME_ME)
     path = Path(output_dir) / checkpoint
     going = path.exists() and path.stat().st_mtime >= started
     print("\nStopped" + (f". Go on with: python {script} --resume {shlex.quote(str(output_dir))}" if going else

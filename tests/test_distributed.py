@@ -5,8 +5,10 @@ As a script, under torchrun, this file is one of the processes.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -113,6 +115,29 @@ def test_training_and_evaluation_by_two_processes(tmp_path):
     two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
     assert two["images"] == one["images"] == 21
     assert two["levels"] == one["levels"] and two["means"] == one["means"]  # every digit
+
+
+def test_two_processes_that_are_stopped_go_on_with_the_same_weights(tmp_path):
+    command = [ROOT / "train.py", "--model", "cnas-k3-e3", "--size", "16", "--train-images", "320", "--val-images", "10", "--epochs",
+               "2", "--batch-size", "8", "--device", "cpu", "--save-minutes", "0.002", "--output-dir"]
+    assert torchrun(*command, "whole", folder=tmp_path).returncode == 0
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                                *map(str, command), "part"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "part/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    stopped = models.read_checkpoint(tmp_path / "part/last.pt")
+    assert process.returncode != 0 and "Go on with: python train.py --resume part" in error
+    assert 0 < stopped["step"] < 40 and len(stopped["rows"]) < 2
+    run = torchrun(*command, "part", "--resume", "part", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    whole, part = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
+    assert all(torch.equal(value, part["network"][name]) for name, value in whole["network"].items())
+    for one, other in zip(whole["rows"], part["rows"], strict=True):
+        assert abs(one["train_loss"] - other["train_loss"]) < 1e-6 and one["val_loss"] == other["val_loss"]
 
 
 def test_validation_in_training_counts_every_image_once():

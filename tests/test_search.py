@@ -339,6 +339,18 @@ def write_table(path, **options):
     return str(path)
 
 
+def test_an_alpha_that_is_undecided_or_collapsed_is_reported():
+    supernet = models.SuperNet("cnas", 4, 10)
+    undecided = search.decisions(supernet)
+    assert all(block == {"entropy": 1.0, "margin": 0.0} for block in undecided)
+    assert "undecided in 18 of 18 blocks" in search.judge_alpha(undecided, ["k3-e3", "k5-e3"] * 9)[0]
+    set_alpha(supernet, torch.tensor([[0.0, 9.0, 0.0, 0.0]] * 18))
+    collapsed = search.decisions(supernet)
+    assert all(block["entropy"] < 0.1 and block["margin"] > 0.9 for block in collapsed)
+    assert "every block prefers k3-e6" in search.judge_alpha(collapsed, ["k3-e6"] * 18)[0]
+    assert search.judge_alpha(collapsed, ["k3-e6", "k5-e3"] * 9) == []
+
+
 def test_pairs_cannot_be_searched(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         search.main(["--target", "3", "--data", "digit-pairs", "--train-images", "8", "--val-images", "2", "--output-dir",
