@@ -462,16 +462,24 @@ def _to_rgb(image):
 
 
 def list_images(folder, recursive=False):
-    """Image files of a folder, sorted, without hidden ones; DataError when there is no such folder."""
+    """Image files of a folder, sorted, without hidden ones; DataError when there is no such folder.
+
+    Links are followed, but none that leads to where one was already, or to a folder that holds this one.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    found = []
+    found, seen, above = [], set(), set(folder.resolve().parents)
     for parent, subfolders, files in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        if real in seen or real in above:
+            subfolders.clear()
+            continue
+        seen.add(real)
         # changing the list in place is how os.walk is told where to go on
         subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
         found += [Path(parent, name) for name in files
-                  if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+                  if name.lower().endswith((*IMG_EXTENSIONS, ".gif")) and not name.startswith(".")]
     return sorted(found)
 
 

@@ -605,3 +605,59 @@ def test_labels_of_pairs_are_split_into_labels_and_boxes():
     assert labels.tolist() == [label for _, row in pairs.train for label in row[:, 0].tolist()]
     plain, none = data.split_labels(torch.tensor([3, 1]), "cpu")
     assert plain.tolist() == [3, 1] and none is None
+
+
+# --- Odd folders --------------------------------------------------------------------------------------------
+
+def test_links_that_loop_are_not_followed(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / "photos" / name, 4)
+    (tmp_path / "photos/a/again").symlink_to(tmp_path / "photos")  # all of b would be a's
+    (tmp_path / "photos/b/self").symlink_to(tmp_path / "photos/b")
+    images = data.load_data(str(tmp_path / "photos"), size=16)
+    assert len(images.train) + len(images.val) == 8
+    write_images(tmp_path / "elsewhere", 3, seed=5)
+    (tmp_path / "photos/b/more").symlink_to(tmp_path / "elsewhere")  # a link that does not loop is followed
+    images = data.load_data(str(tmp_path / "photos"), size=16)
+    assert len(images.train) + len(images.val) == 11
+
+
+@pytest.mark.parametrize("kind", ("1x20000", "20000x1", "1x1", "cmyk.jpg", "animated.gif", "16 bit"))
+def test_odd_pictures_in_folders_of_any_script_are_read(tmp_path, kind):
+    for name in ("\u732b", "\u05e9\u05dc\u05d5\u05dd"):
+        write_images(tmp_path / name, 4)
+    path = tmp_path / "\u732b" / (kind if "." in kind else f"{kind}.png")
+    if kind == "animated.gif":
+        Image.new("P", (20, 20)).save(path, save_all=True, append_images=[Image.new("P", (20, 20), 3)])
+    elif kind == "16 bit":
+        Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(path)
+    elif kind == "cmyk.jpg":
+        Image.new("CMYK", (20, 20)).save(path)
+    else:
+        Image.new("RGB", tuple(map(int, kind.split("x")))).save(path)
+    images = data.load_data(str(tmp_path), size=16)
+    assert len(images.train) + len(images.val) == 9
+    for split in (images.train, images.val):
+        assert all(image.shape == (3, 16, 16) for image, _ in split)
+
+
+def test_thousands_of_classes_of_two_pictures_each(tmp_path):
+    for index in range(1500):
+        folder = tmp_path / f"class {index}"
+        folder.mkdir()
+        for name in "ab":
+            (folder / f"{name}.png").touch()  # not read before they are asked for
+    images = data.load_data(str(tmp_path), size=16)
+    assert len(images.classes) == len(images.train) == len(images.val) == 1500
+
+
+@pytest.mark.parametrize("what", ("empty file", "link to nothing"))
+def test_a_file_that_cannot_be_read_is_named_before_or_while_training(tmp_path, what):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 4)
+    bad = tmp_path / "a" / "bad.png"
+    bad.touch() if what == "empty file" else bad.symlink_to(tmp_path / "nothing.png")
+    images = data.load_data(str(tmp_path), size=16)
+    with pytest.raises(data.DataError, match="bad.png"):
+        for split in (images.train, images.val):
+            list(split)
