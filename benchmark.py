@@ -15,8 +15,10 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ import latency
 import models
 from data import whole
 from search import Searcher
-from train import AMP_DTYPES, autocast, charbonnier, prepare, task_loss
+from train import AMP_DTYPES, autocast, charbonnier, prepare, task_loss, write_summary
 
 FORMAT, VERSION = "joint-benchmark", 1
 
@@ -109,6 +111,26 @@ def compare_training(batch_size: int, size: int, device: torch.device, amp: str,
     row = in_turn(*steps, device, seconds)
     return [{"what": "training: images", "unit": "/s", "plain": 1e3 * batch_size / row["plain"],
              "ours": 1e3 * batch_size / row["ours"], "ratio": row["ratio"]}]
+
+
+def measure_saving(images_per_second: float, folder: Path) -> dict:
+    """What train.py writes at the end of an epoch (two checkpoints and the log), as a share of an epoch of the first run."""
+    network = models.Network(models.named_arch("dcnas-k3-e3", 10))
+    optimizer = torch.optim.AdamW(network.parameters())
+    sum(part.square().mean() for part in network(torch.rand(2, 3, 32, 32))).backward()
+    optimizer.step()
+    rows = [{"epoch": epoch, "train_loss": 1.0} for epoch in range(25)]
+
+    def save():
+        models.save_checkpoint(folder / "best.pt", {"network": network.state_dict()})
+        models.save_checkpoint(folder / "last.pt", {"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+        write_summary(folder / "summary.csv", rows)
+
+    seconds = latency.measure(save, "cpu", warmup=1, repeats=5).median_ms / 1e3
+    return {"seconds": seconds, "epoch_images": EPOCH_IMAGES, "percent_of_epoch": 100 * seconds * images_per_second / EPOCH_IMAGES}
+
+
+EPOCH_IMAGES = 4000  # of the drawn digits
 
 
 def plain_ssim(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -281,11 +303,13 @@ def main(argv: list[str] | None = None) -> None:
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rows, table = [], None
+        rows, table, saving = [], None, None
         if "search" in args.parts:
             rows += compare_search(args.space, args.batch_size, args.size, device, args.amp, args.seconds)
         if "training" in args.parts:
             rows += compare_training(args.batch_size, args.size, device, args.amp, args.seconds)
+            with tempfile.TemporaryDirectory(dir=Path(args.output).resolve().parent) as folder:  # the disk that runs are on
+                saving = measure_saving(rows[-1]["ours"], Path(folder))
         memory = peak_memory_mib(device)
         if "memory" in args.parts:
             rows += compare_memory(args.space, args.batch_size, sorted({args.size, models.PAPER_SIZE}))
@@ -299,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             "format": FORMAT, "version": VERSION, "made": models.provenance(setting.device, args.seed),
             "setting": vars(setting), "space": args.space, "batch_size": args.batch_size, "amp": args.amp,
             "threads": torch.get_num_threads() if device.type == "cpu" else 0, "peak_memory_mib": memory, "table": table,
-            "rows": rows})
+            "saving": saving, "rows": rows})
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -311,6 +335,9 @@ def main(argv: list[str] | None = None) -> None:
     print(format_rows(rows))
     if memory is not None and {"search", "training"} & set(args.parts):
         print(f"peak memory of search and training, both ways: {memory:,.0f} MiB")
+    if saving is not None:
+        print(f"checkpoints and log: {saving['seconds']:.2f} s after each epoch, {saving['percent_of_epoch']:.1f} % of one of "
+              f"{saving['epoch_images']:,} images")
     if table is not None:
         print(f"latency table: {table['networks_timed']} networks in {table['table_seconds']:.0f} s")
     print(f"wrote {args.output}")

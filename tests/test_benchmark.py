@@ -28,6 +28,9 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
     memory = [rows[f"memory: alpha step, {size} px{how}"] for size in (32, 224) for how in ("", ", --recompute")]
     assert all(row["plain"] > row["ours"] > 0 for row in memory)
     assert memory[0]["ours"] * 49 == pytest.approx(memory[2]["ours"], rel=0.05)  # in proportion to the pixels
+    saving = content["saving"]
+    assert 0 < saving["percent_of_epoch"] == pytest.approx(saving["seconds"] * rows["training: images"]["ours"] / 40)
+    assert "checkpoints and log" in out
     assert content["format"] == "joint-benchmark" and content["table"]["table_seconds"] > 0 and "peak memory" in out
 
 
