@@ -40,8 +40,8 @@ def cut_out(x: Tensor, boxes: Tensor, size: int, stride: int = 1) -> Tensor:
     box falls between map pixels, they are interpolated; at stride 1 a box of `size` pixels is copied as it is.
     """
     image = torch.arange(len(x), device=x.device).repeat_interleave(boxes.shape[1])
-    rows = torch.cat((image[:, None], boxes.flatten(0, 1)), 1).to(x.dtype)  # (B * D, 5)
-    return roi_align(x, rows, size, 1 / stride, sampling_ratio=1, aligned=True)
+    rows = torch.cat((image[:, None], boxes.flatten(0, 1)), 1).float()  # (B * D, 5); half precision cannot count images
+    return roi_align(x.float(), rows, size, 1 / stride, sampling_ratio=1, aligned=True).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ or as there two white ones, on a constant grey background from [0.1, 0.3]; sigma
 """
 import argparse
 import copy
+import datetime
 import functools
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,8 @@ def join_processes(device):
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # The others wait while the first one times a device, which can take longer than the default of ten minutes.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -392,6 +395,12 @@ def _load_digits(root, size, seed, train_images, val_images):
 
 def _read_mnist(root, train):
     """MNIST's training or test set: digits (N, 28, 28) uint8, a list of labels."""
+    if not (Path(root) / "MNIST").is_dir():
+        from_first(lambda: _open_mnist(root, train) and None)  # one process downloads
+    return _open_mnist(root, train)
+
+
+def _open_mnist(root, train):
     try:
         try:
             mnist = datasets.MNIST(root, train=train)
@@ -665,6 +674,12 @@ class Order(Sampler):
         return iter(order[self.rank:self.last:self.world][self.start:])
 
 
+def _ignore_signals(_):
+    """In a worker process: signals to a whole job are for the main process, which ends its workers when it has saved."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu"):
     """Loader of (uint8 (B, 3, H, W), int64 (B,)), in an order of its own, see Order and set_epoch.
 
@@ -677,7 +692,7 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_l
     return DataLoader(
         dataset, batch_size, sampler=order, drop_last=drop_last and len(order) >= batch_size,
         pin_memory=torch.device(device).type == "cuda", num_workers=workers, persistent_workers=workers > 0,
-        generator=torch.Generator())  # of the workers' seeds; not the global one
+        worker_init_fn=_ignore_signals, generator=torch.Generator())  # of the workers' seeds; not the global one
 
 
 def set_epoch(loader, epoch, batches=0):

@@ -383,7 +383,7 @@ def _class_name(index: int, classes: list[str] | None) -> str:
 # The user's own pictures
 
 
-TILE_CORE, TILE_MARGIN = 1024, 256  # pixels; multiples of any network's stride
+TILE_CORE, TILE_MARGIN = 1024, 384  # pixels; multiples of any network's stride; the margin is as far as k5 blocks see
 
 
 class _Reached(Exception):
@@ -493,7 +493,9 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
         try:
             pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
             height, width = pixels.shape[-2:]
-            large = height * width > (TILE_CORE + 2 * TILE_MARGIN) ** 2  # stays in 8 bit and on the CPU, as a whole
+            # A large one stays in 8 bit and on the CPU as a whole. (Group norms would see a tile, not the picture.)
+            large = height * width > (TILE_CORE + 2 * TILE_MARGIN) ** 2 and not any(
+                isinstance(module, nn.GroupNorm) for module in network.modules())
             noisy = pixels if large else to_float(pixels, device)
             if sigma:
                 clean = to_float(pixels, "cpu" if large else device)
@@ -502,9 +504,9 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
             image = logits = None
             if large and network.denoises:
                 image = denoise_tiled(network, noisy, device, TILE_CORE, TILE_MARGIN)
-            elif network.denoises or seen is noisy:
+            elif not large and (network.denoises or seen is noisy):
                 image, logits = network(noisy)
-            if network.classifies and seen is not noisy:
+            if network.classifies and (logits is None or seen is not noisy):
                 logits = network(to_float(seen, device) if seen.dtype == torch.uint8 else seen.to(device)).logits
         except (ValueError, OSError) as error:
             failures.append({"file": str(path), "error": str(error)})
@@ -613,10 +615,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from data import load_data
-    from data import join_processes
+    from data import join_processes, load_data, split_labels
     from latency import check_device
-    from models import load_checkpoint
+    from models import check_fits, load_checkpoint
 
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -637,6 +638,9 @@ def main(argv: list[str] | None = None) -> None:
                          train_images=args.train_images, val_images=args.val_images)
         dataset = getattr(data, args.split)
         _check_data(network, checkpoint["classes"], data, args.split)
+        if data.classes is not None:
+            boxes = split_labels(torch.as_tensor(dataset[0][1])[None], device)[1]
+            check_fits(network, checkpoint["record"]["model"], data.size, boxes)
         _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, device=device,
                         sigmas=args.sigmas, clip=args.clip, seed=args.seed, batch_size=args.batch_size,
                         workers=args.workers,

@@ -951,7 +951,7 @@ def write_file(path: str | Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # on the disk before the old content goes: a crash of the machine must not lose both
         os.replace(temporary, path)
     finally:
@@ -1146,8 +1146,13 @@ def main(argv: list[str] | None = None) -> None:
         counted = None
         if paper and paper.flops:  # of ten digits at the size in the paper, as the paper has them
             counted = paper_flops(paper.build(10), paper.size)
+        try:
+            macs = count_macs(network, size)
+        except RuntimeError as error:
+            parser.error(f"{name} cannot take an input of {size} pixels ({str(error).splitlines()[0][:80]}); give a larger "
+                         "--input.")
         rows.append({"name": name, "denoises": network.denoises, "classifies": network.classifies, "input_px": size,
-                     "parameters": count_parameters(network), "macs": count_macs(network, size),
+                     "parameters": count_parameters(network), "macs": macs,
                      "paper_flops": paper.flops if paper else None, "counted_flops": counted})
     if args.json:
         print(json.dumps(rows, indent=1))

@@ -316,9 +316,19 @@ class Workshop:
         if self.threads:
             line += ["--threads", str(self.threads)]
         print("$ " + shlex.join(["python", script, *line[2:]]), flush=True)
-        if subprocess.run(line).returncode:
+        process = subprocess.Popen(line)
+        try:
+            failed = process.wait()
+        except KeyboardInterrupt:  # it got the signal too, and saves
+            process.wait()
+            raise
+        if failed:
             raise RuntimeError(f"This command failed; mend what it says, and start again, nothing is lost: "
                                f"{shlex.join(['python', script, *line[2:]])}")
+
+    def source(self, kind: str) -> Path:
+        """The folder of the runs on one kind of data, by its name: runs on other data are other runs."""
+        return self.folder / Path(self.data_flags(kind)[1]).name
 
     def data_flags(self, kind: str) -> list[str]:
         if kind == "natural":
@@ -334,7 +344,7 @@ class Workshop:
 
     def table(self, classes: int) -> latency.LatencyTable:
         """The latency table of the natural images' size, made when it is not there."""
-        path = self.folder / "latency.json"
+        path = self.source("natural") / "latency.json"
         if not path.exists():
             size = self.flag("natural", "--size")
             # a table takes one thread on a CPU, whatever the trainings take
@@ -346,7 +356,7 @@ class Workshop:
 
     def find(self, run: Run, seed: int) -> Path:
         """The architecture record of a searched run."""
-        folder = self.folder / run.name / f"seed-{seed}" / "search"
+        folder = self.source("natural") / run.name / f"seed-{seed}" / "search"
         if (folder / "arch.json").exists():
             return folder / "arch.json"
         from data import load_data
@@ -362,7 +372,7 @@ class Workshop:
         fastest, _ = search.Budget(table, supernet, own["--model"], 1.0).range_ms()
         target = max(low + run.target * (high - low), 1.03 * fastest)
         flags = [*self.data_flags("natural"), *SCALES[self.scale]["search"], "--target", f"{target:.3f}", "--table",
-                 str(self.folder / "latency.json"), "--output-dir", str(folder)]
+                 str(self.source("natural") / "latency.json"), "--output-dir", str(folder)]
         if "--seed" not in run.search:
             flags += ["--seed", str(seed)]
         if (folder / "search.pt").exists():
@@ -372,7 +382,7 @@ class Workshop:
 
     def measure(self, run: Run, seed: int, runs: dict[str, Run]) -> dict:
         """The numbers of a run and a seed, which are made where they are not there."""
-        folder = self.folder / run.name / f"seed-{seed}"
+        folder = self.source(run.kind) / run.name / f"seed-{seed}"
         metrics = folder / "eval" / "metrics.json"
         if not metrics.exists():
             flags = [*run.train, *self.data_flags(run.kind), "--seed", str(seed), "--output-dir", str(folder / "train")]
@@ -525,8 +535,10 @@ def make_table(name: str, workshop: Workshop, seeds: list[int], skip: list[str])
         text, records = summarise(table.columns, rows)
         claims = judge(table.claims, rows)
     head = f"{name} (thesis: {table.thesis}): {table.title}"
-    about = (f"scale {workshop.scale}" + ("" if workshop.scale == "full" else ", scaled down from the paper's")
-             + f", seeds {', '.join(map(str, seeds))}, ± half the range over them")
+    sources = sorted({workshop.source(run.kind).name for _, run, _ in table.rows})
+    about = "; ".join([*sources, f"scale {workshop.scale}" + ("" if workshop.scale == "full" else
+                                                              ", scaled down from the paper's"),
+                       f"seeds {', '.join(map(str, seeds))}, ± half the range over them"])
     made = models.provenance(latency.device_name(workshop.device))
     lines = [head, f"{about}; {made['device']}, torch {made['torch']}, {made['date'][:10]}", "", text, ""]
     lines += [f"{claim['verdict']:>14}: {claim['claim']}" + (f" ({claim['seeds_for']} of {claim['seeds']} seeds)"
@@ -536,7 +548,8 @@ def make_table(name: str, workshop: Workshop, seeds: list[int], skip: list[str])
     models.write_file(path, lambda temporary: temporary.write_text(content))
     models.write_json(path.with_suffix(".json"), {
         "format": FORMAT, "version": VERSION, "made": made, "table": name, "title": table.title, "scale": workshop.scale,
-        "flags": {kind: list(flags) for kind, flags in SCALES[workshop.scale].items()}, "seeds": seeds, "rows": records,
+        "flags": {kind: list(flags) for kind, flags in SCALES[workshop.scale].items()}, "data": sources, "seeds": seeds,
+        "rows": records,
         "claims": claims})
     drawn = bool(records) and plot(path.with_suffix(".png"), head, table.columns, records)
     print(f"\n{content}\nwrote {path}, {path.with_suffix('.json')}" + (f", {path.with_suffix('.png')}" if drawn else ""))

@@ -610,7 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     folder = None
     try:
-        args, state = parse_or_resume(parser, argv, "search.pt", "searcher")
+        args, state = parse_or_resume(parser, argv, "search.pt", "step")
         if args.target is None:
             parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
         device = prepare(args)
@@ -691,8 +691,10 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
     warmup_epochs = min(10, round(args.epochs / 3)) if args.warmup_epochs is None else args.warmup_epochs
     decay = args.temperature_decay or 0.96 ** (79 / max(1, args.epochs - warmup_epochs - 1))
     if args.strategy == "random":
+        generator = torch.Generator().manual_seed(args.seed)
         with torch.no_grad():
-            supernet.alpha.copy_(torch.randn(supernet.alpha.shape, generator=torch.Generator().manual_seed(args.seed)))
+            for parameter in supernet.arch_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
             supernet.normalize_()
         return finish(args, data, supernet, budget, pressure, folder, start)
     print(f"Searching {args.model} for {budget.target_ms:g} ms by {loss} on {args.search_images} images of {data.name}: "

@@ -140,7 +140,7 @@ class Guard:
     def __init__(self, nonfinite: str = "stop", save_minutes: float = 10.0):
         self.nonfinite, self.save_seconds = nonfinite, 60 * save_minutes
         self.asked = self.stop = self.due = False
-        self.skipped, self.saved = 0, time.monotonic()
+        self.skipped, self.saved, self.what = 0, time.monotonic(), ""
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Guard:
@@ -378,6 +378,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             start = time.perf_counter()
             network.train()
             progress = bar(batches.epoch(epoch, first), f"epoch {epoch + 1}/{epochs}", len(batches), first, "batch")
+            rate = optimizer.param_groups[0]["lr"]  # of an epoch that was stopped between its last step and its validation
             for step, (noisy, clean, labels) in enumerate(progress, first):
                 rate = optimizer.param_groups[0]["lr"]
                 torch.manual_seed(data_module.mix(seed, epoch, step, rank))  # of dropout and drop-connect
@@ -409,10 +410,10 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                                 denoising=denoising)
             if by_epoch:
                 schedule.step(_comparable(held_out["loss"]))
+            *totals, count = sum_over_processes([*(float(value) for value in sums.values()), count])
             if not count:
                 raise TrainingError(f"Every step of epoch {epoch + 1} was skipped, since the {guard.what} each time; the last "
                                     "checkpoint is good: try a smaller --lr, or --amp off.")
-            *totals, count = sum_over_processes([*(float(value) for value in sums.values()), count])
             rows.append({"epoch": epoch + 1, "lr": rate,
                          **{f"train_{name}": value / count for name, value in zip(sums, totals)},
                          **{f"val_{name}": value for name, value in held_out.items()},
@@ -621,9 +622,10 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--loss", choices=LOSSES,
                       help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one of them (default: what the network can)")
     what.add_argument("--dropout", type=number(0, 0.9), default=0.2, metavar="P",
-                      help="dropout before the last layer (default: %(default)s)")
+                      help="dropout before the last layer of a searched network (default: %(default)s)")
     what.add_argument("--drop-connect", type=number(0, 0.9), default=0.2, metavar="P",
-                      help="chance to skip a block in training, growing with depth to this (default: %(default)s)")
+                      help="chance to skip a block of a searched network in training, growing with depth to this "
+                           "(default: %(default)s)")
     data_module.add_data_arguments(parser)
     parser.set_defaults(data=None, data_root=None)  # those of the search, or digits
     recipe = parser.add_argument_group("recipe")
@@ -643,13 +645,14 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw",
                         help="adamw learns sooner; sgd (momentum 0.9) is the papers', for long trainings (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), metavar="LR",
-                        help="peak learning rate (default: 0.003 for adamw, 0.15 for sgd; the papers: 0.2 at batch size 512)")
+                        help="peak learning rate (default: 0.003 for adamw, 0.001 for adam, 0.15 for sgd; the papers: 0.2 at "
+                             "batch size 512)")
     recipe.add_argument("--schedule", choices=SCHEDULES, default="cosine",
                         help="learning rate: warm-up and cosine, or less on each plateau (default: %(default)s)")
     recipe.add_argument("--warmup-epochs", type=number(0, 1000), metavar="N",
-                        help="epochs of linear warm-up (default: 5, but at most a tenth of all)")
+                        help="epochs of linear warm-up before a cosine (default: 5, but at most a tenth of all)")
     recipe.add_argument("--weight-decay", type=number(0, 1), metavar="WD",
-                        help="(default: 0.01 for adamw, 1e-5, the papers', for sgd)")
+                        help="(default: 0.01 for adamw, 0 for adam, 1e-5, the papers', for sgd)")
     recipe.add_argument("--label-smoothing", type=number(0, 0.99), default=0.1, metavar="E", help="(default: %(default)s)")
     recipe.add_argument("--grad-clip", type=number(1e-6, 1e6), default=5.0, metavar="NORM",
                         help="largest gradient norm (default: %(default)s)")
@@ -663,7 +666,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     try:
         parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
-        args, state = parse_or_resume(parser, argv, "last.pt", "optimizer")
+        args, state = parse_or_resume(parser, argv, "last.pt", "step")
         device = prepare(args)
         if state is not None:
             record = state["record"]

@@ -80,6 +80,13 @@ def test_a_cut_out_at_full_resolution_is_the_pixels():
         torch.testing.assert_close(cut[index], x[index // 2, :, top:bottom, left:right])
 
 
+def test_a_cut_out_in_half_precision_is_of_the_right_image():
+    """bfloat16 counts exactly to 256 only: the 300th image must not give the 298th one's pixels."""
+    x = torch.arange(301).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).bfloat16()
+    cut = baselines.cut_out(x, torch.tensor([[[0, 0, 2, 2]]]).expand(301, 1, 4), 2)
+    assert cut.dtype == torch.bfloat16 and torch.equal(cut[:, 0, 0, 0], x[:, 0, 0, 0])
+
+
 def test_a_cut_out_of_features_is_the_place_of_the_box():
     """A ramp, of which a map of stride 8 holds the values at the centres of its pixels, cut at fractions of them."""
     centres = torch.arange(12) * 8 + 3.5  # pixel centres that a map pixel covers, on average

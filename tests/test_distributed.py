@@ -119,7 +119,7 @@ def test_training_and_evaluation_by_two_processes(tmp_path):
 
 def test_two_processes_that_are_stopped_go_on_with_the_same_weights(tmp_path):
     command = [ROOT / "train.py", "--model", "cnas-k3-e3", "--size", "16", "--train-images", "320", "--val-images", "10", "--epochs",
-               "2", "--batch-size", "8", "--device", "cpu", "--save-minutes", "0.002", "--output-dir"]
+               "2", "--batch-size", "8", "--device", "cpu", "--save-minutes", "0", "--output-dir"]  # a checkpoint after every step
     assert torchrun(*command, "whole", folder=tmp_path).returncode == 0
     process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                                 *map(str, command), "part"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,

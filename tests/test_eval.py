@@ -483,6 +483,30 @@ def test_tiles_of_a_baseline_without_squeeze_and_excitation():
     assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3
 
 
+@pytest.mark.parametrize("model", ("dcnas-k3-e3", "cnas-k3-e3"))
+def test_a_large_picture_of_the_training_size_is_classified_too(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "TILE_CORE", 64)
+    monkeypatch.setattr(evaluation, "TILE_MARGIN", 32)
+    network = models.build_network(models.make_record(models.named_arch(model, 3), {})).eval()
+    picture = smooth_picture(150, 170)
+    evaluation.to_picture(picture[0]).save(tmp_path / "p.png")
+    records, failures = evaluation.denoise_paths(network, [tmp_path / "p.png"], tmp_path / "out", size=120)
+    with torch.inference_mode():
+        expected = network(data.to_float(picture, "cpu")).logits[0].softmax(0).max().item()
+    assert not failures and records[0]["classes"][0]["probability"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_whole_image_classifier_on_pairs_is_refused(tmp_path, capsys):
+    record = models.make_record(models.named_arch("cnas-k3-e3", 10), {})
+    models.save_checkpoint(tmp_path / "c.pt", {"record": record, "network": models.build_network(record).state_dict(), "ema": None,
+                                               "classes": [str(d) for d in range(10)], "size": 64, "epoch": 1, "data": "digits",
+                                               "seed": 0})
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--checkpoint", str(tmp_path / "c.pt"), "--data", "digit-pairs", "--val-images", "4", "--output-dir",
+                         str(tmp_path / "out")])
+    assert stopped.value.code == 2 and "classifies whole images" in capsys.readouterr().err
+
+
 def test_a_picture_larger_than_a_tile_goes_through_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "TILE_CORE", 64)
     monkeypatch.setattr(evaluation, "TILE_MARGIN", 32)

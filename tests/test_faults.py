@@ -27,6 +27,8 @@ TRAIN = ["train.py", "--model", "dcnas-k3-e3", "--size", "16", "--train-images",
 SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--size", "16", "--train-images", "120", "--val-images", "10",
           "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--threads", "1", "--device", "cpu", "--save-minutes",
           "0.002"]
+SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8", "--device",
+         "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -135,11 +137,49 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way
     assert third.returncode == 0, error
 
 
+def test_a_run_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path, monkeypatch):
+    """Between its last step and its validation: nothing of the epoch is left to do but that."""
+    command = [*SMALL, "--epochs", "2", "--output-dir"]
+    train.main([*command, str(tmp_path / "whole")])
+    steps, real = [], train.Guard.end_of_step
+
+    def stop_at_five(guard, save):  # of 40 images in batches of 8
+        steps.append(1)
+        guard.stop = guard.stop or len(steps) == 5
+        real(guard, save)
+
+    monkeypatch.setattr(train.Guard, "end_of_step", stop_at_five)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*command, str(tmp_path / "part")])
+    assert stopped.value.code == train.RESUME_ME and models.read_checkpoint(tmp_path / "part/last.pt")["step"] == 5
+    monkeypatch.undo()
+    train.main(["--resume", str(tmp_path / "part")])
+    whole, part = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
+    assert same(whole["network"], part["network"]) and len(part["rows"]) == 2
+
+
+def test_a_checkpoint_of_an_older_version_ends_in_a_sentence(tmp_path, capsys):
+    models.save_checkpoint(tmp_path / "last.pt", {"flags": {}, "optimizer": {}, "rows": []})
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", str(tmp_path)])
+    assert stopped.value.code == 2 and "not a last.pt that a run can go on from" in capsys.readouterr().err
+
+
+def test_a_signal_to_the_whole_job_with_workers_is_saved(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--train-images", "800", "--epochs", "50", "--workers",
+                                "2", "--output-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)  # as timeout and systemd do
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == train.RESUME_ME and "Traceback" not in error, error
+
+
 # --- A full disk, a loss that is not finite -------------------------------------------------------------------
 
 
-SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8", "--device",
-         "cpu"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -330,6 +330,12 @@ def test_models_works_alone_in_an_empty_folder(tmp_path):
     assert run.stdout.strip() == "(1, 3, 30, 30)", run.stderr
 
 
+def test_listing_of_an_input_that_is_too_small(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        models.main(["--input", "2"])
+    assert stopped.value.code == 2 and "cannot take an input of 2 pixels" in capsys.readouterr().err
+
+
 def test_listing(capsys):
     models.main(["--classes", "10", "--input", "64", "--json"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}

@@ -66,12 +66,12 @@ def test_a_searched_table_runs(tmp_path, capfd):
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (40, 40), (40 * index % 256, 90 * number, 50)).save(folder / f"{index}.png")
-    models.write_json(tmp_path / "runs/tiny/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
+    models.write_json(tmp_path / "runs/tiny/photos/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
     reproduce.main(["table-6", "--scale", "tiny", "--threads", "1", "--device", "cpu", "--data", str(tmp_path / "photos"),
                     "--skip", "dcnas-m-clean-mb", "dcnas-m-clean-mb-3level", "--output-dir", str(tmp_path / "runs")])
     out = capfd.readouterr().out
     assert "MBConv, 1 operation" in out and out.count("$ python search.py") == 1  # both rows train what one search found
-    trained = models.read_checkpoint(tmp_path / "runs/tiny/dcnas-m-clean-mb-1/seed-0/train/best.pt")
+    trained = models.read_checkpoint(tmp_path / "runs/tiny/photos/dcnas-m-clean-mb-1/seed-0/train/best.pt")
     assert trained["record"]["decoder"] == "mb-1"
 
 

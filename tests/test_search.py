@@ -383,6 +383,15 @@ def test_a_learned_depth_that_is_too_small_for_the_target_is_said(tmp_path, caps
     assert "note: the learned depth keeps" in out and "at their widest" in out
 
 
+def test_random_networks_have_random_depths(tmp_path, quick_measurement):
+    table, depths = write_table(tmp_path / "t.json"), set()
+    for seed in range(4):
+        search.main(["--target", "2.5", "--table", table, "--output-dir", str(tmp_path / "a"), "--strategy", "random", "--depth",
+                     "learned", *SMALL, "--seed", str(seed)])
+        depths.add(len(models.load_record(tmp_path / "a" / "arch.json")["blocks"]))
+    assert len(depths) > 1 and max(depths) > 8
+
+
 def test_random_networks_follow_their_seed(tmp_path, quick_measurement):
     table, archs = write_table(tmp_path / "t.json"), []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
