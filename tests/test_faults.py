@@ -91,7 +91,7 @@ def undisturbed(commands, tmp_path_factory):
 @pytest.mark.parametrize("name, how", (("train", signal.SIGKILL), ("search", signal.SIGTERM)))
 def test_a_run_that_is_disturbed_ends_as_one_that_is_not(name, how, commands, undisturbed, tmp_path):
     command, checkpoint = commands[name]
-    disturbed(command, checkpoint, tmp_path / "run", 2, random.Random(how), how)
+    disturbed(command, checkpoint, tmp_path / "run", 1, random.Random(how), how)
     assert same(result(command, tmp_path / "run"), undisturbed[name])
 
 
