@@ -1060,7 +1060,7 @@ def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = 
 
 def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0) -> nn.Module:
     """The network that a record describes, with fresh weights."""
-    method = record.get("method")
+    method = record.get("method") if isinstance(record, dict) else None
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"The search method {method!r} is unknown; known are {', '.join(METHODS)}.")
     return METHODS[method](record, dropout, drop_connect)
