@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 from torchvision.ops import roi_align
 
-from models import STAGES, Head, MBConv, Output, SequentialNetwork, pad_to_multiple
+from models import HEAD_CHANNELS, STAGES, Head, MBConv, Output, SequentialNetwork, add_normalisation, pad_to_multiple
 
 DIGIT = 28  # pixels, height and width of a digit of MNIST
 
@@ -171,7 +171,7 @@ def dcnas_tail(in_channels: int, num_classes: int, expansion: int = 3) -> nn.Seq
             blocks.append(MBConv(in_channels, expansion * in_channels, stage.out_channels, 3,
                                  stage.stride if index == 0 else 1, 0, stage.activation))
             in_channels = stage.out_channels
-    return nn.Sequential(*blocks, Head(in_channels, 1280, num_classes, dropout=0.2))
+    return nn.Sequential(*blocks, Head(in_channels, HEAD_CHANNELS, num_classes, dropout=0.2))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -186,8 +186,7 @@ class Classifier(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        add_normalisation(self)
 
     def forward(self, x: Tensor) -> Output:
         return Output(None, self.network((x - self.mean) / self.std))

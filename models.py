@@ -495,6 +495,12 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, right, 0, bottom), mode="reflect" if mirrored else "replicate")
 
 
+def add_normalisation(network: nn.Module) -> None:
+    """Give a network the buffers `mean` and `std`, ImageNet's: what the papers' pipelines use, and near enough for others."""
+    network.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+    network.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear: (B, C, H, W) -> (B, num_classes)."""
 
@@ -519,9 +525,7 @@ class Network(nn.Module):
         self.denoises, self.classifies = arch.denoises, arch.classifies
         self.parallel = False  # denoising and classification branch at the same time, on two CUDA streams; see `fast`
         make_block = make_block or build_block
-        # ImageNet's statistics: what the papers' pipelines use, and near enough for other pictures.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        add_normalisation(self)
         self.stem = Conv2dNormActivation(3, arch.stem_channels, 3, 2, norm_layer=norm_layer)
         stages: dict[int, list[nn.Module]] = {}
         for index, block in enumerate(arch.blocks):

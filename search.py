@@ -351,9 +351,7 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
                 searcher.set_widths(path, widths)
                 candidates_ms = budget.candidates_ms().to(device)
             entropy = supernet.entropy()
-            if "weight_loss" not in sums:
-                raise TrainingError(f"Every step of epoch {epoch + 1} was skipped, since the {guard.what} each time; the last "
-                                    "checkpoint is good: try a smaller --lr, or --amp off.")
+            guard.end_of_epoch(epoch + 1, "weight_loss" in sums)
             totals = sum_over_processes([value for pair in sums.values() for value in pair])
             rows.append({"epoch": epoch + 1, **{name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums)},
                          "expected_ms": expected_ms().item(), "temperature": None if warm else tau,

@@ -213,6 +213,12 @@ class Guard:
                 torch.distributed.barrier()  # torchrun ends all processes when the first one leaves: not before it is saved
             raise Stopped
 
+    def end_of_epoch(self, number: int, taken: bool) -> None:
+        """TrainingError where no step of the epoch was taken."""
+        if not taken:
+            raise TrainingError(f"Every step of epoch {number} was skipped, since the {self.what} each time; the last checkpoint "
+                                "is good: try a smaller --lr, or --amp off.")
+
     def save(self, save) -> None:
         """Call `save()`, on every process."""
         save()
@@ -411,9 +417,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
             if by_epoch:
                 schedule.step(_comparable(held_out["loss"]))
             *totals, count = sum_over_processes([*(float(value) for value in sums.values()), count])
-            if not count:
-                raise TrainingError(f"Every step of epoch {epoch + 1} was skipped, since the {guard.what} each time; the last "
-                                    "checkpoint is good: try a smaller --lr, or --amp off.")
+            guard.end_of_epoch(epoch + 1, count > 0)
             rows.append({"epoch": epoch + 1, "lr": rate,
                          **{f"train_{name}": value / count for name, value in zip(sums, totals)},
                          **{f"val_{name}": value for name, value in held_out.items()},
