@@ -1,4 +1,4 @@
-"""A latency table with made-up times, for tests that must not depend on the machine."""
+"""A latency table with made-up times, for tests that must not depend on the machine, and a quick way to make a real one."""
 
 from dataclasses import asdict
 
@@ -26,3 +26,9 @@ def fake_table(space=4, size=32, num_classes=10, cost=None, min_width=models.MIN
             "fixed_ms": {"cnas": {**fixed, "head": 0.3}, "dnas": {**fixed, "decoder": 0.9},
                          "dcnas": {**fixed, "head": 0.3, "decoder": 0.9}},
             "operations": list(rows.values())}
+
+
+def quick_compare(monkeypatch):
+    """Let every comparison of predicted and measured latencies take the fewest runs there are."""
+    real = latency.compare
+    monkeypatch.setattr(latency, "compare", lambda *args, seconds=0.0: real(*args, seconds=0.0))

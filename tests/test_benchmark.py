@@ -9,11 +9,13 @@ import benchmark
 import eval as evaluation
 import latency
 import models
+from fake_table import quick_compare
 
 
 def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     real = latency.build_table
     monkeypatch.setattr(latency, "build_table", lambda *args, **kwargs: real(*args, **kwargs, rounds=1))
+    quick_compare(monkeypatch)
     path = tmp_path / "b.json"
     benchmark.main(["--size", "32", "--batch-size", "4", "--space", "4", "--seconds", "1", "--networks", "2", "--threads", "1",
                     "--output", str(path)])

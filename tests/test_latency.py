@@ -16,7 +16,7 @@ from torch import nn
 
 import latency
 import models
-from fake_table import fake_table
+from fake_table import fake_table, quick_compare
 
 ROOT = Path(latency.__file__).parent
 
@@ -25,7 +25,9 @@ ROOT = Path(latency.__file__).parent
 def built():
     """A real table of this machine, as small as it gets."""
     setting = latency.this_setting("cpu", size=32, num_classes=3)
-    return latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        quick_compare(patch)
+        return latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
 
 
 def test_timing_is_the_median_with_its_spread():
@@ -154,6 +156,7 @@ def test_the_carriers_hold_every_operation_at_every_width():
 def test_a_table_of_a_mode_without_parts(monkeypatch):
     """The compiler stands in for a mode whose parts cannot be timed; it is replaced by the folded network itself."""
     monkeypatch.setattr(torch, "compile", lambda network: network)
+    quick_compare(monkeypatch)
     setting = latency.this_setting("cpu", size=32, num_classes=3, mode="compile")
     content = latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
     assert content["setting"]["mode"] == "compile" and content["check"]["networks"] == 2
@@ -241,6 +244,7 @@ def test_parts_add_up_to_the_whole():
 
 
 def test_command_line_builds_prints_and_compares(tmp_path, capsys, monkeypatch):
+    quick_compare(monkeypatch)
     table = tmp_path / "t.json"
     latency.main(["--output", str(table), "--size", "32", "--space", "4", "--rounds", "1", "--classes", "3"])
     assert "dcnas fixed parts" in capsys.readouterr().out
