@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import importlib
 import json
 import math
 import platform
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-FORMAT, VERSION = "joint-latency", 1
+FORMAT, PARTS_FORMAT, VERSION = "joint-latency", "joint-latency-parts", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -174,7 +175,8 @@ def prepared(network: nn.Module, setting: Setting):
     threads = torch.get_num_threads()
     how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
     network = copy.deepcopy(network).to(**how, memory_format=layout).eval()
-    images = torch.rand(setting.batch, 3, setting.size, setting.size, **how).contiguous(memory_format=layout)
+    images = torch.rand(setting.batch, getattr(network, "channels", 3), setting.size, setting.size, **how)
+    images = images.contiguous(memory_format=layout)
     if setting.threads:
         torch.set_num_threads(setting.threads)
     try:
@@ -232,14 +234,14 @@ class PartTimer:
         return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def time_parts(network: nn.Module, images: torch.Tensor, device: torch.device, runs: int,
-               queued: bool = False) -> dict[str, float]:
-    """The median milliseconds of each part that the table knows, inside `runs` forward passes.
+def time_parts(network: nn.Module, parts: dict, images: torch.Tensor, device: torch.device, runs: int,
+               queued: bool = False) -> dict:
+    """The median milliseconds of each of the named `parts` of a network, inside `runs` forward passes.
 
     `queued`: on CUDA, let the device wait until the pass is in its queue, so that what is timed is the work and not the
     launching of it, as in a CUDA graph.
     """
-    with PartTimer(_named_parts(network), device) as timer:
+    with PartTimer(parts, device) as timer:
         for _ in range(runs):
             if queued and device.type == "cuda":
                 torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
@@ -318,6 +320,36 @@ class LatencyTable:
         if model == "dcnas-seq":
             return self.base_ms("dnas") + self.base_ms("cnas")
         return sum(self.fixed_ms[model].values()) * self.correction
+
+    def reference_network(self) -> nn.Module:
+        """The network that tells how fast the device is at the moment."""
+        import models
+
+        return models.Network(models.named_arch(self.reference, self.setting.num_classes))
+
+    def network(self, arch) -> nn.Module:
+        """The network of a record of this space."""
+        import models
+
+        return models.make_network(arch)
+
+    def random_arch(self, rng):
+        """A record drawn from the space."""
+        import models
+
+        return models.random_arch("dcnas", self.space, rng, self.setting.num_classes, self.min_width)
+
+    def read_arch(self, record: dict):
+        """What arch.json holds; ValueError where it is of another search method."""
+        import models
+
+        if record["method"] != "tfnas":
+            raise ValueError(f"This latency table is for the networks of TF-NAS, and the record is of {record['method']}.")
+        return models.Arch.from_dict(record)
+
+    def command(self, setting: Setting) -> str:
+        """The command that makes such a table in a setting."""
+        return table_command(setting, f"--classes {setting.num_classes} --space {self.space} --min-width {self.min_width:g}")
 
     def predict_ms(self, arch) -> float:
         """Milliseconds per batch of a whole network, in the table's setting; ValueError for what the table does not hold."""
@@ -402,7 +434,7 @@ def build_table(setting: Setting, *, space: int, min_width: float, rounds: int =
                 samples.append(times.timings[0].median_ms)
             with prepared(carrier, in_parts) as (network, _):
                 pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
-                parts = time_parts(network, images, device, runs=7, queued=not has_parts)
+                parts = time_parts(network, _named_parts(network), images, device, runs=7, queued=not has_parts)
             runs.append((arch, {name: ms / pace for name, ms in parts.items()}, times and times.ratios[1]))
     reference_ms = statistics.median(samples)
     runs = [(arch, {name: share * reference_ms for name, share in parts.items()}, whole and whole * reference_ms)
@@ -550,46 +582,215 @@ def _width_grid(shape, operations, min_width: float) -> list:
     return sorted(blocks, key=lambda block: (_key(block), block.mid_channels))
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The table of another space: the parts that its own file names
+
+PART_SPACES = ("superkernel", "hinas")  # files with a Space, a Part and a Design
+
+
+def read_space(identity: dict):
+    """(module, space) of what Space.identity() returned; ValueError when it is of no space."""
+    method = identity.get("method") if isinstance(identity, dict) else None
+    if method not in PART_SPACES:
+        raise ValueError(f"the space must be one of {', '.join(PART_SPACES)}, not {method!r}")
+    module = importlib.import_module(method)
+    return module, module.Space(**{name: value for name, value in identity.items() if name != "method"})
+
+
+def make_space(method: str, network: str | None, width: int | None, channels: int):
+    """The space of a preset (None: the first) of a method's file at a width (None: the preset's); ValueError for an unknown one."""
+    presets = importlib.import_module(method).PRESETS
+    if (network or next(iter(presets))) not in presets:
+        raise ValueError(f"There is no --network {network} of {method}; possible: {', '.join(presets)}.")
+    preset = presets[network or next(iter(presets))]
+    return replace(preset, channels=channels, **({} if width is None else {"base_width": width}))
+
+
+def space_flags(space) -> str:
+    """The flags that make_space needs for a space."""
+    method = space.identity()["method"]
+    for name, preset in importlib.import_module(method).PRESETS.items():
+        if replace(preset, base_width=space.base_width, channels=space.channels) == space:
+            return f"--method {method} --network {name} --width {space.base_width}" + (" --grey" if space.channels == 1 else "")
+    return f"--method {method}"
+
+
+class PartTable:
+    """Latencies of the parts of a space's networks: `costs` maps each Part to ms, and `predict_ms(design)` adds them up.
+
+    `parts` is a list of records with the fields of the space's Part and `ms`; `rest_ms` is all else, which may be negative
+    (parts that were timed one by one overlap). All are multiplied by `correction`, as in LatencyTable.
+    """
+
+    def __init__(self, content: dict):
+        """From the JSON object of a table file; raises ValueError in one sentence when something in it is wrong."""
+        self.content = content
+        try:
+            self.setting = Setting(**content["setting"])
+            self.module, self.space = read_space(content["space"])
+            self.reference_ms, self.correction = _positive(content["reference_ms"]), _positive(content["correction"])
+            self.reference = self.module.Design.from_dict(content["reference"])
+            self.rest_ms = _number(content["rest_ms"]) * self.correction
+            names = self.module.Part._fields
+            self.costs = {self.module.Part(*(row[name] for name in names)): _positive(row["ms"]) * self.correction
+                          for row in content["parts"]}
+            missing = self.space.possible_parts() - set(self.costs)
+            if missing:
+                raise ValueError(f"{len(missing)} parts are missing, {next(iter(missing))} among them")
+        except KeyError as error:
+            raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"The latency table is not valid: {str(error).rstrip('.')}.") from None
+
+    def scaled(self, factor: float) -> PartTable:
+        """The same table with all times multiplied."""
+        return PartTable({**self.content, "correction": self.correction * factor})
+
+    hash = LatencyTable.hash
+
+    def reference_network(self) -> nn.Module:
+        """The network that tells how fast the device is at the moment."""
+        return self.space.network(self.reference)
+
+    def network(self, design) -> nn.Module:
+        """The network of a design of this space."""
+        return self.space.network(design)
+
+    def random_arch(self, rng):
+        """A design drawn from the space."""
+        return self.space.random_design(rng)
+
+    def read_arch(self, record: dict):
+        """The design of an arch.json; ValueError where it is of another space."""
+        method = self.content["space"]["method"]
+        design = self.module.Design.from_dict(record["design"]) if record["method"] == method else None
+        if design is None or not self.space.holds(design):
+            raise ValueError("This latency table is not for the space of that record; search.py makes one for it.")
+        return design
+
+    def command(self, setting: Setting) -> str:
+        """The command that makes such a table in a setting."""
+        return table_command(setting, space_flags(self.space))
+
+    def predict_ms(self, design) -> float:
+        """Milliseconds per batch of a whole network, in the table's setting."""
+        return self.space.cost(design, self.costs, self.rest_ms)
+
+
+def build_part_table(setting: Setting, space, *, rounds: int = 2, seed: int = 0) -> dict:
+    """Time a space's parts on this device and return the content of a table file.
+
+    As build_table does: inside whole networks that together hold every part `rounds` times or more, beside a reference
+    network that is timed in turn.
+    """
+    import random
+
+    import models
+    from tqdm import tqdm
+
+    if setting.mode not in ("eager", "folded"):
+        raise ValueError(f"The parts of this space cannot be timed in mode {setting.mode}; use --mode eager or folded.")
+    device, rng = torch.device(setting.device_type), random.Random(seed)
+    carriers = space.carriers(rng, rounds)
+    chosen = carriers[0]
+    runs, samples = [], []  # (design, [(part, ms)], ms of the whole), at the pace of the reference
+    with prepared(space.network(chosen), setting) as (reference, images):
+        measure(lambda: reference(images), device, seconds=1.0)  # warm the clocks
+        for design in tqdm(carriers, desc="latency table", unit="network", disable=None, leave=False):
+            with prepared(space.network(design), setting) as (network, _):
+                times = interleave([lambda: reference(images), lambda: network(images)], device, min_rounds=3)
+                samples.append(times.timings[0].median_ms)
+                pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
+                named = dict(enumerate(space.parts(network)))
+                found = time_parts(network, {name: module for name, (_, module) in named.items()}, images, device, runs=7)
+            runs.append((design, [(named[name][0], ms / pace) for name, ms in found.items()], times.ratios[1]))
+    reference_ms = statistics.median(samples)
+    gathered: dict = {}
+    for _, parts, _ in runs:
+        for part, share in parts:
+            gathered.setdefault(part, []).append(share * reference_ms)
+    timings = {part: Timing.of(values) for part, values in sorted(gathered.items())}
+    content = {"format": PARTS_FORMAT, "version": VERSION, "made": models.provenance(setting.device, seed),
+               "setting": asdict(setting), "space": space.identity(), "networks_timed": len(carriers),
+               "reference": chosen.to_dict(), "reference_ms": reference_ms, "correction": 1.0,
+               "reference_spread": asdict(Timing.of(samples)), "rest_ms": 0.0,
+               "parts": [{**part._asdict(), "ms": round(t.median_ms, 6), "p10_ms": round(t.p10_ms, 6),
+                          "p90_ms": round(t.p90_ms, 6)} for part, t in timings.items()]}
+    table = PartTable(content)
+    content["rest_ms"] = round(statistics.median(whole * reference_ms - table.predict_ms(design) for design, _, whole in runs), 6)
+    result = check(PartTable(content), count=5 * rounds, seed=seed + 2)
+    return content | {"check": {"networks": len(result["networks"]), **result["error_percent"],
+                                "uncertainty": result["uncertainty_percent"]}}
+
+
+def part_macs(space, size: int, seed: int = 0) -> tuple[dict, float]:
+    """Multiply-accumulates of each part of a space's networks for one image of size x size, and of all else, in millions.
+
+    Counted in the convolutions of networks that together hold every part, on meta tensors: nothing is computed.
+    """
+    import random
+
+    costs: dict = {}
+    for design in space.carriers(random.Random(seed), 1):
+        network = space.network(design).to("meta").eval()
+        counted: dict[nn.Module, float] = {}
+
+        def count(module, inputs, output):
+            counted[module] = output.shape[-2:].numel() * module.weight.numel() / 1e6
+
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        with torch.no_grad():
+            network(torch.empty(1, network.channels, size, size, device="meta"))
+        known = {part: sum(counted.get(module, 0.0) for module in parts.modules()) for part, parts in space.parts(network)}
+        costs |= known
+        rest = sum(counted.values()) - sum(known[part] for part, _ in space.parts(network))
+    return costs, rest
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_table(path) -> LatencyTable:
-    """Read a table; ValueError in one sentence when it is missing, damaged or of an unknown version."""
+def load_table(path) -> LatencyTable | PartTable:
+    """Read a table of either kind; ValueError in one sentence when it is missing, damaged or of an unknown version."""
     import models
 
-    return LatencyTable(models.read_json(path, FORMAT, VERSION, f"make a new one with: python latency.py --output {path}"))
+    return read_table(models.read_json(path, (FORMAT, PARTS_FORMAT), VERSION,
+                                       f"make a new one with: python latency.py --output {path}"))
 
 
-def require_setting(table: LatencyTable, wanted: Setting, path) -> None:
+def read_table(content: dict) -> LatencyTable | PartTable:
+    """The table of a file's content."""
+    return (PartTable if content.get("format") == PARTS_FORMAT else LatencyTable)(content)
+
+
+def require_setting(table: LatencyTable | PartTable, wanted: Setting, path) -> None:
     """Raise ValueError, with the command that makes the right table, when a table was made in another setting."""
     differences = [f"{name} is {getattr(table.setting, name)!r} there and {getattr(wanted, name)!r} here"
                    for name in wanted.__dataclass_fields__ if getattr(table.setting, name) != getattr(wanted, name)]
     if differences:
         raise ValueError(f"The latency table {path} is not for this setting ({'; '.join(differences)}); make one with: "
-                         f"{table_command(wanted, table.space, table.min_width)}")
+                         f"{table.command(wanted)}")
 
 
-def table_command(setting: Setting, space: int, min_width: float) -> str:
-    """The command that makes a table for a setting and a space."""
+def table_command(setting: Setting, space: str) -> str:
+    """The command that makes a table for a setting and a space (its flags)."""
     threads = f"--threads {setting.threads} " if setting.threads else ""
     return (f"python latency.py --device {setting.device_type} --mode {setting.mode} {threads}--dtype {setting.dtype} "
-            f"--memory-format {setting.memory_format} --batch {setting.batch} --size {setting.size} --classes "
-            f"{setting.num_classes} --space {space} --min-width {min_width:g} --output NEW.json")
+            f"--memory-format {setting.memory_format} --batch {setting.batch} --size {setting.size} {space} --output NEW.json")
 
 
-def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
+def compare(table: LatencyTable | PartTable, arch, *, seconds: float = 5.0) -> dict:
     """Predicted and measured latency of one network, timed in turn with the table's reference network.
 
     `measured_ms` is what the network takes now; `slowdown` is how much longer the reference takes now than when the table
     was made; `error_percent` compares the prediction with the network's time as a multiple of the reference's, in which a
     change of the device's clock cancels out; `uncertainty_percent` is half the 95 % interval of that multiple.
     """
-    import models
-
-    reference = models.Network(models.named_arch(table.reference, table.setting.num_classes))
-    with prepared(reference, table.setting) as (reference, images), \
-            prepared(models.make_network(arch), table.setting) as (network, _):
+    with prepared(table.reference_network(), table.setting) as (reference, images), \
+            prepared(table.network(arch), table.setting) as (network, _):
         burst = 3
         times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type, burst=burst,
                            min_rounds=17, seconds=seconds)
@@ -600,18 +801,16 @@ def compare(table: LatencyTable, arch, *, seconds: float = 5.0) -> dict:
             "uncertainty_percent": 100 * times.uncertainty[1]}
 
 
-def check(table: LatencyTable, count: int, seed: int = 1000) -> dict:
-    """Predict and measure `count` random DC-NAS networks that the table was not made from; errors are in percent."""
+def check(table: LatencyTable | PartTable, count: int, seed: int = 1000) -> dict:
+    """Predict and measure `count` random networks that the table was not made from; errors are in percent."""
     import random
 
-    import models
     from tqdm import tqdm
 
     rng = random.Random(seed)
     rows = []
     for _ in tqdm(range(count), desc="check", unit="network", disable=None, leave=False):
-        arch = models.random_arch("dcnas", table.space, rng, table.setting.num_classes, table.min_width)
-        rows.append(compare(table, arch, seconds=1.0))
+        rows.append(compare(table, table.random_arch(rng), seconds=1.0))
 
     def summary(name):
         sizes = sorted(abs(row[name]) for row in rows)
@@ -625,8 +824,8 @@ def check(table: LatencyTable, count: int, seed: int = 1000) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def format_table(table: LatencyTable) -> str:
-    """A table for people: the setting, the fixed parts of each model, and the range of each block shape."""
+def format_table(table: LatencyTable | PartTable) -> str:
+    """A table for people: the setting, and the times of what is searched and of all else."""
     setting, made = table.setting, table.content["made"]
     lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
              f"{setting.memory_format}, {setting.mode}, batch {setting.batch}, {setting.size} px, torch {made['torch']}, "
@@ -634,6 +833,12 @@ def format_table(table: LatencyTable) -> str:
     if "check" in table.content:
         check = table.content["check"]
         lines.append(f"predicted against measured on {check['networks']} random networks: {format_error(check)}")
+    if isinstance(table, PartTable):
+        names = table.module.Part._fields
+        lines.append(f"{'  '.join(names)}  ms")
+        lines += ["  ".join(f"{str(value):>{len(name)}}" for name, value in zip(names, part)) + f"  {ms:.3f}"
+                  for part, ms in table.costs.items()]
+        return "\n".join([*lines, f"all else {table.rest_ms:.3f} ms"])
     for model, parts in table.fixed_ms.items():
         text = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
         lines.append(f"{model + ' fixed parts':<20} {sum(parts.values()):7.3f} ms = {text}")
@@ -677,6 +882,11 @@ def build_parser() -> argparse.ArgumentParser:
                             "torch.compile; graph: that in a CUDA graph (default: %(default)s)")
     build.add_argument("--min-width", type=number(1, 3), metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: that of search.py, 1.25)")
+    build.add_argument("--method", choices=("tfnas", *PART_SPACES), default="tfnas",
+                       help="the search that the table is for (default: %(default)s)")
+    build.add_argument("--network", metavar="NAME", help="of superkernel and hinas: the network, as in search.py")
+    build.add_argument("--width", type=whole(1, 1024), metavar="N", help="of superkernel and hinas: its width (default: its own)")
+    build.add_argument("--grey", action="store_true", help="of superkernel and hinas: for images of one channel")
     build.add_argument("--rounds", type=whole(1, 65536), default=3, metavar="N",
                        help="networks that hold each operation; more is slower and steadier (default: %(default)s)")
     build.add_argument("--seed", type=whole(0), default=0, help="for the random networks (default: %(default)s)")
@@ -705,8 +915,7 @@ def main(argv: list[str] | None = None) -> None:
                 here = device_name(check_device(table.setting.device_type))
                 require_setting(table, replace(table.setting, device=here), args.table)
             if args.arch:
-                arch = models.Arch.from_dict(models.load_record(args.arch))
-                row = compare(table, arch)
+                row = compare(table, table.read_arch(models.load_record(args.arch)))
                 print(json.dumps(row, indent=1) if args.json else
                       f"predicted {row['predicted_ms']:.3f} ms, measured {row['measured_ms']:.3f} ms (median of "
                       f"{row['bursts']} bursts, 10-90 %: {row['p10_ms']:.3f}-{row['p90_ms']:.3f}); the device now "
@@ -720,6 +929,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         setting = this_setting(device, size=args.size, num_classes=args.classes, batch=args.batch, threads=args.threads,
                                dtype=args.dtype, memory_format=args.memory_format, mode=args.mode)
+        if args.method != "tfnas":
+            setting = replace(setting, num_classes=0)
         if args.model:
             network = models.build_network(models.named_record(args.model, args.classes, {}))
             models.check_fits(network, args.model, args.size)
@@ -730,11 +941,14 @@ def main(argv: list[str] | None = None) -> None:
             return
         start = time.perf_counter()
         Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
-        content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
-                              min_width=models.MIN_WIDTH if args.min_width is None else args.min_width)
-        table = LatencyTable(content)
+        if args.method == "tfnas":
+            content = build_table(setting, space=args.space, rounds=args.rounds, seed=args.seed,
+                                  min_width=models.MIN_WIDTH if args.min_width is None else args.min_width)
+        else:
+            space = make_space(args.method, args.network, args.width, 1 if args.grey else 3)
+            content = build_part_table(setting, space, rounds=args.rounds, seed=args.seed)
         models.write_json(args.output, content)
-        print(json.dumps(content, indent=1) if args.json else format_table(table))
+        print(json.dumps(content, indent=1) if args.json else format_table(load_table(args.output)))
         print(f"{args.output}: {content['networks_timed']} networks timed in {time.perf_counter() - start:.0f} s",
               file=sys.stderr)
     except (ValueError, OSError) as error:

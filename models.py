@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import importlib
 import json
 import math
 import os
@@ -924,7 +925,7 @@ def count_macs(network: nn.Module, size: int) -> int:
         if isinstance(module, UpConv):
             module.plain = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        counted(torch.empty(1, 3, size, size, device="meta"))
+        counted(torch.empty(1, channels_of(network), size, size, device="meta"))
     return counter.get_total_flops() // 2  # the counter counts 2 per multiply-accumulate
 
 
@@ -968,18 +969,20 @@ def write_json(path: str | Path, content: dict) -> None:
     write_file(path, lambda temporary: temporary.write_text(text))
 
 
-def read_json(path: str | Path, format: str, version: int, remedy: str) -> dict:
-    """The object in a JSON file of this format and version; ValueError in one sentence, ending in `remedy`, if not."""
+def read_json(path: str | Path, format: str | tuple[str, ...], version: int, remedy: str) -> dict:
+    """The object in a JSON file of this format (or one of these) and version; ValueError in one sentence, ending in `remedy`,
+    if not."""
+    formats = (format,) if isinstance(format, str) else format
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from None
     except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} is not valid JSON; {remedy}.") from None
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"{path} is not a {format} file; {remedy}.")
+    if not isinstance(content, dict) or content.get("format") not in formats:
+        raise ValueError(f"{path} is not a {' or '.join(formats)} file; {remedy}.")
     if content.get("version") != version:
-        raise ValueError(f"{path} has version {content.get('version')!r} of {format}, and this code reads "
+        raise ValueError(f"{path} has version {content.get('version')!r} of {content['format']}, and this code reads "
                          f"version {version}; {remedy}.")
     return content
 
@@ -987,6 +990,12 @@ def read_json(path: str | Path, format: str, version: int, remedy: str) -> dict:
 def make_record(arch: Arch, made: dict, **more) -> dict:
     """A record as it goes to disk: format, version, method, how it was made, anything `more`, and the architecture."""
     return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": "tfnas", "made": made, **more, **arch.to_dict()}
+
+
+def design_record(method: str, design, made: dict, **more) -> dict:
+    """The record of a design of superkernel.py or hinas.py."""
+    return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": method, "made": made, "model": method, **more,
+            "design": design.to_dict()}
 
 
 def load_record(path: str | Path) -> dict:
@@ -1003,7 +1012,17 @@ def load_record(path: str | Path) -> dict:
 METHODS = {
     "tfnas": lambda record, dropout, drop_connect: make_network(Arch.from_dict(record), dropout, drop_connect),
     "named": lambda record, dropout, drop_connect: _baseline(record),
+    "superkernel": lambda record, dropout, drop_connect: _of_file("superkernel", record),
+    "hinas": lambda record, dropout, drop_connect: _of_file("hinas", record),
 }
+
+
+def _of_file(method: str, record: dict) -> nn.Module:
+    """The network of a record that another file of this project reads."""
+    module = importlib.import_module(method)
+    if not isinstance(record.get("design"), dict):
+        raise ValueError(f"The record of a {method} network needs a design.")
+    return module.build(module.Design.from_dict(record["design"]))
 
 
 def _baseline(record: dict) -> nn.Module:
@@ -1038,6 +1057,11 @@ def model_name(text: str) -> str:
     return text
 
 
+def channels_of(network: nn.Module) -> int:
+    """The channels of the images that a network takes: 3 where it does not say."""
+    return getattr(network, "channels", 3)
+
+
 def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Output:
     """The network's output, with boxes (B, D, 4) for those that look at places of an image."""
     return network(images, boxes) if boxes is not None and getattr(network, "takes_boxes", False) else network(images)
@@ -1049,7 +1073,7 @@ def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = 
     was_training = network.training
     device = next(network.parameters()).device
     try:
-        output = run(network.eval(), torch.zeros(1, 3, size, size, device=device), boxes)
+        output = run(network.eval(), torch.zeros(1, channels_of(network), size, size, device=device), boxes)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise ValueError(f"The model {name} cannot take images of {size}x{size} pixels ({reason}); try another "

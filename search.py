@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import random
 import shlex
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,14 +30,23 @@ from tqdm import tqdm
 import data as data_module
 import latency
 import models
+import superkernel
 from data import number, whole
-from train import (Guard, NoisyBatches, Stopped, TrainingError, add_run_arguments, autocast, bar, check_images, lock_folder,
-                   make_folder, parse_or_resume, prepare, run_flags, say_stopped, share, sum_over_processes, task_loss)
+from train import (DENOISING_LOSSES, Guard, NoisyBatches, Stopped, TrainingError, add_run_arguments, autocast, bar, check_images, lock_folder,
+                   make_folder, parse_or_resume, prepare, run_flags, say_stopped, share, sum_over_processes, task_loss,
+                   validate)
 
 LATENCY_LOSSES = {
     # name: (function of LAT / target, default lambda)
     "hinge": (lambda ratio: (ratio - 1).clamp(min=0), 0.5),  # thesis, eq. 3.11
     "absolute": (lambda ratio: (ratio - 1).abs(), 0.1),  # TF-NAS
+}
+# Searches of denoisers: the supernet is in a file of its own, and run as a whole. Defaults of their flags, for minutes on a CPU.
+RESTORATION = {
+    "superkernel": {"size": 128, "batch_size": 4, "epochs": 20, "crops": 20, "lr": 1e-3, "sigma": 55 / 255,
+                    "denoising_loss": "charbonnier", "temperature": 1.0, "patience": 30, "train_folders": None},
+    "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 0.025, "arch_lr": 1e-3, "sigma": 70 / 255,
+              "denoising_loss": "log-ssim"},
 }
 MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target before the widths are corrected
 
@@ -273,12 +282,43 @@ def latency_loss(kind: str, target_ms: float, weight: float | None):
 # The search
 
 
-def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, epochs: int, warmup_epochs: int,
-           output_dir: str | Path, budget: Budget, pressure: bool, latency_term, device: torch.device, flags: dict,
-           warmup: str = "inherit", lr: float = 5e-2, arch_lr: float = 1e-2, temperature: float = 5.0,
-           temperature_decay: float = 0.96, sigma_max: float = 1.0, amp: str = "off", seed: int = 0,
-           nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> list[dict]:
-    """Train weights and alpha in turn; returns one row per epoch, as in log.jsonl. `state`: the content of a search.pt.
+class Method:
+    """A search method, as the loop `search` runs it: a supernet, its optimizers, and what happens in a step and an epoch."""
+
+    supernet: nn.Module
+
+    def watch(self, guard: Guard) -> None:
+        """Let every step go through this guard."""
+        raise NotImplementedError
+
+    def begin_epoch(self, epoch: int, first: int) -> None:
+        """Before an epoch, of which the `first` steps were done before the run was stopped."""
+
+    def held_out_before(self, step: int) -> int:
+        """How many held-out batches the steps of this epoch before `step` took."""
+        return 0
+
+    def step(self, batch, step: int, held_out: HeldOut, where: str) -> dict[str, float]:
+        """One step; returns what is to be averaged over the epoch, or nothing where the step was skipped."""
+        raise NotImplementedError
+
+    def end_epoch(self) -> dict:
+        """After an epoch: what else its row holds."""
+        raise NotImplementedError
+
+    def better(self, row: dict, best: dict | None) -> bool | None:
+        """Whether a row is better than the best one so far, so that its supernet is kept; None where the last is taken."""
+        return None
+
+    def state_dict(self) -> dict:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict) -> None:
+        raise NotImplementedError
+
+
+class TFNAS(Method):
+    """The weights and alpha in turn (TF-NAS, Markhorst 2024).
 
     The first `warmup_epochs` train weights only, one path a step: with `warmup` "sampled" by Gumbel softmax, as in TF-NAS;
     with "inherit" the largest operations, whose weights all others then take over. (A supernet learns its first features
@@ -288,19 +328,181 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
     `temperature_decay` an epoch, and after each epoch the likeliest path is scaled in width to the target (only where
     `pressure`: the target is within reach).
     """
+
+    def __init__(self, searcher: Searcher, budget: Budget, *, steps: int, warmup_epochs: int, warmup: str, temperature: float,
+                 temperature_decay: float, pressure: bool, latency_term):
+        self.searcher, self.supernet, self.budget = searcher, searcher.supernet, budget
+        self.warmup_epochs, self.warmup, self.pressure, self.latency_term = warmup_epochs, warmup, pressure, latency_term
+        self.temperature, self.temperature_decay = temperature, temperature_decay
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, steps)
+
+    def watch(self, guard: Guard) -> None:
+        self.searcher.guard = guard
+
+    def begin_epoch(self, epoch: int, first: int) -> None:
+        self.warm = epoch < self.warmup_epochs
+        if self.warmup == "inherit" and epoch == self.warmup_epochs > 0 and first == 0:
+            self.supernet.inherit_()
+        self.tau = self.temperature * self.temperature_decay ** max(0, epoch - self.warmup_epochs)
+        self.candidates_ms = self.budget.candidates_ms().to(self.searcher.device)  # widths change between epochs only
+
+    def held_out_before(self, step: int) -> int:
+        return 0 if self.warm else step // 2
+
+    def expected_ms(self) -> Tensor:
+        return self.supernet.expected_latency(self.candidates_ms, self.budget.base_ms)
+
+    def step(self, batch, step: int, held_out: HeldOut, where: str) -> dict[str, float]:
+        values = self.searcher.weight_step(
+            batch, bi_sampling=not self.warm, where=where,
+            path=self.supernet.largest_path() if self.warm and self.warmup == "inherit" else None)
+        self.schedule.step()
+        if not self.warm and step % 2 == 1:
+            values |= self.searcher.arch_step(held_out.next(), self.tau,
+                                              (lambda: self.latency_term(self.expected_ms())) if self.pressure else None, where=where)
+        return values
+
+    def end_epoch(self) -> dict:
+        supernet = self.supernet
+        if self.pressure and not self.warm:
+            path = supernet.best_path()
+            fitted, widths = self.budget.fit(path)
+            for block, (old, new) in enumerate(zip(path, fitted)):
+                if old != new:  # only the widths of what the search itself prefers
+                    widths[block] = supernet.mixed[block].candidates[old].width
+            self.searcher.set_widths(path, widths)
+            self.candidates_ms = self.budget.candidates_ms().to(self.searcher.device)
+        entropy = supernet.entropy()
+        return {"expected_ms": self.expected_ms().item(), "temperature": None if self.warm else self.tau,
+                "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
+                "path": [supernet.operations[index].name for index in supernet.best_path()],
+                "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
+                "beta": [[round(v, 5) for v in beta.softmax(0).tolist()] for beta in supernet.betas]}
+
+    def state_dict(self) -> dict:
+        return {**self.searcher.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.searcher.load_state_dict(state)
+        self.schedule.load_state_dict(state["schedule"])
+
+
+class Restoration(Method):
+    """A supernet that is run as a whole, superkernel or HiNAS: weights, structure, and the PSNR of validation images.
+
+    With `joint` both are trained in one step on the same images (Mozejko 2020); else the structure takes a step of its own on
+    held-out images, after each weight step from epoch `warmup_epochs` on (HiNAS; "two-level" in Mozejko's section 7). `cost` is
+    a function of the supernet: its expected cost, a tensor; `cost_term` what of it is added to the structure's loss.
+    """
+
+    def __init__(self, supernet: nn.Module, weight_optimizer, arch_optimizer, schedule, *, device: torch.device, validate,
+                 denoising: str, joint: bool, warmup_epochs: int, cost, cost_term, target: float | None, seed: int, amp: str,
+                 temperature=None, keep_from: int = 0, grad_clip: float = 5.0):
+        self.supernet, self.device, self.validate, self.denoising = supernet, device, validate, denoising
+        self.weight_optimizer, self.arch_optimizer, self.schedule = weight_optimizer, arch_optimizer, schedule
+        self.joint, self.warmup_epochs, self.keep_from = joint, warmup_epochs, keep_from
+        self.cost, self.cost_term, self.target = cost, cost_term, target
+        self.seed, self.amp, self.grad_clip, self.temperature = seed, amp, grad_clip, temperature
+        self.scalers = [torch.amp.GradScaler(device.type, enabled=amp == "float16") for _ in range(2)]
+        self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
+
+    def watch(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def begin_epoch(self, epoch: int, first: int) -> None:
+        self.epoch, self.warm = epoch, epoch < self.warmup_epochs
+        self.supernet.train()
+        if self.temperature is not None:
+            self.supernet.set_temperature(self.temperature(epoch))
+
+    def held_out_before(self, step: int) -> int:
+        return 0 if self.joint or self.warm else step
+
+    def step(self, batch, step: int, held_out: HeldOut, where: str) -> dict[str, float]:
+        # The samples of a step, the same on all processes.
+        torch.manual_seed(data_module.mix(self.seed, self.epoch, step))
+        self.guard.remember(self.supernet)
+        values = self._step("weight_loss", batch, self.weights + self.arch if self.joint else self.weights, self.weight_optimizer,
+                            self.scalers[0], self.joint, where)
+        self.schedule.step()
+        if not self.joint and not self.warm:
+            for weight in self.weights:
+                weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
+            try:
+                values |= self._step("arch_loss", held_out.next(), self.arch, self.arch_optimizer, self.scalers[1], True, where)
+            finally:
+                for weight in self.weights:
+                    weight.requires_grad_(True)
+        return values
+
+    def _step(self, name: str, batch, parameters: list, optimizer, scaler, with_cost: bool, where: str) -> dict[str, float]:
+        noisy, clean, labels = batch
+        with autocast(self.device, self.amp):
+            output = self.supernet(noisy)
+        loss, _ = task_loss(output, clean, labels, "den", denoising=self.denoising)
+        self.supernet.zero_grad(set_to_none=True)
+        scaler.scale(loss + self.cost_term(self.cost(self.supernet)) if with_cost and self.cost_term else loss).backward()
+        buffers = self.supernet.buffers() if name == "weight_loss" else ()
+        finite = self.guard.reduce(parameters, loss.detach(), buffers)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        finite = finite and (scaler.is_enabled() or math.isfinite(norm))
+        taken = self.guard.judge(finite, where, optimizer.param_groups[0]["lr"])
+        if taken:
+            scaler.step(optimizer)
+        scaler.update()
+        return {name: loss.item()} if taken else {}
+
+    def end_epoch(self) -> dict:
+        held_out = self.validate(self.supernet)
+        with torch.no_grad():
+            cost = self.cost(self.supernet).item() if self.cost else None
+        entropy = self.supernet.entropy()
+        return {"val_psnr_db": held_out["psnr_db"], "val_loss": held_out["loss"], "expected_cost": cost,
+                "entropy_mean": entropy.mean().item(), "entropy": [round(value, 4) for value in entropy.tolist()],
+                "found": self.supernet.derive().to_dict()}
+
+    def better(self, row: dict, best: dict | None) -> bool:
+        if row["epoch"] <= self.keep_from:
+            return False
+
+        def rank(row: dict) -> tuple:  # within the target first
+            met = self.target is None or row["expected_cost"] <= 1.02 * self.target
+            return met, row["val_psnr_db"] if math.isfinite(row["val_psnr_db"]) else -math.inf
+        return best is None or rank(row) > rank(best)
+
+    def state_dict(self) -> dict:
+        return {"supernet": self.supernet.state_dict(), "weight_optimizer": self.weight_optimizer.state_dict(),
+                "arch_optimizer": self.arch_optimizer and self.arch_optimizer.state_dict(),
+                "scalers": [scaler.state_dict() for scaler in self.scalers], "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.supernet.load_state_dict(state["supernet"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        if self.arch_optimizer is not None:
+            self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        for scaler, saved in zip(self.scalers, state["scalers"]):
+            scaler.load_state_dict(saved)
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def search(method: Method, weight_batches: NoisyBatches, arch_batches: NoisyBatches, *, epochs: int, output_dir: str | Path,
+           flags: dict, table: dict | None, nonfinite: str = "stop", save_minutes: float = 10.0, patience: int = 0,
+           state: dict | None = None) -> list[dict]:
+    """Run a method's epochs; returns one row per epoch, as in log.jsonl.
+
+    Writes search.pt (all that is needed to go on: `state` is its content), and supernet.pt where the method keeps its best one.
+    With `patience`, ends after so many epochs without a better one. `table`: the content of the latency table, for search.pt.
+    """
     output_dir = Path(output_dir)
+    rows: list[dict] = []
+    first, sums, best = 0, {}, None
+    steps = len(weight_batches)
     with Guard(nonfinite, save_minutes) as guard:
-        searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp, guard=guard)
-        weight_batches = NoisyBatches(weight_loader, device, sigma_max, seed)
-        arch_batches = NoisyBatches(arch_loader, device, sigma_max, seed + 1)
-        steps = len(weight_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, epochs * steps)
-        rows: list[dict] = []
-        first, sums = 0, {}
+        method.watch(guard)
         if state is not None:
-            searcher.load_state_dict(state["searcher"])
-            schedule.load_state_dict(state["schedule"])
-            rows, first, sums = state["rows"], state["step"], state["sums"]
+            method.load_state_dict(state["searcher"])
+            rows, first, sums, best = state["rows"], state["step"], state["sums"], state["best"]
             if data_module.rank_and_world()[0] > 0:
                 sums = {name: [0.0, 0] for name in sums}
 
@@ -313,53 +515,32 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
                 sums = {name: [0.0, 0] for name in sums}
                 return
             models.save_checkpoint(output_dir / "search.pt", {
-                "searcher": searcher.state_dict(), "schedule": schedule.state_dict(), "rows": rows, "step": step, "sums": sums,
-                "flags": flags, "table": budget.table.content})
+                "searcher": method.state_dict(), "rows": rows, "best": best, "step": step, "sums": sums, "flags": flags,
+                "table": table})
 
         for epoch in range(len(rows), epochs):
+            if patience and best is not None and len(rows) - best["epoch"] >= patience:
+                print(f"No epoch was better than epoch {best['epoch']} for {patience} epochs: the search ends.")
+                break
             start = time.perf_counter()
-            warm = epoch < warmup_epochs
-            if warmup == "inherit" and epoch == warmup_epochs > 0 and first == 0:
-                supernet.inherit_()
-            tau = temperature * temperature_decay ** max(0, epoch - warmup_epochs)
-            candidates_ms = budget.candidates_ms().to(device)  # widths change between epochs only
-            held_out = HeldOut(arch_batches, epoch, 0 if warm else first // 2)
-
-            def expected_ms() -> Tensor:
-                return supernet.expected_latency(candidates_ms, budget.base_ms)
-
+            method.begin_epoch(epoch, first)
+            held_out = HeldOut(arch_batches, epoch, method.held_out_before(first))
             progress = bar(weight_batches.epoch(epoch, first), f"search {epoch + 1}/{epochs}", steps, first, "step")
             for step, batch in enumerate(progress, first):
-                where = f"epoch {epoch + 1}, step {step + 1}"
-                values = searcher.weight_step(batch, bi_sampling=not warm, where=where,
-                                              path=supernet.largest_path() if warm and warmup == "inherit" else None)
-                schedule.step()
-                if not warm and step % 2 == 1:
-                    values |= searcher.arch_step(held_out.next(), tau, (lambda: latency_term(expected_ms())) if pressure else None,
-                                                 where=where)
+                values = method.step(batch, step, held_out, f"epoch {epoch + 1}, step {step + 1}")
                 for name, value in values.items():
                     total, count = sums.get(name, (0.0, 0))
                     sums[name] = [total + value, count + 1]
                 progress.set_postfix({name: f"{total / max(1, count):.3f}" for name, (total, count) in sums.items()})
                 guard.end_of_step(lambda: save(step + 1))
-            if pressure and not warm:
-                path = supernet.best_path()
-                fitted, widths = budget.fit(path)
-                for block, (old, new) in enumerate(zip(path, fitted)):
-                    if old != new:  # only the widths of what the search itself prefers
-                        widths[block] = supernet.mixed[block].candidates[old].width
-                searcher.set_widths(path, widths)
-                candidates_ms = budget.candidates_ms().to(device)
-            entropy = supernet.entropy()
             guard.end_of_epoch(epoch + 1, "weight_loss" in sums)
             totals = sum_over_processes([value for pair in sums.values() for value in pair])
             rows.append({"epoch": epoch + 1, **{name: totals[2 * n] / totals[2 * n + 1] for n, name in enumerate(sums)},
-                         "expected_ms": expected_ms().item(), "temperature": None if warm else tau,
-                         "entropy_mean": entropy.mean().item(), "entropy": [round(v, 4) for v in entropy.tolist()],
-                         "path": [supernet.operations[index].name for index in supernet.best_path()],
-                         "alpha": [[round(v, 5) for v in row] for row in supernet.alpha.softmax(1).tolist()],
-                         "beta": [[round(v, 5) for v in beta.softmax(0).tolist()] for beta in supernet.betas],
-                         "seconds": time.perf_counter() - start})
+                         **method.end_epoch(), "seconds": time.perf_counter() - start})
+            if method.better(rows[-1], best):
+                best = rows[-1]
+                if data_module.rank_and_world()[0] == 0:
+                    models.save_checkpoint(output_dir / "supernet.pt", {"epoch": epoch + 1, "supernet": method.supernet.state_dict()})
             first, sums = 0, {}
             guard.save(lambda: save(0))
             if data_module.rank_and_world()[0] == 0:
@@ -395,9 +576,14 @@ def write_log(path: Path, rows: list[dict]) -> None:
 
 def format_row(row: dict, epochs: int) -> str:
     """An epoch in one line."""
-    arch = f"alpha loss {row['arch_loss']:.3f}  " if "arch_loss" in row else "(weights only)    "
-    return (f"epoch {row['epoch']:>3}/{epochs}  weight loss {row['weight_loss']:.3f}  {arch}"
-            f"expected {row['expected_ms']:.2f} ms  entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s")
+    arch = f"alpha loss {row['arch_loss']:.3f}  " if "arch_loss" in row else "" if "val_psnr_db" in row else "(weights only)    "
+    line = f"epoch {row['epoch']:>3}/{epochs}  weight loss {row['weight_loss']:.{4 if 'val_psnr_db' in row else 3}f}  {arch}"
+    if "expected_ms" in row:
+        line += f"expected {row['expected_ms']:.2f} ms  "
+    else:
+        line += f"validation PSNR {row['val_psnr_db']:.2f} dB  "
+        line += "" if row["expected_cost"] is None else f"expected cost {row['expected_cost']:.4g}  "
+    return line + f"entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s"
 
 
 def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: bool,
@@ -496,16 +682,17 @@ def build_parser() -> argparse.ArgumentParser:
                       help="latency of the whole exported network, decoder and heads included, in milliseconds per batch; "
                            "6,8,12 searches one after the other, with one table, into target_6, target_8 ... below "
                            "--output-dir")
-    what.add_argument("--model", choices=models.MODELS, default="dcnas",
-                      help="cnas classifies, dnas denoises, dcnas does both (default: %(default)s)")
+    what.add_argument("--model", choices=(*models.MODELS, *RESTORATION), default="dcnas",
+                      help="cnas classifies, dnas denoises, dcnas does both; superkernel: U-Nets that denoise, hinas: cells and "
+                           "widths, for denoising and super-resolution (default: %(default)s)")
     what.add_argument("--space", type=int, choices=sorted(models.SPACES), default=4,
                       help="operations per block (default: %(default)s, the papers' most stable)")
     what.add_argument("--depth", choices=("fixed", "learned"), default="fixed",
                       help="fixed: all blocks are kept; learned: the search finds how many each stage keeps, as TF-NAS does "
                            "(default: %(default)s, which the papers found to be more stable)")
-    what.add_argument("--strategy", choices=("gradient", "random"), default="gradient",
-                      help="random: no search, operations are drawn and fitted to the target: what a search must beat "
-                           "(default: %(default)s)")
+    what.add_argument("--strategy", choices=("gradient", "random", "plain"), default="gradient",
+                      help="random: no search, operations are drawn and fitted to the target: what a search must beat; plain: "
+                           "superkernel's network without superkernels (default: %(default)s)")
     what.add_argument("--search-images", choices=("noisy", "clean"), default="noisy",
                       help="images during the search (default: %(default)s)")
     what.add_argument("--search-loss", choices=("cls", "both", "den"),
@@ -527,7 +714,27 @@ def build_parser() -> argparse.ArgumentParser:
                       help="hinge: max(LAT / target - 1, 0); absolute: |LAT / target - 1| (default: %(default)s)")
     cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="LAMBDA",
                       help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute)")
+    more = parser.add_argument_group("superkernel and hinas")
+    more.add_argument("--network", metavar="NAME",
+                      help="superkernel: skipinit-1 (default), skipinit-2, attention-1, attention-3, attention-6; hinas: denoise "
+                           "(default), sr-x2, sr-x3, sr-x4")
+    more.add_argument("--width", type=whole(1, 1024), metavar="N",
+                      help="base width of the network in channels, to make it smaller or larger (default: the paper's)")
+    more.add_argument("--target-macs", type=number(1e-6, 1e9), metavar="M",
+                      help="instead of --target: multiply-accumulates of the whole network for one image of --size, in millions")
+    more.add_argument("--denoising-loss", choices=DENOISING_LOSSES,
+                      help="(default: charbonnier for superkernel, log-ssim, which is MSE + 0.6 log10(1 / SSIM), for hinas)")
+    more.add_argument("--patience", type=whole(0), default=0, metavar="N",
+                      help="stop after N epochs without a better validation PSNR; 0: never (default: 30 for superkernel, else 0)")
+    more.add_argument("--structure", choices=superkernel.STRUCTURES, default="joint",
+                      help="of superkernel: the distribution over kernel sizes and filters (default: %(default)s)")
+    more.add_argument("--form", choices=superkernel.FORMS, default="full",
+                      help="of superkernel: full, one convolution with an averaged kernel; separate, one per kernel size "
+                           "(default: %(default)s)")
+    more.add_argument("--two-level", action="store_true",
+                      help="of superkernel: train the structure on held-out images (default: with the weights, as in the paper)")
     data_module.add_data_arguments(parser)
+    data_module.add_noise_arguments(parser)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=10, metavar="N",
                         help="passes over the images (default: %(default)s; the papers: 90)")
@@ -577,14 +784,14 @@ def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[st
     return {"cls": "cnas", "both": "dcnas", "den": "dnas"}[loss], loss
 
 
-def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict | None) -> latency.LatencyTable:
-    """The table named by --table, that of the resumed run, or a new one, made here and said so."""
+def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict | None, build):
+    """The table named by --table, that of the resumed run, or a new one, made by build() here and said so."""
     path = Path(args.output_dir) / "latency.json"
     if args.table:
         table = latency.load_table(args.table)
         latency.require_setting(table, setting, args.table)
     elif state is not None:
-        table = latency.LatencyTable(state["table"])
+        table = latency.read_table(state["table"])
         latency.require_setting(table, setting, "of this run")
     else:
         print(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch {setting.batch}) into "
@@ -592,11 +799,11 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
         lock_folder(path.parent)
 
         def make() -> dict:
-            content = latency.build_table(setting, space=args.space, min_width=args.min_width, seed=args.seed)
+            content = build()
             models.write_json(path, content)
             return content
 
-        table = latency.LatencyTable(data_module.from_first(make))
+        table = latency.read_table(data_module.from_first(make))
     if "check" in table.content:
         check = table.content["check"]
         print(f"The table's error on {check['networks']} random networks: {latency.format_error(check)}.")
@@ -606,51 +813,68 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     started = time.time()
-    folder = None
     try:
+        parser.set_defaults(**RESTORATION.get(parser.parse_args(argv).model, {}))
         args, state = parse_or_resume(parser, argv, "search.pt", "step")
-        if args.target is None:
-            parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
-        device = prepare(args)
-        flags = run_flags(args)
-        data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
-                                     train_images=args.train_images, val_images=args.val_images)
-        if isinstance(data.train, data_module.Pairs):
-            raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; search with "
-                             "--data mnist or --data digits.")
-        supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
-        check_images(data, loss)
-        parts = data_module.stratified_split(data.train.targets, 0.8, args.seed)
-        if min(len(part) for part in parts) < 2:
-            raise ValueError(f"{len(data.train)} training images are too few to split into weights and alpha; give more.")
-        classes = len(data.classes or [])
-        setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
-                                       threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
-        batch_size = share(args.batch_size)
-        table = obtain_table(args, setting, state)
-        slowest = check_targets(args, table, supernet_model, sys.argv[1:] if argv is None else argv)
-        lock_folder(args.output_dir)
-        found = []
-        for target_ms in args.target:
-            folder = Path(args.output_dir) / (f"target_{target_ms:g}" if len(args.target) > 1 else "")
-            make_folder(folder)
-            torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
-            supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width, args.depth)
-            for mixed in supernet.mixed:
-                mixed.recompute = args.recompute
-            budget = Budget(table, supernet, args.model, target_ms)
-            found.append(find(args, data, parts, supernet, budget, loss, target_ms <= slowest, device, folder,
-                              {**flags, "target": [target_ms]}, state, batch_size))
-            if budget.table is not table:  # corrected by what was measured
-                table = budget.table
-                if data_module.rank_and_world()[0] == 0:
-                    models.write_json(Path(args.output_dir) / "latency.json", table.content)
+        run = search_restoration if args.model in RESTORATION else search_joint
+        run(args, state, sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         parser.error(str(error))
     except (TrainingError, OSError) as error:
         sys.exit(f"search.py: {error}")
-    except (KeyboardInterrupt, Stopped):
-        say_stopped("search.py", folder or args.output_dir, "search.pt", started)
+    except (KeyboardInterrupt, Stopped) as stop:
+        say_stopped("search.py", getattr(stop, "folder", args.output_dir), "search.pt", started)
+
+
+def search_joint(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
+    """C-NAS, D-NAS or DC-NAS: the searches of all targets, and their comparison."""
+    if args.target is None:
+        raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
+    for flag in ("target_macs", "network", "width"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} is for --model {' and '.join(RESTORATION)}; leave it out.")
+    if args.strategy == "plain":
+        raise ValueError("--strategy plain is for --model superkernel; take random.")
+    device = prepare(args)
+    flags = run_flags(args)
+    data = data_module.data_from(args)
+    if isinstance(data.train, data_module.Pairs):
+        raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; search with "
+                         "--data mnist or --data digits.")
+    supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
+    check_images(data, loss)
+    parts = data_module.split_dataset(data.train, 0.8, args.seed)
+    if min(len(part) for part in parts) < 2:
+        raise ValueError(f"{len(data.train)} training images are too few to split into weights and alpha; give more.")
+    classes = len(data.classes or [])
+    setting = latency.this_setting(args.device, size=data.size, num_classes=classes or 10, batch=args.batch,
+                                   threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
+    batch_size = share(args.batch_size)
+    table = obtain_table(args, setting, state, lambda: latency.build_table(
+        setting, space=args.space, min_width=args.min_width, seed=args.seed))
+    if not isinstance(table, latency.LatencyTable):
+        raise ValueError(f"{args.table} is a table for another search; leave --table out, and one is made.")
+    slowest = check_targets(args, table, supernet_model, argv)
+    lock_folder(args.output_dir)
+    found = []
+    for target_ms in args.target:
+        folder = Path(args.output_dir) / (f"target_{target_ms:g}" if len(args.target) > 1 else "")
+        make_folder(folder)
+        torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
+        supernet = models.SuperNet(supernet_model, args.space, classes, args.min_width, args.depth)
+        for mixed in supernet.mixed:
+            mixed.recompute = args.recompute
+        budget = Budget(table, supernet, args.model, target_ms)
+        try:
+            found.append(find(args, data, parts, supernet, budget, loss, target_ms <= slowest, device, folder,
+                              {**flags, "target": [target_ms]}, state, batch_size))
+        except (KeyboardInterrupt, Stopped) as stop:
+            stop.folder = folder  # of the several, the one to go on with
+            raise
+        if budget.table is not table:  # corrected by what was measured
+            table = budget.table
+            if data_module.rank_and_world()[0] == 0:
+                models.write_json(Path(args.output_dir) / "latency.json", table.content)
     if len(found) > 1:
         print(f"\n{'target':>8} {'predicted':>10} {'measured':>10} {'parameters':>12} {'MACs':>9}  record")
         for path, result, network in found:
@@ -664,8 +888,7 @@ def check_targets(args: argparse.Namespace, table: latency.LatencyTable, superne
     try:
         fastest, slowest = Budget(table, supernet, args.model, 1.0).range_ms()
     except ValueError as error:
-        command = latency.table_command(table.setting, args.space, args.min_width)
-        raise ValueError(f"{error} Make one with: {command}") from None
+        raise ValueError(f"{error} Make one with: {_command_for(args, table.setting)}") from None
     reachable = (f"With widths from {args.min_width:g} times the input, a {args.model} of this space takes "
                  f"{fastest:.3f} to {slowest:.3f} ms per batch of {table.setting.batch} here, by the table.")
     if min(args.target) < fastest:
@@ -674,6 +897,10 @@ def check_targets(args: argparse.Namespace, table: latency.LatencyTable, superne
                          f"{command}")
     print(reachable)
     return slowest
+
+
+def _command_for(args: argparse.Namespace, setting: latency.Setting) -> str:
+    return latency.table_command(setting, f"--classes {setting.num_classes} --space {args.space} --min-width {args.min_width:g}")
 
 
 def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: models.SuperNet, budget: Budget, loss: str,
@@ -698,12 +925,14 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
     print(f"Searching {args.model} for {budget.target_ms:g} ms by {loss} on {args.search_images} images of {data.name}: "
           f"{len(parts[0]):,} for the weights, {len(parts[1]):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for "
           "the weights only.")
-    rows = search(supernet, *loaders, loss=loss, epochs=args.epochs, warmup_epochs=warmup_epochs, output_dir=folder,
-                  budget=budget, pressure=pressure,
-                  latency_term=latency_loss(args.latency_loss, budget.target_ms, args.latency_weight), device=device,
-                  flags=flags, warmup=args.warmup, lr=args.lr, arch_lr=args.arch_lr, temperature=args.temperature,
-                  temperature_decay=decay, sigma_max=0.0 if args.search_images == "clean" else 1.0, amp=args.amp,
-                  seed=args.seed, nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
+    searcher = Searcher(supernet, device=device, lr=args.lr, arch_lr=args.arch_lr, loss=loss, seed=args.seed, amp=args.amp)
+    noise = data_module.Noise(0.0 if args.search_images == "clean" else 1.0)
+    batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
+    method = TFNAS(searcher, budget, steps=args.epochs * len(loaders[0]), warmup_epochs=warmup_epochs, warmup=args.warmup,
+                   temperature=args.temperature, temperature_decay=decay, pressure=pressure,
+                   latency_term=latency_loss(args.latency_loss, budget.target_ms, args.latency_weight))
+    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=budget.table.content,
+                  nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
     return finish(args, data, supernet, budget, pressure, folder, start, rows)
 
 
@@ -740,6 +969,155 @@ def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.Su
     return path, result, models.build_network(record)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Searches of denoisers: superkernel and HiNAS
+
+
+@dataclass
+class Costs:
+    """What is held below a target: ms by a latency table, or millions of multiply-accumulates. Without a target nothing is."""
+
+    space: object
+    target: float | None
+    table: latency.PartTable | None
+    parts: dict
+    rest: float
+    unit: str
+
+    def of_supernet(self, supernet: nn.Module) -> Tensor:
+        return supernet.expected_cost(self.parts, self.rest)
+
+
+def costs_of(space, target: float | None, table: latency.PartTable | None, size: int = 0) -> Costs:
+    """The costs of a space's parts by a table, or counted in multiply-accumulates for an image of `size`."""
+    if table is not None:
+        return Costs(space, target, table, table.costs, table.rest_ms, "ms")
+    return Costs(space, target, None, *latency.part_macs(space, size), "M MACs")
+
+
+def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
+    """A superkernel or HiNAS search, from its images to its files."""
+    start = time.perf_counter()
+    if args.target is not None and (args.target_macs is not None or len(args.target) > 1):
+        raise ValueError(f"--model {args.model} takes one --target, or one --target-macs, or none.")
+    target = args.target[0] if args.target else args.target_macs
+    joint = args.model == "superkernel" and not args.two_level
+    device = prepare(args)
+    flags = run_flags(args)
+    data, noise = data_module.data_from(args), data_module.noise_from(args)
+    space = latency.make_space(args.model, args.network, args.width, data.channels)
+    check_images(data, "den", data.channels)
+    parts = data_module.split_dataset(data.train, 0.5, args.seed) if not joint else (data.train, data.train)
+    batch_size, folder = share(args.batch_size), Path(args.output_dir)
+    if min(len(part) for part in parts) < 2:
+        raise ValueError(f"{len(data.train)} training images are too few to split into weights and structure; give more.")
+    lock_folder(folder)
+    table = None
+    if args.target:
+        setting = latency.this_setting(args.device, size=data.size, num_classes=0, batch=args.batch,
+                                       threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
+        table = obtain_table(args, setting, state, lambda: latency.build_part_table(setting, space, seed=args.seed))
+        if not isinstance(table, latency.PartTable) or table.space != space:
+            raise ValueError(f"{args.table or 'The table of this run'} is for another space; make one with: "
+                             f"{latency.table_command(setting, latency.space_flags(space))}")
+    costs = costs_of(space, target, table, data.size)
+    torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
+    supernet = make_supernet(args, space)
+    cheapest, dearest = supernet.cost_range(costs.parts, costs.rest)
+    print(f"The networks of this space take {cheapest:.4g} to {dearest:.4g} {costs.unit} for {data.size} px.")
+    if target is not None and target < cheapest:
+        raise ValueError(f"The target of {target:g} {costs.unit} is below that; this would work: "
+                         f"{_with_target(argv, _round_up(1.05 * cheapest), '--target' if args.target else '--target-macs')}")
+    if args.strategy != "gradient":
+        rng = random.Random(args.seed)
+        supernet.set_design(space.random_design(rng) if args.strategy == "random" else space.plain_design())
+        finish_restoration(args, data, supernet, costs, folder, start, None)
+        return
+    how = dict(seed=args.seed, workers=args.workers, device=device)
+    loaders = [data_module.make_loader(part, batch_size, shuffle=True, drop_last=True, **how)
+               for part in (parts[0], data_module.twin(parts[1]))]
+    val_loader = data_module.make_loader(data.val, batch_size, **how)
+    supernet.to(device, memory_format=torch.channels_last)
+    method = make_method(args, supernet, costs, steps=len(loaders[0]), joint=joint, device=device,
+                         validate=lambda network: validate(network, val_loader, loss="den", device=device, noise=noise, amp=args.amp,
+                                                           denoising=args.denoising_loss))
+    print(f"Searching {args.model} on images of {data.name}: {len(parts[0]):,} for the weights"
+          + (f", {len(parts[1]):,} for the structure" if not joint else " and the structure")
+          + f", {len(data.val):,} for validation; at most {args.epochs} epochs of {len(loaders[0]):,} steps; supernet of "
+          f"{models.count_parameters(supernet):,} parameters.")
+    batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
+    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=table and table.content,
+                  nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
+    best = models.read_checkpoint(folder / "supernet.pt", device)
+    supernet.load_state_dict(best["supernet"])
+    print(f"The supernet was best after epoch {best['epoch']}.")
+    finish_restoration(args, data, supernet, costs, folder, start, rows)
+
+
+def make_supernet(args: argparse.Namespace, space) -> nn.Module:
+    """The supernet of a space, with the flags of its method."""
+    return superkernel.SuperNet(space, args.structure, args.form)
+
+
+def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, steps: int, joint: bool, device: torch.device,
+                validate) -> Restoration:
+    """How a supernet is trained: Adam for both, at constant rates (Mozejko 2020, 5.1)."""
+    weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
+    groups = [{"params": weights, "lr": args.lr}] + ([{"params": structure, "lr": args.arch_lr}] if joint else [])
+    weight_optimizer = torch.optim.Adam(groups, fused=True)
+    arch_optimizer = None if joint else torch.optim.Adam(structure, args.arch_lr)
+    schedule = torch.optim.lr_scheduler.ConstantLR(weight_optimizer, 1.0)
+    decay = args.temperature_decay or 0.1 ** (1 / max(1, args.epochs - 1))
+    term = None
+    if costs.target is not None:
+        term = latency_loss(args.latency_loss, costs.target, args.latency_weight)
+    return Restoration(supernet, weight_optimizer, arch_optimizer, schedule, device=device, validate=validate,
+                       denoising=args.denoising_loss, joint=joint, warmup_epochs=args.warmup_epochs or 0, cost=costs.of_supernet,
+                       cost_term=term, target=costs.target, seed=args.seed, amp=args.amp,
+                       temperature=lambda epoch: args.temperature * decay ** epoch)
+
+
+def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path, start: float, rows: list[dict] | None) -> None:
+    """Derive the network within the target, write its files, print it."""
+    if data_module.rank_and_world()[0] > 0:  # the others have the same supernet, and nothing to write
+        return
+    supernet.cpu()
+    result: dict = {}
+    for attempt in range(3):
+        design, trained = supernet.found(costs.parts, costs.rest, costs.target)
+        if costs.table is None:
+            break
+        result = {"target_ms": costs.target, **latency.compare(costs.table, design)}
+        if result["measured_ms"] <= (1 + MEASURE_TOLERANCE) * costs.target or args.table or attempt == 2:
+            break
+        # A burst of noise must not lead far astray.
+        factor = min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25)
+        costs = costs_of(costs.space, costs.target, costs.table.scaled(factor))
+    network = trained or costs.space.network(design)
+    macs, parameters = models.count_macs(network, data.size), models.count_parameters(network)
+    made, table = models.provenance(latency.device_name(args.device), args.seed), costs.table
+    record = models.design_record(args.model, design, made, data=args.data, data_root=args.data_root, size=data.size,
+                                  images=data_module.image_flags(args), parameters=parameters, macs=macs,
+                                  **({"latency": {**result, "table_hash": table.hash, "setting": vars(table.setting)}} if table
+                                     else {}))
+    path = folder / "arch.json"
+    models.write_json(path, record)
+    if table:
+        models.write_json(folder / "latency.json", table.content)
+    if trained is not None and rows:
+        models.save_checkpoint(folder / "distilled.pt", {
+            "record": record, "classes": None, "size": data.size, "data": args.data, "seed": args.seed, "loss": "den",
+            "made": made, "flags": run_flags(args), "epoch": len(rows), "network": trained.state_dict(), "ema": None})
+    print(f"\n{supernet.describe(design)}\n")
+    print(f"{parameters:,} parameters, {macs / 1e6:,.1f} M multiply-accumulates at {data.size} px")
+    if table:
+        print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
+              f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")
+    print(f"found in {time.perf_counter() - start:.0f} s: {path}")
+    print("next:" + (f"\n  python eval.py --checkpoint {shlex.quote(str(folder / 'distilled.pt'))}" if trained and rows else "")
+          + f"\n  python train.py --arch {shlex.quote(str(path))}")
+
+
 def decisions(supernet: models.SuperNet) -> list[dict]:
     """How decided alpha is in each block: entropy (1 undecided, 0 decided), and how far the two likeliest operations are apart
     in probability."""
@@ -774,15 +1152,15 @@ def explain(result: dict, pressure: bool) -> list[str]:
     return lines
 
 
-def _with_target(argv: list[str], target: str) -> str:
+def _with_target(argv: list[str], target: str, flag: str = "--target") -> str:
     """The command that was given, with another target."""
     rest, words = [], iter(argv)
     for word in words:
-        if word == "--target":
+        if word == flag:
             next(words, None)
-        elif not word.startswith("--target="):
+        elif not word.startswith(flag + "="):
             rest.append(word)
-    return shlex.join(["python", "search.py", "--target", target, *rest])
+    return shlex.join(["python", "search.py", flag, target, *rest])
 
 
 def _round_up(ms: float) -> str:

@@ -374,7 +374,7 @@ class Family:
     kernel_sizes: tuple[int, ...]
     growths: tuple[float, ...]
     blocks: int  # dense blocks in a row, at each level of the encoder and of the decoder
-    doubling: bool  # channels double from level to level, or grow by `width` each
+    doubling: bool  # channels double from level to level, or grow by the base width each
     skipinit: bool  # residual branches begin at zero
     attention: bool  # channel attention in the decoder, and before the end
 
@@ -389,12 +389,12 @@ FAMILIES = {
 class Space:
     """A family at a width: the space that is searched.
 
-    `width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by side ("attention");
+    `base_width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by side ("attention");
     `channels` of the image: 1, 3, 4 (packed raw) or any.
     """
 
     family: str = "skipinit"
-    width: int = 32
+    base_width: int = 32
     levels: int = 3
     subnetworks: int = 1
     channels: int = 3
@@ -402,7 +402,7 @@ class Space:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"There is no family {self.family!r}; possible: {', '.join(FAMILIES)}.")
-        for name, high in (("width", 1024), ("levels", 8), ("subnetworks", 64), ("channels", 1024)):
+        for name, high in (("base_width", 1024), ("levels", 8), ("subnetworks", 64), ("channels", 1024)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
                 raise ValueError(f"{name} must be a whole number from 1 to {high}, not {value!r}.")
@@ -417,7 +417,7 @@ class Space:
         return [level for level in down + down[-2::-1] for _ in range(self.rules.blocks)] * self.subnetworks
 
     def channels_at(self, level: int) -> int:
-        return self.width * 2 ** level if self.rules.doubling else self.width * (level + 1)
+        return self.base_width * 2 ** level if self.rules.doubling else self.base_width * (level + 1)
 
     def filters_at(self, level: int) -> tuple[int, ...]:
         """The numbers of filters to choose from at a level."""
@@ -450,7 +450,7 @@ class Space:
     def _count_grid(self, level: int) -> tuple[int, ...]:
         return tuple(sorted({1, *self.filters_at(level)}))  # 1: of filterwise structures
 
-    def all_parts(self) -> set[Part]:
+    def possible_parts(self) -> set[Part]:
         """Every part that costs are interpolated between."""
         parts = set()
         for level in set(self.block_levels()):
@@ -480,6 +480,9 @@ class Space:
                      for level in set(levels))
         return [Design(self, tuple(deal(level) for level in levels)) for _ in range(needed)]
 
+    def holds(self, design: Design) -> bool:
+        return design.space == self
+
     def network(self, design: Design) -> ResidualUNet:
         return build(design)
 
@@ -495,7 +498,7 @@ class Space:
         return parts
 
     def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
-        """The cost of a design from those of all parts; numbers of filters between those of `all_parts` are interpolated."""
+        """The cost of a design from those of all parts; numbers of filters between those of `possible_parts` are interpolated."""
         tables, total = CostTables(self, costs), rest
         for level, layers in zip(self.block_levels(), design.blocks):
             total += float(tables.block(level, *(tables.certain(level, layer) for layer in layers)))
@@ -540,7 +543,7 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# Networks of the paper; `width` can be given another value to make one smaller.
+# Networks of the paper; another base width makes one smaller.
 PRESETS = {
     "skipinit-1": Space("skipinit", 32, 3),  # model 1 of tables 1 and 2
     "skipinit-2": Space("skipinit", 64, 2),  # model 2
@@ -579,7 +582,7 @@ class DenseBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """One subnetwork (fig. 2): (B, channels, H, W), H and W multiples of 2^levels, -> (B, width, H, W).
+    """One subnetwork (fig. 2): (B, channels, H, W), H and W multiples of 2^levels, -> (B, base_width, H, W).
 
     Encoder: a 3x3 convolution, of stride 2 below full resolution, with ReLU, then dense blocks. Decoder: a 1x1 convolution
     and a pixel shuffle, the skip beside it, channel attention in the attention family, a 3x3 convolution with ReLU, dense
@@ -640,7 +643,7 @@ class ResidualUNet(nn.Module):
                                      first.filters + second.filters, space.rules.skipinit))
         each = len(blocks) // space.subnetworks
         self.subnetworks = nn.ModuleList(UNet(space, blocks[n * each:(n + 1) * each]) for n in range(space.subnetworks))
-        joined = space.width * space.subnetworks
+        joined = space.base_width * space.subnetworks
         self.attention = channel_attention(joined) if space.rules.attention else nn.Identity()
         self.image = nn.Conv2d(joined, space.channels, 3, padding=1)
 
@@ -706,9 +709,9 @@ class SuperNet(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in structural]
 
     @torch.no_grad()
-    def entropy(self) -> list[float]:
+    def entropy(self) -> Tensor:
         """How undecided each superkernel is: the mean over its distributions of entropy / largest possible entropy."""
-        return [entropy_of(layer.structure) for layer in self.superkernels()]
+        return torch.tensor([entropy_of(layer.structure) for layer in self.superkernels()])
 
     def expected_cost(self, costs: dict[Part, float], rest: float) -> Tensor:
         """The expected cost of the distilled network, differentiable; all slices are drawn independently.
@@ -726,7 +729,7 @@ class SuperNet(nn.Module):
         """The likeliest slice of each superkernel."""
         return [layer.structure.choice() for layer in self.superkernels()]
 
-    def design(self, choices: list[Choice] | None = None) -> Design:
+    def derive(self, choices: list[Choice] | None = None) -> Design:
         """What is found: the design of the likeliest slices, or of those given."""
         layers = [Layer(layer.kernel_sizes[choice.kernel], len(choice.kept))
                   for layer, choice in zip(self.superkernels(), choices or self.choices())]
@@ -772,7 +775,7 @@ class SuperNet(nn.Module):
     def distill(self, choices: list[Choice] | None = None) -> ResidualUNet:
         """A plain network of the likeliest slices, or of those given, with copied weights: the same outputs (4.5.5)."""
         choices = choices or self.choices()
-        network = build(self.design(choices)).to(next(self.parameters()).device)
+        network = build(self.derive(choices)).to(next(self.parameters()).device)
         state = self.network.state_dict()
         shared = {name: value for name, value in state.items() if name in network.state_dict()
                   and value.shape == network.state_dict()[name].shape and ".layers." not in name}
@@ -788,6 +791,25 @@ class SuperNet(nn.Module):
                 start += layer.filters[-1]
             block.output[0].weight.copy_(source.output[0].weight[:, inputs])
         return network.train(self.training)
+
+    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
+        """The costs of the networks with the smallest and the largest kernels and numbers of filters."""
+        fewest = {block[0].filters[-1]: block[0].structure.grid()[0] for block in (b.layers for b in self.network.blocks())}
+        least = self.space.design(lambda sizes, filters: Layer(sizes[0], fewest[filters[-1]]))
+        return self.space.cost(least, costs, rest), self.space.cost(self.space.largest_design(), costs, rest)
+
+    def found(self, costs: dict[Part, float], rest: float, target: float | None) -> tuple[Design, ResidualUNet]:
+        """The likeliest design, within a target cost unless that is None, and its network with copied weights."""
+        choices = self.choices() if target is None else self.fit(costs, rest, target)
+        return self.derive(choices), self.distill(choices)
+
+    def describe(self, design: Design) -> str:
+        """A design as a table to read: kernel size x filters of the two searched layers of each block, by level."""
+        lines = [f"{'level':>5} {'channels':>8}   searched layers: kernel size x filters"]
+        for level, layers in zip(self.space.block_levels(), design.blocks):
+            text = "   ".join(f"{layer.kernel_size}x{layer.kernel_size} x {layer.filters:<4}" for layer in layers)
+            lines.append(f"{level:>5} {self.space.channels_at(level):>8}   {text}")
+        return "\n".join(lines)
 
     @torch.no_grad()
     def set_design(self, design: Design, logit: float = 30.0) -> None:

@@ -13,6 +13,7 @@ import data
 import latency
 import models
 import search
+import train
 from fake_table import fake_table
 
 ROOT = Path(search.__file__).parent
@@ -265,9 +266,11 @@ def run_search(target, cost, seed=0, epochs=3, output_dir=None, state=None, kind
     halves = data.stratified_split(digits.train.targets, 0.8, seed)
     loaders = [data.make_loader(torch.utils.data.Subset(digits.train, half), 8, shuffle=True, drop_last=True, seed=seed)
                for half in halves]
-    rows = search.search(supernet, *loaders, loss="cls", epochs=epochs, warmup_epochs=1, output_dir=output_dir,
-                         budget=budget, pressure=True, latency_term=search.latency_loss(kind, budget.target_ms, 50.0),
-                         device=CPU, flags={}, arch_lr=0.3, seed=seed, state=state)
+    searcher = search.Searcher(supernet, device=CPU, lr=0.05, arch_lr=0.3, loss="cls", seed=seed)
+    method = search.TFNAS(searcher, budget, steps=epochs * len(loaders[0]), warmup_epochs=1, warmup="inherit", temperature=5.0,
+                          temperature_decay=0.96, pressure=True, latency_term=search.latency_loss(kind, budget.target_ms, 50.0))
+    batches = [train.NoisyBatches(loader, CPU, data.Noise(), seed + part) for part, loader in enumerate(loaders)]
+    rows = search.search(method, *batches, epochs=epochs, output_dir=output_dir, flags={}, table=table.content, state=state)
     return supernet, budget, rows
 
 
