@@ -924,7 +924,7 @@ def count_macs(network: nn.Module, size: int) -> int:
         if isinstance(module, UpConv):
             module.plain = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        counted(torch.empty(1, 3, size, size, device="meta"))
+        counted(torch.empty(1, getattr(network, "channels", 3), size, size, device="meta"))
     return counter.get_total_flops() // 2  # the counter counts 2 per multiply-accumulate
 
 
@@ -1045,11 +1045,11 @@ def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Outp
 
 @torch.no_grad()
 def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
-    """ValueError in one sentence where a network cannot take images (3, size, size), or their boxes (1, D, 4)."""
+    """ValueError in one sentence where a network cannot take images (channels, size, size), or their boxes (1, D, 4)."""
     was_training = network.training
     device = next(network.parameters()).device
     try:
-        output = run(network.eval(), torch.zeros(1, 3, size, size, device=device), boxes)
+        output = run(network.eval(), torch.zeros(1, getattr(network, "channels", 3), size, size, device=device), boxes)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise ValueError(f"The model {name} cannot take images of {size}x{size} pixels ({reason}); try another "

@@ -291,8 +291,9 @@ def search(supernet: models.SuperNet, weight_loader, arch_loader, *, loss: str, 
     output_dir = Path(output_dir)
     with Guard(nonfinite, save_minutes) as guard:
         searcher = Searcher(supernet, device=device, lr=lr, arch_lr=arch_lr, loss=loss, seed=seed, amp=amp, guard=guard)
-        weight_batches = NoisyBatches(weight_loader, device, sigma_max, seed)
-        arch_batches = NoisyBatches(arch_loader, device, sigma_max, seed + 1)
+        noise = data_module.Noise(sigma_max)
+        weight_batches = NoisyBatches(weight_loader, device, noise, seed)
+        arch_batches = NoisyBatches(arch_loader, device, noise, seed + 1)
         steps = len(weight_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(searcher.weight_optimizer, epochs * steps)
         rows: list[dict] = []
@@ -613,14 +614,13 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("name the latency you want, in milliseconds per batch, for example --target 12")
         device = prepare(args)
         flags = run_flags(args)
-        data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
-                                     train_images=args.train_images, val_images=args.val_images)
+        data = data_module.data_from(args)
         if isinstance(data.train, data_module.Pairs):
             raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; search with "
                              "--data mnist or --data digits.")
         supernet_model, loss = search_plan(args.model, args.search_loss, data.classes is not None)
         check_images(data, loss)
-        parts = data_module.stratified_split(data.train.targets, 0.8, args.seed)
+        parts = data_module.split_dataset(data.train, 0.8, args.seed)
         if min(len(part) for part in parts) < 2:
             raise ValueError(f"{len(data.train)} training images are too few to split into weights and alpha; give more.")
         classes = len(data.classes or [])

@@ -69,19 +69,19 @@ def test_noise_belongs_to_seed_and_epoch():
 
     def first(seed, epoch):
         loader = data.make_loader(digits.train, 8, shuffle=True, seed=seed)
-        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 1.0, seed).epoch(epoch))
+        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(1.0), seed).epoch(epoch))
         return noisy
     assert torch.equal(first(0, 3), first(0, 3))
     assert not torch.equal(first(0, 3), first(0, 4)) and not torch.equal(first(0, 3), first(1, 3))
     loader = data.make_loader(digits.train, 8)
-    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 0.0, 0).epoch(0))
+    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(0.0), 0).epoch(0))
     assert torch.equal(noisy, clean) and labels.tolist() == digits.train.targets[:8]
 
 
 def test_validation_is_the_same_for_any_batch_size_and_leaves_the_mode():
     digits = data.load_data("digits", size=16, train_images=10, val_images=13)
     network = models.Network(models.named_arch("dcnas-k3-e3", 10)).train()
-    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, sigma_max=1.0)
+    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, noise=data.Noise(1.0))
                for size in (4, 13)]
     assert network.training
     for name in ("accuracy", "psnr_db"):
