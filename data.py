@@ -224,14 +224,20 @@ def literature_noise(shape, index=0, seed=0):
 PROTOCOLS = {"own": evaluation_noise, "literature": literature_noise}  # name -> the noise of an evaluation image
 
 
+def check_protocol(kind, protocol):
+    """ValueError where a kind of noise and a protocol do not go together."""
+    if protocol != "own" and kind != "gaussian":
+        raise ValueError(f"The noise protocol {protocol!r} is of Gaussian noise: take --noise gaussian, or "
+                         "--noise-protocol own.")
+
+
 def evaluation_draw(images, places, seed=0, kind="gaussian", protocol="own"):
     """Noise for the images (B, C, H, W), 8-bit values in [0, 1], at these places of a split.
 
     Returns a function of sigma, a number or (B,), that gives the noisy images. The noise is the same for every batch
-    size and device, and scaled by sigma where it is Gaussian. ValueError where protocol and kind do not go together.
+    size and device, and scaled by sigma where it is Gaussian. ValueError as in check_protocol.
     """
-    if protocol != "own" and kind != "gaussian":
-        raise ValueError(f"the noise protocol {protocol!r} is of Gaussian noise, not {kind}: leave one of the two out")
+    check_protocol(kind, protocol)
     normal = torch.stack([PROTOCOLS[protocol](images.shape[1:], place, seed) for place in places])
     add, _ = NOISES[kind]
     if kind == "gaussian":
@@ -1015,8 +1021,8 @@ def number(low, high):
     return convert
 
 
-def add_data_arguments(parser):
-    """Add the flags that search.py, train.py and eval.py share."""
+def add_data_arguments(parser, training=True):
+    """Add the flags that search.py, train.py and eval.py share, and those of training images alone, see data_from."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", metavar="NAME",
                        help="digits (drawn, no download), mnist, digit-pairs, mnist-pairs (two digits, as in the "
@@ -1030,15 +1036,16 @@ def add_data_arguments(parser):
                        help="number of training images (default: 4000 drawn digits, 25000 mnist-pairs, else all)")
     group.add_argument("--val-images", type=whole(1), metavar="N",
                        help="number of validation images (default: 1000 drawn digits, 5000 mnist-pairs, else all)")
-    group.add_argument("--grey", action="store_true",
-                       help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks (default: RGB)")
-    group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
-                       help="random crops of each training image an epoch, of a folder without labels (default: %(default)s)")
     group.add_argument("--train-folders", nargs="+", metavar="NAME",
                        help="folders in --data whose images are for training, all together, a tenth of them held back for "
                        "validation instead of a val folder (default: train, and val where there is one)")
     group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
+    if training:
+        group.add_argument("--grey", action="store_true",
+                           help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks (default: RGB)")
+        group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
+                           help="random crops of each training image an epoch, of a folder without labels (default: %(default)s)")
 
 
 def data_from(args):

@@ -72,7 +72,7 @@ def luma(image: Tensor) -> Tensor:
     ITU-R 601 in studio range, MATLAB's rgb2ycbcr, not rounded to 8 bit. Raises ValueError where there are not three channels.
     """
     if image.shape[1] != 3:
-        raise ValueError(f"The luma of an image needs its 3 channels, not {image.shape[1]}; a grey image is measured as it is.")
+        raise ValueError(f"The luma of an image needs its 3 channels, not {image.shape[1]}; measure a grey image as it is.")
     weights = torch.tensor((65.481, 128.553, 24.966), dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
     return ((image * weights).sum(1, keepdim=True) + 16) / 255
 
@@ -272,6 +272,7 @@ class SelfEnsemble(nn.Module):
         self.network = network
         self.denoises, self.classifies, self.channels = True, network.classifies, getattr(network, "channels", 3)
         self.takes_boxes = getattr(network, "takes_boxes", False)
+        self.train(network.training)
 
     @staticmethod
     def turn(image: Tensor, way: int) -> Tensor:
@@ -346,9 +347,10 @@ def format_table(metrics: dict) -> str:
                      f"{record['count']} runs) on {record['device']}{threads}")
     protocol = metrics["protocol"]
     if "psnr_db" in names:
-        colour = protocol["colour"] + (f" without {protocol['shaved_px']} pixels at each border" if protocol["shaved_px"] else "")
+        colour, shaved = protocol["colour"], protocol.get("shaved_px")
+        colour += f" without {shaved} pixels at each border" if shaved else ""
         lines.append(f"PSNR (dB) and SSIM on {colour}: output {protocol['output']}; noisy input {protocol['input']}")
-    if protocol["self_ensemble"]:
+    if protocol.get("self_ensemble"):  # a file of an older version says nothing of it
         lines.append("self-ensemble: the image is the mean of eight passes, over flips and quarter turns; latency and "
                      "multiply-accumulates are those of one")
     noise = protocol["noise"]
@@ -391,8 +393,9 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
               protocol: str = "own", classes: list[str] | None = None) -> None:
     """Save a picture, one row per sigma: noisy | denoised | clean, below it PSNR and the predicted class.
 
-    PSNR is of the whole picture and all channels. The examples are drawn from the dataset by the seed and carry the same noise as in `evaluate`. Small images are
-    enlarged without smoothing, of large ones the middle 384 pixels are shown. The network must be in eval mode.
+    PSNR is of the whole picture and all channels. The examples are drawn from the dataset by the seed and carry the same
+    noise as in `evaluate`. Small images are enlarged without smoothing, of large ones the middle 384 pixels are shown. The
+    network must be in eval mode.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -501,7 +504,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
 
     Each tile is computed with `margin` pixels around its core (both multiples of 32), so that there are no seams; what
     squeeze-and-excitation pools over the whole picture is collected by passes over all tiles before. The memory needed is that
-    of a tile, and of the picture in 8 bit. Of a SelfEnsemble the whole picture is turned, and the mean is that of 8-bit images.
+    of a tile, and of the picture in 8 bit. Of a SelfEnsemble the whole picture is turned, and the mean is of 8-bit images.
     The network must be in eval mode.
     """
     from torchvision.ops import SqueezeExcitation
@@ -561,14 +564,14 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
                   device: torch.device | str = "cpu", classes: list[str] | None = None, sigma: float = 0.0,
                   clip: bool = False, seed: int = 0, noise: str = "gaussian",
                   protocol: str = "own") -> tuple[list[dict], list[dict]]:
-    """Denoise and classify image files of any size, in grey where the network is; returns a record per picture and one per file that failed.
+    """Denoise and classify image files of any size; returns a record per picture and one per file that failed.
 
-    Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where `sigma` > 0 adds noise; a second file of
-    the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised at full resolution, in tiles where it is
-    larger than one (`denoise_tiled`). Its class comes from the same pass where both sides are within a factor of 2 of `size`,
-    the training size in pixels; otherwise from a second pass on a copy whose short side is `size`, because a classifier knows
-    objects at the scale it was trained on. A file that cannot be read is reported and skipped. The network must be in eval
-    mode.
+    A network of one channel sees them in grey. Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where
+    `sigma` > 0 adds noise; a second file of the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised
+    at full resolution, in tiles where it is larger than one (`denoise_tiled`). Its class comes from the same pass where both
+    sides are within a factor of 2 of `size`, the training size in pixels; otherwise from a second pass on a copy whose short
+    side is `size`, because a classifier knows objects at the scale it was trained on. A file that cannot be read is reported
+    and skipped. The network must be in eval mode.
     """
     from torchvision.transforms.v2.functional import pil_to_tensor
     from tqdm import tqdm
@@ -682,27 +685,28 @@ def build_parser() -> argparse.ArgumentParser:
                         help="kind of the noise, see train.py --help (default: what the checkpoint was trained with)")
     parser.add_argument("--noise-protocol", choices=PROTOCOLS, default="own",
                         help="literature: every image gets numpy's RandomState(0).normal(0, sigma, (H, W, C)), as in the "
-                             "published tables of Gaussian denoising; own: each image its own, from --seed (default: %(default)s)")
+                             "published tables of Gaussian denoising; own: each image its own, from --seed "
+                             "(default: %(default)s)")
     parser.add_argument("--self-ensemble", action="store_true",
-                        help="denoise by the mean of eight passes, over flips and quarter turns of the image, each turned back; "
-                             "the class is that of the upright image (default: one pass)")
+                        help="denoise by the mean of eight passes, over flips and quarter turns of the image, each turned "
+                             "back; the class is that of the upright image (default: one pass)")
 
-    add_data_arguments(parser)
+    add_data_arguments(parser, training=False)
     # Training images are not needed: none is drawn for nothing. Grey is what the network takes.
     parser.set_defaults(data=FROM_CHECKPOINT, data_root=None, train_images=1)
 
     group = parser.add_argument_group("evaluation")
     group.add_argument("--split", choices=("val", "test", "all"), default="val",
-                       help="part of the data to evaluate on; all: every picture below a folder, whole and without labels, for "
-                            "test sets (default: %(default)s)")
+                       help="part of the data to evaluate on; all: every picture below a folder, whole and without labels, "
+                            "for test sets (default: %(default)s)")
     group.add_argument("--sigmas", type=number(0, 100), nargs="+", default=list(SIGMAS), metavar="SIGMA",
                        help="noise levels, standard deviations on images in [0, 1], also as fractions: 25/255; pictures with "
                             "real noise have no others (default: 0 0.1 0.2 ... 1.0)")
     group.add_argument("--shave", type=whole(0, 4096), default=0, metavar="PIXELS",
                        help="pixels left out of PSNR and SSIM at each border (default: %(default)s)")
     group.add_argument("--luma", action="store_true",
-                       help="PSNR and SSIM of Y of YCbCr alone (ITU-R 601, 16 to 235), as in the super-resolution literature; "
-                            "about 2 dB higher (default: all channels)")
+                       help="PSNR and SSIM of Y of YCbCr alone (ITU-R 601, 16 to 235), as in the super-resolution "
+                            "literature; about 2 dB higher (default: all channels)")
     group.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
                        help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
                             "one by one (default: %(default)s)")
@@ -722,7 +726,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from data import join_processes, load_data, load_everything, split_labels
+    from data import check_protocol, join_processes, load_data, load_everything, split_labels
     from latency import check_device
     from models import check_fits, load_checkpoint
 
@@ -735,22 +739,24 @@ def main(argv: list[str] | None = None) -> None:
         network, checkpoint = load_checkpoint(args.checkpoint, device)
         size, flags = args.size or checkpoint["size"], checkpoint.get("flags", {})
         grey = getattr(network, "channels", 3) == 1
+        check_protocol(args.noise or flags.get("noise", "gaussian"), args.noise_protocol)
         if args.self_ensemble:
             network = SelfEnsemble(network)
         how = dict(device=device, seed=args.seed, clip=args.clip, noise=args.noise or flags.get("noise", "gaussian"),
                    protocol=args.noise_protocol)
         if args.input is not None:
             failures = _run_input(network, checkpoint["classes"], Path(args.input), Path(args.output_dir), size=size,
-                                  sigma=args.sigma, about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]}, how=how)
+                                  sigma=args.sigma, how=how,
+                                  about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
             sys.exit(1 if failures else 0)
         name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
         if args.split == "all":
             data = load_everything(name, size=size, grey=grey)
         else:
-            folders = flags.get("train_folders") if name == checkpoint["data"] else None
-            data = load_data(name, root=flags.get("data_root", "data") if args.data_root is None else args.data_root, size=size,
-                             seed=checkpoint["seed"], augment=False, train_images=args.train_images,
-                             val_images=args.val_images, grey=grey, train_folders=args.train_folders or folders)
+            root = args.data_root if args.data_root is not None else flags.get("data_root", "data")
+            folders = args.train_folders or (flags.get("train_folders") if name == checkpoint["data"] else None)
+            data = load_data(name, root=root, size=size, seed=checkpoint["seed"], augment=False,
+                             train_images=args.train_images, val_images=args.val_images, grey=grey, train_folders=folders)
         dataset = data.test if args.split == "test" else data.val
         _check_data(network, checkpoint["classes"], data, dataset, args)
         if data.classes is not None:

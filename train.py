@@ -278,7 +278,8 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
     """Mean loss, accuracy and PSNR on a split, with noise that is the same in every epoch and run.
 
     The noise levels go evenly from image to image (Noise.validation_sigma); pairs have their own noise. Means are over images
-    (accuracy: over labels), so that a smaller last batch weighs what it holds. PSNR is None for networks that do not denoise, accuracy for those that do not classify.
+    (accuracy: over labels), so that a smaller last batch weighs what it holds. PSNR is None for networks that do not denoise,
+    accuracy for those that do not classify.
     """
     was_training = network.training
     network.eval()
@@ -325,9 +326,9 @@ def make_schedule(optimizer, schedule: str, epochs: int, warmup_epochs: float, s
 
 def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: int, output_dir: str | Path, about: dict,
           device: torch.device, optimizer: str = "adamw", lr: float | None = None, weight_decay: float | None = None,
-          noise: data_module.Noise = data_module.Noise(), warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0,
-          ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine", denoising: str = "mixed",
-          nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> dict:
+          noise: data_module.Noise = data_module.Noise(), warmup_epochs: float = 5, label_smoothing: float = 0.1,
+          grad_clip: float = 5.0, ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine",
+          denoising: str = "mixed", nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
@@ -531,8 +532,9 @@ def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -
 def check_images(data: data_module.Data, loss: str, channels: int = 3) -> None:
     """ValueError in one sentence where there is too little to train on, or a network of `channels` cannot take it."""
     if data.channels != channels:
-        raise ValueError(f"The network takes images of {channels} channel{'s' * (channels > 1)}, and those of {data.name} are read "
-                         f"with {data.channels}: {'give' if channels == 1 else 'leave out'} --grey, or take another network.")
+        mend = "give --grey" if channels == 1 else "leave out --grey"
+        raise ValueError(f"The network takes images of {channels} channel{'s' * (channels > 1)}, and those of {data.name} "
+                         f"are read with {data.channels}: {mend}, or take another network.")
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training image; batch norm needs at least 2.")
     if loss != "cls" and data.size < evaluation.WINDOW:
