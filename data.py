@@ -13,10 +13,12 @@ import copy
 import datetime
 import functools
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +34,11 @@ CACHE_BYTES = 2 * 2**30  # decoded images kept in memory
 DIGIT = 28  # pixels, height and width of a digit of MNIST
 SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
 LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes, "
-           "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR")
+           "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR; or, for real noise, in "
+           "each of these, instead of images, noisy/ and clean/ with the same file names, or x_noisy.png beside x_clean.png")
+# Files of a pair differ in one word of their names: that of the noisy one, that of the clean one.
+PAIR_WORDS = (("real", "mean"), ("noisy", "clean"), ("noisy", "gt"))
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels; L is ITU-R 601 luma, (299 R + 587 G + 114 B) / 1000
 
 
 class DataError(ValueError):
@@ -45,13 +51,17 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """Datasets of one source: dataset[i] -> (uint8 (3, H, W), label or -1); dataset.targets is a list."""
+    """Datasets of one source: dataset[i] -> (uint8 (C, H, W), label or -1); dataset.targets is a list.
+
+    Of pairs (clean, noisy) the images are uint8 (2, C, H, W), see split_pair.
+    """
     name: str
-    train: Dataset
+    train: Dataset | None
     val: Dataset
     test: Dataset | None
     classes: list[str] | None  # None: no labels, fit for denoisers only
     size: int  # side of the training images in pixels
+    channels: int = 3
 
 
 def mix(*numbers):
@@ -107,19 +117,89 @@ def sample_sigma(count, low, high, generator, device, levels=0):
     return (low + (high - low) * unit).to(device)
 
 
-def add_noise(images, sigma, generator=None, clip=False):
-    """images + sigma * N(0, 1), drawn on the device of images.
+def _gaussian(images, sigma, normal, poisson):
+    """images + sigma * N(0, 1)."""
+    return images + sigma * normal
 
-    images (B, 3, H, W) float in [0, 1]; sigma a number or (B,). The result is clipped to [0, 1] only when
-    asked for: the paper does not say; here the noise stays Gaussian by default.
+
+def _poisson_gaussian(images, sigma, normal, poisson):
+    """a * Poisson(x / a) + b * N(0, 1): photons and the noise of reading them; variance a * x + b^2 (Foi et al. 2008).
+
+    a = 0.9 sigma^2 and b^2 = 0.1 sigma^2, so that sigma is the standard deviation at white (our choice: the thesis, 3.2.1,
+    describes the noise and gives no numbers). Of x below 0 no photons come.
     """
+    sigma = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
+    # Below 0.001 the photons are those of 0.001, scaled: so many are as good as Gaussian, and more overflow on CUDA.
+    least = sigma.clamp(min=1e-3)
+    gain, light = 0.9 * least.square(), images.clamp(min=0)
+    shot = (gain * poisson(light / gain) - light) * (sigma / least)
+    return images + shot + 0.1 ** 0.5 * sigma * normal
+
+
+# name -> (function of images (B, C, H, W), sigma (a number or (B, 1, 1, 1)), standard normal noise, a function that draws
+# photons around a rate, of the shape of the images; words for reports)
+NOISES = {"gaussian": (_gaussian, "Gaussian, sigma on [0, 1]"),
+          "poisson-gaussian": (_poisson_gaussian, "Poisson-Gaussian, sigma on [0, 1] that of white")}
+
+
+def _column(sigma):
+    """sigma of each image (B,) as (B, 1, 1, 1); a number stays one."""
+    return sigma.view(-1, 1, 1, 1) if isinstance(sigma, torch.Tensor) and sigma.ndim else sigma
+
+
+def add_noise(images, sigma, generator=None, clip=False, kind="gaussian"):
+    """images with noise of a kind of NOISES, drawn on the device of images or of the generator.
+
+    images (B, C, H, W) float in [0, 1]; sigma a number or (B,). The result is clipped to [0, 1] only when
+    asked for: the paper does not say; here the noise stays as it is by default.
+    """
+    device = generator.device if generator else images.device
     # empty_like keeps channels-last, so that the sum needs no change of layout
-    noise = torch.empty_like(images, device=generator.device if generator else images.device)
-    noise = noise.normal_(generator=generator).to(images.device)
-    if isinstance(sigma, torch.Tensor) and sigma.ndim:
-        sigma = sigma.to(images).view(-1, *[1] * (images.ndim - 1))  # (B, 1, 1, 1)
-    noisy = noise.mul_(sigma).add_(images)
+    normal = torch.empty_like(images, device=device).normal_(generator=generator).to(images.device)
+    if isinstance(sigma, torch.Tensor):
+        sigma = _column(sigma.to(images))
+    noisy = NOISES[kind][0](images, sigma, normal,
+                            lambda rate: torch.poisson(rate.to(device), generator=generator).to(rate.device))
     return noisy.clamp_(0, 1) if clip else noisy
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a training or a search: sigma ~ U[0, sigma_max] per image, for images in [0, 1]; ValueError for a bad one.
+
+    levels: of so many values, evenly spaced from 0 to sigma_max, instead (0: of all). sigmas: one of these instead of
+    both; a single one is a fixed level. kind: one of NOISES.
+    """
+    sigma_max: float = 1.0
+    levels: int = 0
+    sigmas: tuple[float, ...] = ()
+    kind: str = "gaussian"
+
+    def __post_init__(self):
+        if self.kind not in NOISES:
+            raise ValueError(f"the noise {self.kind!r} is unknown; known are {', '.join(NOISES)}")
+        if min(self.sigma_max, *self.sigmas, self.levels) < 0:
+            raise ValueError("sigmas and levels must not be negative")
+
+    def __bool__(self):
+        """Whether there is any noise."""
+        return max(self.sigmas, default=self.sigma_max) > 0
+
+    def sample(self, count, generator, device):
+        """The noise levels of `count` images: (count,) float32 on device."""
+        if not self.sigmas:
+            return sample_sigma(count, 0.0, self.sigma_max, generator, device, self.levels)
+        how = dict(generator=generator, device=generator.device if generator else device)
+        places = torch.randint(len(self.sigmas), (count,), **how)
+        return torch.tensor(self.sigmas, dtype=torch.float32, device=places.device)[places].to(device)
+
+    def validation_sigma(self, place):
+        """The level of the validation image at a place of its split: `sigmas` in turn, or 11 even steps of [0, sigma_max]."""
+        return self.sigmas[place % len(self.sigmas)] if self.sigmas else self.sigma_max * (place % 11) / 10
+
+    def add(self, images, sigma, generator=None, clip=False):
+        """As add_noise, of this kind."""
+        return add_noise(images, sigma, generator, clip, self.kind)
 
 
 def evaluation_noise(shape, index, seed=0):
@@ -130,6 +210,51 @@ def evaluation_noise(shape, index, seed=0):
     """
     rng = np.random.default_rng(mix(seed, index))
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def literature_noise(shape, index=0, seed=0):
+    """The fixed test noise of the denoising literature: numpy's RandomState(0) for every image, drawn as (H, W, C).
+
+    (C, H, W) float32 on the CPU, standard normal. index and seed have no influence.
+    """
+    channels, height, width = shape
+    return torch.from_numpy(np.random.RandomState(0).normal(0, 1, (height, width, channels))).permute(2, 0, 1).float()
+
+
+PROTOCOLS = {"own": evaluation_noise, "literature": literature_noise}  # name -> the noise of an evaluation image
+
+
+def check_protocol(kind, protocol):
+    """ValueError where a kind of noise and a protocol do not go together."""
+    if protocol != "own" and kind != "gaussian":
+        raise ValueError(f"The noise protocol {protocol!r} is of Gaussian noise: take --noise gaussian, or "
+                         "--noise-protocol own.")
+
+
+def evaluation_draw(images, places, seed=0, kind="gaussian", protocol="own"):
+    """Noise for the images (B, C, H, W), 8-bit values in [0, 1], at these places of a split.
+
+    Returns a function of sigma, a number or (B,), that gives the noisy images. The noise is the same for every batch
+    size and device, and scaled by sigma where it is Gaussian. ValueError as in check_protocol.
+    """
+    check_protocol(kind, protocol)
+    normal = torch.stack([PROTOCOLS[protocol](images.shape[1:], place, seed) for place in places])
+    add, _ = NOISES[kind]
+    if kind == "gaussian":
+        normal = normal.to(images.device, memory_format=torch.channels_last)
+        return lambda sigma: add(images, _column(sigma), normal, None)
+    # On the CPU and from the 8-bit values: the last digit of a rate may differ on another device.
+    pixels = images.cpu().mul(255).round().div(255)
+
+    def noisy(sigma):
+        generators = [np.random.default_rng(mix(seed, place, 1)) for place in places]
+
+        def poisson(rates):
+            return torch.stack([torch.from_numpy(generator.poisson(rate.numpy()))
+                                for generator, rate in zip(generators, rates.contiguous())]).float()
+        sigma = _column(sigma.cpu()) if isinstance(sigma, torch.Tensor) else sigma
+        return add(pixels, sigma, normal, poisson).to(images.device, memory_format=torch.channels_last)
+    return noisy
 
 
 # --- Splits -------------------------------------------------------------------------------------------------
@@ -493,39 +618,49 @@ def list_images(folder, recursive=False):
 
 
 class Pictures(Dataset):
-    """Image files read when asked for: transform(PIL RGB image) -> uint8 (3, H, W); None: the whole image.
+    """Image files read when asked for: transform(PIL image) -> uint8 (C, H, W); None: the whole image.
 
-    A random transform depends on (seed, epoch, index) alone, whatever the number of workers; see set_epoch. Decoded
-    images are kept in memory as long as they fit into CACHE_BYTES (of all workers together).
+    noisy: the files of the same pictures with real noise; items are then uint8 (2, C, H, W), (clean, noisy), both
+    transformed alike. crops: each picture comes so many times an epoch. A random transform depends on (seed, epoch,
+    index) alone, whatever the number of workers; see set_epoch. Decoded images are kept in memory as long as they fit
+    into CACHE_BYTES (of all workers together).
     """
 
-    def __init__(self, paths, targets=None, transform=None, seed=0):
-        self.paths = list(paths)
-        self.targets = [-1] * len(self.paths) if targets is None else list(targets)
-        self.transform, self.seed = transform or v2.PILToTensor(), seed
+    def __init__(self, paths, targets=None, transform=None, seed=0, channels=3, noisy=None, crops=1):
+        self.paths, self.noisy, self.crops = list(paths), noisy, crops
+        self.targets = ([-1] * len(self.paths) if targets is None else list(targets)) * crops
+        self.transform, self.seed, self.mode = transform or v2.PILToTensor(), seed, MODES[channels]
         self.whole = transform is None  # images keep their own sizes, so they cannot share a batch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see it change
         self.decoded, self.decoded_bytes = {}, 0
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.targets)
 
     def __getitem__(self, index):
-        image = self._load(index)
+        label, images = self.targets[index], self._load(index % len(self.paths))
         with torch.random.fork_rng(devices=[]):
-            # not torch.manual_seed, which would also reset the generator of the GPU
-            torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
-            return self.transform(image), self.targets[index]
+            for place, image in enumerate(images):
+                # not torch.manual_seed, which would also reset the generator of the GPU
+                torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
+                images[place] = self.transform(image)
+        return images[0] if self.noisy is None else torch.stack(images), label
 
     def _load(self, index):
-        image = self.decoded.get(index)
-        if image is None:
-            image = load_image(self.paths[index])
-            worker, size = get_worker_info(), 3 * image.width * image.height
+        """The picture, or the clean and the noisy one, as a list."""
+        images = self.decoded.get(index)
+        if images is None:
+            files = [self.paths[index], *([] if self.noisy is None else [self.noisy[index]])]
+            images = [load_image(file).convert(self.mode) for file in files]
+            if len({image.size for image in images}) > 1:
+                (width, height), (other_width, other_height) = (image.size for image in images)
+                raise DataError(f"the noisy image {files[1]} has {other_width} x {other_height} pixels and its clean one "
+                                f"{width} x {height}: make them alike or remove both")
+            worker, size = get_worker_info(), sum(len(image.getbands()) * image.width * image.height for image in images)
             if self.decoded_bytes + size <= CACHE_BYTES // (worker.num_workers if worker else 1):
-                self.decoded[index] = image
+                self.decoded[index] = images
                 self.decoded_bytes += size
-        return image
+        return list(images)
 
 
 class _ResizeAndCrop:
@@ -543,8 +678,15 @@ class _ResizeAndCrop:
         return v2.functional.center_crop(v2.functional.resize(image, short), self.size)
 
 
+def _transpose(image):
+    """A PIL image mirrored at its diagonal; with the two flips that makes all quarter turns."""
+    return image.transpose(Image.Transpose.TRANSPOSE)
+
+
 def _transform(size, labelled, augment):
-    """What a folder's images go through on their way to uint8 (3, H, W); None: nothing, the whole image.
+    """What a folder's images go through on their way to uint8 (C, H, W); None: nothing, the whole image.
+
+    Without labels: crops of size x size, flips and quarter turns.
 
     Milder than the papers' on ImageNet: crops of 25 % of the area or more (torchvision's default is 8 %, but
     much enlarged crops are smooth, too easy for a denoiser), brightness, contrast and saturation jitter 0.2.
@@ -556,20 +698,81 @@ def _transform(size, labelled, augment):
         steps = [_ResizeAndCrop(size)]
     elif augment:
         steps = [v2.RandomCrop(size, pad_if_needed=True, padding_mode="reflect"), v2.RandomHorizontalFlip(),
-                 v2.RandomVerticalFlip()]
+                 v2.RandomVerticalFlip(), v2.RandomApply([_transpose])]
     else:
         return None
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def _scan(folder):
-    """(paths, targets, classes) of a folder that holds class folders, or images directly (classes None)."""
+class Part(NamedTuple):
+    """What a folder holds."""
+    paths: list[Path]
+    targets: list[int]  # a label each, or -1
+    classes: list[str] | None
+    noisy: list[Path] | None  # the same pictures with real noise
+
+    def take(self, indices):
+        """The images of these places."""
+        return Part([self.paths[i] for i in indices], [self.targets[i] for i in indices], self.classes,
+                    None if self.noisy is None else [self.noisy[i] for i in indices])
+
+
+def _subfolders(folder):
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _without(path, word):
+    """The stem of a file with the last `word` in it, whatever its case, as "|", or None where it is not there by itself."""
+    stem = path.stem.lower()
+    found = list(re.finditer(rf"(?<![a-z]){word}(?![a-z])", stem)) if word in stem else []
+    return f"{stem[:found[-1].start()]}|{stem[found[-1].end():]}" if found else None
+
+
+def _by_name(named):
+    """{name: file} of (name, file); DataError where two files of one kind have the same name."""
+    files = {}
+    for name, path in named:
+        if name in files:
+            raise DataError(f"{files[name]} and {path} are the same side of one pair of images: remove one")
+        files[name] = path
+    return files
+
+
+def _find_pairs(folder):
+    """(clean files, noisy files) of a folder of pairs, see LAYOUTS, or None; DataError names a file without a partner."""
     images = list_images(folder)
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if _subfolders(folder) == ["clean", "noisy"] and not images:
+        clean, noisy = ([(path.stem, path) for path in list_images(folder / kind)] for kind in ("clean", "noisy"))
+    else:
+        for words in PAIR_WORDS:
+            noisy, clean = ([(_without(path, word), path) for path in images if _without(path, word)] for word in words)
+            if dict(noisy).keys() & dict(clean).keys():
+                break
+        else:
+            return None
+        clean += [(path, path) for path in sorted(set(images) - {path for _, path in clean + noisy})]
+    clean, noisy = _by_name(clean), _by_name(noisy)
+    if not clean and not noisy:
+        return None
+    for files, others, kind in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
+        for name, path in files.items():
+            if name not in others:
+                raise DataError(f"{folder} holds pairs of noisy and clean images, but {path} has no {kind} one: add that, or "
+                                "remove this")
+    names = sorted(clean, key=clean.get)
+    return [clean[name] for name in names], [noisy[name] for name in names]
+
+
+def _scan(folder):
+    """The Part of a folder that holds class folders, images directly, or pairs."""
+    pairs = _find_pairs(folder)
+    if pairs:
+        return Part(pairs[0], [-1] * len(pairs[0]), None, pairs[1])
+    images, classes = list_images(folder), _subfolders(folder)
     if images and classes:
         raise DataError(f"{folder} holds both images and folders; {LAYOUTS}")
     if images:
-        return images, [-1] * len(images), None
+        return Part(images, [-1] * len(images), None, None)
     if len(classes) < 2:
         holds = f"only one folder ({classes[0]})" if classes else "no images"
         raise DataError(f"{folder} holds {holds}; {LAYOUTS}")
@@ -580,67 +783,114 @@ def _scan(folder):
             raise DataError(f"the class folder {folder / name} holds no images: add some or remove it")
         paths += found
         targets += [label] * len(found)
-    return paths, targets, classes
+    return Part(paths, targets, classes, None)
 
 
-def _load_folder(name, size, seed, train_images, val_images, augment):
-    """Datasets of an image folder, see LAYOUTS. Without a val folder, a tenth of each class is held back."""
+def _find_parts(folder, train_folders):
+    """{"train": Part, and "val", "test" where there are such folders}; with train_folders no "val", see load_data."""
+    trains = list(dict.fromkeys(train_folders or ["train"]))
+    for name in trains if train_folders else ():
+        if not (folder / name).is_dir():
+            raise DataError(f"--train-folders: there is no folder {folder / name}")
+    others = [name for name in (("test",) if train_folders else ("val", "test")) if name not in trains]
+    scans = {name: _scan(folder / name) for name in (*trains, *others) if (folder / name).is_dir()}
+    if not scans:
+        return {"train": _scan(folder)}
+    if trains[0] not in scans:
+        raise DataError(f"{folder} holds {' and '.join(scans)} but no train folder; {LAYOUTS}")
+    first = scans[trains[0]]
+    for name, part in scans.items():
+        where = f"{folder / trains[0]} and {folder / name}"
+        if (part.classes is None) != (first.classes is None):
+            raise DataError(f"of {where} one holds class folders, the other images; {LAYOUTS}")
+        if part.classes != first.classes:
+            differing = ", ".join(sorted(set(part.classes) ^ set(first.classes))[:5])
+            raise DataError(f"the classes of {where} differ ({differing}): give both the same class folders")
+        if (part.noisy is None) != (first.noisy is None):
+            raise DataError(f"of {where} one holds pairs of noisy and clean images, the other single images; {LAYOUTS}")
+    parts = {name: scans[name] for name in others if name in scans}
+    together = [scans[name] for name in trains]
+    parts["train"] = Part(*(sum((part[field] for part in together), []) for field in range(2)), first.classes,
+                          None if first.noisy is None else sum((part.noisy for part in together), []))
+    return parts
+
+
+def _existing(name):
     folder = Path(name)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
-    parts = {s: _scan(folder / s) for s in ("train", "val", "test") if (folder / s).is_dir()}
-    if not parts:
-        parts["train"] = _scan(folder)
-    if "train" not in parts:
-        raise DataError(f"{folder} holds {' and '.join(parts)} but no train folder; {LAYOUTS}")
-    paths, targets, classes = parts["train"]
-    for split, (_, _, others) in parts.items():
-        if (others is None) != (classes is None):
-            raise DataError(f"of {folder / 'train'} and {folder / split} one holds class folders, the other "
-                            f"images; {LAYOUTS}")
-        if others != classes:
-            differing = ", ".join(sorted(set(others) ^ set(classes))[:5])
-            raise DataError(f"the classes of {folder / 'train'} and {folder / split} differ ({differing}): "
-                            "give both the same class folders")
+    return folder
+
+
+def _load_folder(name, size, seed, train_images, val_images, augment, channels, crops, train_folders):
+    """Datasets of an image folder, see LAYOUTS. Without a val folder, a tenth of each class is held back."""
+    folder = _existing(name)
+    parts = _find_parts(folder, train_folders)
+    classes = parts["train"].classes
+    if classes is not None and crops > 1:
+        raise DataError(f"--crops is for folders without labels, and {folder} holds class folders: leave it out")
     if "val" not in parts:
-        kept, held = stratified_split(targets, 0.9, seed)
+        kept, held = stratified_split(parts["train"].targets, 0.9, seed)
         if not held:
             raise DataError(f"{folder} holds too few images to hold some back for validation; {LAYOUTS}")
-        parts["train"], parts["val"] = (([paths[i] for i in part], [targets[i] for i in part])
-                                        for part in (kept, held))
+        parts["train"], parts["val"] = parts["train"].take(kept), parts["train"].take(held)
 
-    def dataset(split, count, augment):
+    def dataset(split, count, augment, crops=1):
         if split not in parts:
             return None
-        paths, targets = parts[split][:2]
-        chosen = _choose(targets, count, seed)
-        return Pictures([paths[i] for i in chosen], [targets[i] for i in chosen],
-                        _transform(size, classes is not None, augment), seed)
-    return (dataset("train", train_images, augment), dataset("val", val_images, False),
+        part = parts[split].take(_choose(parts[split].targets, count, seed))
+        return Pictures(part.paths, part.targets, _transform(size, classes is not None, augment), seed, channels,
+                        part.noisy, crops)
+    return (dataset("train", train_images, augment, crops), dataset("val", val_images, False),
             dataset("test", None, False), classes)
 
 
 # --- Entry points -------------------------------------------------------------------------------------------
 
-def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, augment=True):
+def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, augment=True, grey=False,
+              crops=1, train_folders=None):
     """Data named `digits`, `mnist`, `digit-pairs`, `mnist-pairs` (MNIST is found under root, or downloaded), or the
     path of an image folder.
 
     size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). train_images, val_images: limits, chosen by
     the seed in proportion to the classes. augment=False gives the training images of a folder the validation
     transform. Where there is no val folder the split follows the seed, so evaluate with the seed of the
-    training. DataError says what is wrong.
+    training. Of a folder, grey: one channel (MODES); crops: random crops of each training image an epoch, without
+    labels; train_folders: names of the folders in it that training images come from, all together, of which a tenth is
+    held back for validation. DataError says what is wrong.
     """
     load, default_size = SCENES.get(name, (None, 224))
     size = default_size if size is None else size
     if size < 8:
         raise DataError(f"the image size must be at least 8 pixels, not {size}")
-    test, classes = None, [str(digit) for digit in range(10)]
+    test, classes, channels = None, [str(digit) for digit in range(10)], 1 if grey else 3
     if load is not None:
+        for flag, given in (("--grey", grey), ("--crops", crops > 1), ("--train-folders", train_folders)):
+            if given:
+                raise DataError(f"{flag} is for image folders, and {name} is drawn: leave it out")
         train, val = load(root, size, seed, train_images, val_images)
     else:
-        train, val, test, classes = _load_folder(name, size, seed, train_images, val_images, augment)
-    return Data(str(name), train, val, test, classes, size)
+        train, val, test, classes = _load_folder(name, size, seed, train_images, val_images, augment, channels, crops,
+                                                 train_folders)
+    return Data(str(name), train, val, test, classes, size, channels)
+
+
+def load_everything(name, *, size=None, grey=False):
+    """Every picture below a folder, whole and without its label, as `val` of Data: a test set such as CBSD68.
+
+    Pairs are understood in the folder itself and in train, val and test in it, and are then all that is taken.
+    """
+    if name in SCENES:
+        raise DataError(f"all splits together are for image folders, and {name} is drawn: take one split")
+    folder = _existing(name)
+    channels = 1 if grey else 3
+    found = [pairs for pairs in map(_find_pairs, [folder, *(folder / split for split in ("train", "val", "test")
+                                                           if (folder / split).is_dir())]) if pairs]
+    paths = sum((clean for clean, _ in found), []) or list_images(folder, recursive=True)
+    if not paths:
+        raise DataError(f"{folder} holds no images; {LAYOUTS}")
+    pictures = Pictures(paths, channels=channels, noisy=sum((noisy for _, noisy in found), []) or None)
+    return Data(str(name), None, pictures, None, None, size or 224, channels)
 
 
 def _source(dataset):
@@ -681,7 +931,9 @@ def _ignore_signals(_):
 
 
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu"):
-    """Loader of (uint8 (B, 3, H, W), int64 (B,)), in an order of its own, see Order and set_epoch.
+    """Loader of (uint8 (B, C, H, W), int64 (B,)), in an order of its own, see Order and set_epoch.
+
+    Of pairs the images are (B, 2, C, H, W), see split_pair.
 
     Whole images (unlabelled validation) differ in size, so they come one by one whatever batch_size is.
     drop_last is ignored when no batch would be left. batch_size is that of one process.
@@ -714,14 +966,32 @@ def twin(dataset):
     return other
 
 
+def split_dataset(dataset, fraction, seed):
+    """stratified_split of a dataset's images, with all crops of one on the same side: two sorted lists of indices."""
+    crops = getattr(dataset, "crops", 1)
+    count = len(dataset) // crops
+    return tuple([crop * count + place for crop in range(crops) for place in part]
+                 for part in stratified_split(dataset.targets[:count], fraction, seed))
+
+
 def split_labels(labels, device):
     """Labels of a loader on a device: ((B,), None); of pairs ((B * 2,), boxes (B, 2, 4): left, top, right, bottom)."""
     labels = labels.to(device, non_blocking=True)
     return (labels, None) if labels.ndim == 1 else (labels[..., 0].flatten(), labels[..., 1:])
 
 
+def split_pair(images):
+    """Images of a loader as (clean, noisy), each (B, C, H, W); noisy is None where noise is still to be added."""
+    return images.unbind(1) if images.ndim == 5 else (images, None)
+
+
+def is_paired(dataset):
+    """Whether a dataset's images are pairs, (clean, noisy)."""
+    return getattr(_source(dataset), "noisy", None) is not None
+
+
 def to_float(images, device):
-    """uint8 (B, 3, H, W) to float32 in [0, 1], channels-last, on device."""
+    """uint8 (B, C, H, W) to float32 in [0, 1], channels-last, on device."""
     images = images.to(device, non_blocking=True)  # moved as bytes, a quarter of the traffic
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
@@ -738,9 +1008,12 @@ def whole(low, high=2**31 - 1):
 
 
 def number(low, high):
-    """A type for argparse: a number in [low, high]; nan is refused."""
+    """A type for argparse: a number in [low, high], or a fraction such as 25/255; nan is refused."""
     def convert(text):
-        value = float(text)
+        above, *below = (float(part) for part in text.split("/"))
+        if len(below) > 1 or below == [0.0]:
+            raise ValueError
+        value = above / below[0] if below else above
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return value
@@ -748,8 +1021,8 @@ def number(low, high):
     return convert
 
 
-def add_data_arguments(parser):
-    """Add the flags that search.py, train.py and eval.py share."""
+def add_data_arguments(parser, training=True):
+    """Add the flags that search.py, train.py and eval.py share, and those of training images alone, see data_from."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", metavar="NAME",
                        help="digits (drawn, no download), mnist, digit-pairs, mnist-pairs (two digits, as in the "
@@ -757,23 +1030,58 @@ def add_data_arguments(parser):
     group.add_argument("--data-root", default="data", metavar="DIR",
                        help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
     group.add_argument("--size", type=whole(8, 65536), metavar="PIXELS",
-                       help="side of the training images in pixels (default: 64 for digits and mnist, "
-                       "96 for pairs, 224 for a folder)")
+                       help="side of the training images in pixels, that of the crops of a folder without labels "
+                       "(default: 64 for digits and mnist, 96 for pairs, 224 for a folder)")
     group.add_argument("--train-images", type=whole(1), metavar="N",
                        help="number of training images (default: 4000 drawn digits, 25000 mnist-pairs, else all)")
     group.add_argument("--val-images", type=whole(1), metavar="N",
                        help="number of validation images (default: 1000 drawn digits, 5000 mnist-pairs, else all)")
+    group.add_argument("--train-folders", nargs="+", metavar="NAME",
+                       help="folders in --data whose images are for training, all together, a tenth of them held back for "
+                       "validation instead of a val folder (default: train, and val where there is one)")
     group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
+    if training:
+        group.add_argument("--grey", action="store_true",
+                           help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks (default: RGB)")
+        group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
+                           help="random crops of each training image an epoch, of a folder without labels (default: %(default)s)")
+
+
+def data_from(args):
+    """The Data that the flags of add_data_arguments ask for, split by --seed."""
+    return load_data(args.data, root=args.data_root, size=args.size, seed=args.seed, train_images=args.train_images,
+                     val_images=args.val_images, grey=args.grey, crops=args.crops, train_folders=args.train_folders)
+
+
+def add_noise_arguments(parser):
+    """Add the flags of the noise in a training, see Noise."""
+    group = parser.add_argument_group("noise")
+    group.add_argument("--noise", choices=NOISES, default="gaussian",
+                       help="gaussian; or poisson-gaussian: photons and the noise of reading them, of standard deviation "
+                       "sigma at white, less in the dark (default: %(default)s)")
+    group.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
+                       help="sigma is drawn from U[0, S] per image, for images in [0, 1]; 0: clean; 25/255 is understood "
+                       "too, here and below (default: %(default)s)")
+    group.add_argument("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
+                       help="draw sigma from N evenly spaced values in [0, S] instead; 0: from all (default: %(default)s)")
+    group.add_argument("--sigmas", type=number(0, 10), nargs="+", metavar="S",
+                       help="draw sigma from these values instead of both; one: a fixed level (default: not given)")
+
+
+def noise_from(args):
+    """The Noise that the flags of add_noise_arguments ask for."""
+    return Noise(args.sigma, args.sigma_levels, tuple(args.sigmas or ()), args.noise)
 
 
 def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
-    """Write a PNG: one training image of each of the first classes, a row for each noise level."""
+    """Write a PNG: one training image of each of the first classes, a row for each noise level, or clean and noisy."""
     targets = data.train.targets
     firsts = [targets.index(label) for label in sorted(set(targets))] if data.classes else range(len(targets))
-    images = to_float(torch.stack([data.train[i][0] for i in firsts[:columns]]), "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    rows = [add_noise(images, sigma, generator, clip=True) for sigma in sigmas]  # a picture cannot but clip
+    images, noisy = split_pair(torch.stack([data.train[i][0] for i in firsts[:columns]]))
+    images, generator = to_float(images, "cpu"), torch.Generator().manual_seed(seed)
+    rows = ([images, to_float(noisy, "cpu")] if noisy is not None else
+            [add_noise(images, sigma, generator, clip=True) for sigma in sigmas])  # a picture cannot but clip
     grid = utils.make_grid(torch.cat(rows), nrow=len(images), padding=2, pad_value=1)
     beside = Path(f"{path}.part")
     v2.functional.to_pil_image(grid).save(beside, format="PNG")
@@ -792,7 +1100,7 @@ def build_parser():
     group = parser.add_argument_group("output")
     group.add_argument("--output", default="preview.png", metavar="FILE",
                        help="PNG to write: a column for each class, a row each for sigma 0, 0.2, 0.5, 1.0, "
-                       "clipped (default: %(default)s)")
+                       "clipped, or for clean and noisy images of pairs (default: %(default)s)")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N",
                        help="seed of images, splits and noise (default: %(default)s)")
     return parser
@@ -802,8 +1110,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        data = load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
-                         train_images=args.train_images, val_images=args.val_images)
+        data = data_from(args)
         preview(data, args.output, args.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -814,7 +1121,8 @@ def main(argv=None):
             size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
             print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size}")
     print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only")
-    print(f"wrote {args.output}: sigma 0, 0.2, 0.5, 1.0 from top to bottom")
+    rows = "clean above noisy" if is_paired(data.train) else "sigma 0, 0.2, 0.5, 1.0 from top to bottom"
+    print(f"wrote {args.output}: {rows}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python eval.py                                        # runs/train/best.pt on the data it was trained for
     python eval.py --checkpoint runs/train/best.pt --data my_images --split test
+    python eval.py --data CBSD68 --split all --sigmas 15/255 25/255 50/255 --noise-protocol literature
     python eval.py --input holiday.jpg                    # denoise and classify a picture, or a folder of them
 
 Reads a checkpoint of train.py. Writes metrics.json, table.txt and grid.png, or with --input the denoised pictures
@@ -65,6 +66,17 @@ def to_8bit(image: Tensor) -> Tensor:
     return image.clamp(0, 1).mul(255).round().div(255)
 
 
+def luma(image: Tensor) -> Tensor:
+    """Y of YCbCr, as the super-resolution literature measures it: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [16, 235] / 255.
+
+    ITU-R 601 in studio range, MATLAB's rgb2ycbcr, not rounded to 8 bit. Raises ValueError where there are not three channels.
+    """
+    if image.shape[1] != 3:
+        raise ValueError(f"The luma of an image needs its 3 channels, not {image.shape[1]}; measure a grey image as it is.")
+    weights = torch.tensor((65.481, 128.553, 24.966), dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    return ((image * weights).sum(1, keepdim=True) + 16) / 255
+
+
 def _pair(image: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     if image.shape != reference.shape or image.dim() != 4:
         raise ValueError("PSNR and SSIM need two (B, C, H, W) images of one shape, not "
@@ -113,8 +125,13 @@ _blur = _Blur.apply
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device | str = "cpu", seed: int = 0,
-             clip: bool = False, progress: bool = True) -> dict:
-    """Measure a network (already on `device`) on a loader of (uint8 (B, 3, H, W), labels (B,)) at every noise level.
+             clip: bool = False, noise: str = "gaussian", protocol: str = "own", shave: int = 0, y_only: bool = False,
+             progress: bool = True) -> dict:
+    """Measure a network (already on `device`) on a loader of (uint8 (B, C, H, W), labels (B,)) at every noise level.
+
+    noise: one of data.NOISES; protocol: one of data.PROTOCOLS. Where the images are pairs (data.split_pair) their own noise
+    is the only level, with the sigma "real". shave: so many pixels at each border, and y_only: all but `luma`, are left out
+    of PSNR and SSIM.
 
     Returns {"images", "labelled_images", "ssim_images", "num_classes", "chance_accuracy", "protocol", "levels": one
     record per sigma, "means": {"all_levels", "noisy_levels" (sigma > 0)}}. A record has, each a mean over the
@@ -129,25 +146,27 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     """
     from tqdm import tqdm
 
-    from data import rank_and_world, split_labels, to_float
+    from data import NOISES, is_paired, rank_and_world, split_labels
     from models import run
 
     rank, world = rank_and_world()
+    sigmas = ("real",) if is_paired(getattr(loader, "dataset", None)) else sigmas
     was_training = network.training
     network.eval()
     levels = [defaultdict(list) for _ in sigmas]  # per level: name -> one value per image
-    count, num_classes = 0, None
+    count, num_classes, channels = 0, None, 3
     try:
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
-            clean = to_float(images, device)  # (B, 3, H, W)
-            noise = noise_batch(clean, [rank + (count + i) * world for i in range(len(images))], seed)
+            places = [rank + (count + i) * world for i in range(len(images))]
+            clean, noisy_at = clean_and_noisy(images, places, device, seed, clip, noise, protocol)  # (B, C, H, W)
             reference, (labels, boxes) = clean.double(), split_labels(labels, device)
+            channels = clean.shape[1]
             for sigma, values in zip(sigmas, levels):
-                noisy = _noisy(clean, noise, sigma, clip)
+                noisy = noisy_at(sigma)
                 image, logits = run(network, noisy, boxes)
                 if image is not None:
-                    _add_quality(values, "", to_8bit(image.float()).double(), reference)
-                    _add_quality(values, "input_", noisy.double(), reference)
+                    _add_quality(values, "", to_8bit(image.float()).double(), reference, shave, y_only)
+                    _add_quality(values, "input_", noisy.double(), reference, shave, y_only)
                 if logits is not None:
                     num_classes = logits.shape[1]
                     _add_hits(values, logits[labels >= 0], labels[labels >= 0])
@@ -159,18 +178,24 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     if not count:
         raise ValueError("There is no image to evaluate on.")
 
-    records = [{"sigma": float(sigma), **{name: _mean(values[name]) for name in COLUMNS}}
+    real = sigmas == ("real",)
+    records = [{"sigma": sigma if real else float(sigma), **{name: _mean(values[name]) for name in COLUMNS}}
                for sigma, values in zip(sigmas, levels)]
     return {"images": count, "labelled_images": len(levels[0]["accuracy"]), "ssim_images": len(levels[0]["ssim"]),
             "num_classes": num_classes, "chance_accuracy": 1 / num_classes if num_classes else None,
-            "protocol": {"colour": "RGB", "noise": "Gaussian, sigma on [0, 1]", "noise_clipped": clip,
-                         "noise_seed": seed, "output": "clamped to [0, 1], rounded to 8 bit",
-                         "input": "clipped to [0, 1], not rounded" if clip else "not clipped, not rounded",
+            "protocol": {"colour": "Y (ITU-R 601, 16 to 235)" if y_only else "grey" if channels == 1 else "RGB",
+                         "shaved_px": shave, "self_ensemble": isinstance(network, SelfEnsemble),
+                         "noise": "real, of the pictures themselves" if real else NOISES[noise][1],
+                         "noise_protocol": None if real else protocol, "noise_clipped": clip and not real,
+                         "noise_seed": seed if protocol == "own" and not real else None,
+                         "output": "clamped to [0, 1], rounded to 8 bit",
+                         "input": "as in its file" if real else "clipped to [0, 1], not rounded" if clip else
+                                  "not clipped, not rounded",
                          "psnr": "per image, then the mean; inf where two images are equal",
                          "ssim": "Gaussian 11x11, sigma 1.5, valid region; per image, then the mean"},
             "levels": records,
             "means": {"all_levels": _level_means(records),
-                      "noisy_levels": _level_means([record for record in records if record["sigma"] > 0])}}
+                      "noisy_levels": _level_means([record for record in records if real or record["sigma"] > 0])}}
 
 
 def _gather(count: int, num_classes: int | None, levels: list[dict]) -> tuple[int, int | None, list[dict]]:
@@ -185,20 +210,31 @@ def _gather(count: int, num_classes: int | None, levels: list[dict]) -> tuple[in
     return sum(part[0] for part in parts), max((part[1] for part in parts if part[1]), default=None), merged
 
 
-def noise_batch(clean: Tensor, places: list[int], seed: int) -> Tensor:
-    """Standard normal noise for the images at these places of a split, as `clean` in shape and device."""
-    from data import evaluation_noise
+def clean_and_noisy(images: Tensor, places: list[int], device: torch.device | str, seed: int = 0, clip: bool = False,
+                    noise: str = "gaussian", protocol: str = "own"):
+    """The images of a loader, uint8 (B, C, H, W), at these places of a split: (clean in [0, 1] on the device, noisy).
 
-    noise = torch.stack([evaluation_noise(clean.shape[1:], place, seed) for place in places])
-    return noise.to(clean.device, memory_format=torch.channels_last)
+    noisy(sigma), with a number or (B,), gives the images with noise; of pairs (B, 2, C, H, W) those with their own, always.
+    """
+    from data import evaluation_draw, split_pair, to_float
+
+    clean, real = split_pair(images)
+    clean = to_float(clean, device)
+    if real is not None:
+        real = to_float(real, device)
+        return clean, lambda sigma: real
+    draw = evaluation_draw(clean, places, seed, noise, protocol)
+    return clean, lambda sigma: draw(sigma).clamp(0, 1) if clip else draw(sigma)
 
 
-def _noisy(clean: Tensor, noise: Tensor, sigma: float, clip: bool) -> Tensor:
-    noisy = clean + sigma * noise
-    return noisy.clamp(0, 1) if clip else noisy
-
-
-def _add_quality(values: dict, prefix: str, image: Tensor, reference: Tensor) -> None:
+def _add_quality(values: dict, prefix: str, image: Tensor, reference: Tensor, shave: int, y_only: bool) -> None:
+    if shave:
+        if min(image.shape[-2:]) <= 2 * shave:
+            raise ValueError(f"--shave {shave} leaves nothing of an image of {image.shape[-1]}x{image.shape[-2]} pixels; "
+                             "give less.")
+        image, reference = (x[..., shave:-shave, shave:-shave] for x in (image, reference))
+    if y_only:
+        image, reference = luma(image), luma(reference)
     values[prefix + "psnr_db"] += psnr(image, reference).tolist()
     if min(image.shape[-2:]) >= WINDOW:
         values[prefix + "ssim"] += ssim(image, reference).tolist()
@@ -221,6 +257,40 @@ def _level_means(records: list[dict]) -> dict:
         mean = _mean([record[name] for record in records if record[name] is not None])
         means[name] = None if mean == math.inf else mean
     return means
+
+
+class SelfEnsemble(nn.Module):
+    """A denoiser whose image is the mean over the eight flips and quarter turns of its input, each turned back.
+
+    The logits are those of the upright image: objects are not learned upside down.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not network.denoises:
+            raise ValueError("The network only classifies, so there are no images to average: leave --self-ensemble out.")
+        self.network = network
+        self.denoises, self.classifies, self.channels = True, network.classifies, getattr(network, "channels", 3)
+        self.takes_boxes = getattr(network, "takes_boxes", False)
+        self.train(network.training)
+
+    @staticmethod
+    def turn(image: Tensor, way: int) -> Tensor:
+        """(..., H, W) turned by `way` % 4 quarters, mirrored from way 4 on."""
+        image = image.rot90(way % 4, (-2, -1))
+        return image.flip(-1) if way >= 4 else image
+
+    @staticmethod
+    def turn_back(image: Tensor, way: int) -> Tensor:
+        """What `turn` did, undone."""
+        return (image.flip(-1) if way >= 4 else image).rot90(-(way % 4), (-2, -1))
+
+    def forward(self, x: Tensor, boxes: Tensor | None = None):
+        from models import Output, run
+
+        image, logits = run(self.network, x, boxes)
+        others = (self.turn_back(self.network(self.turn(x, way)).image, way) for way in range(1, 8))
+        return Output((image + sum(others)) / 8, logits)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -247,15 +317,17 @@ def strict_json(content):
 def format_table(metrics: dict) -> str:
     """A table to read, from what `evaluate` returns; with main's `network` and `latency` records also their lines."""
     names = [name for name in COLUMNS if any(record[name] is not None for record in metrics["levels"])]
-    rows = [("sigma", {name: COLUMNS[name][0] for name in names})]
+    real = metrics["levels"][0]["sigma"] == "real"
+    rows = [("noise" if real else "sigma", {name: COLUMNS[name][0] for name in names})]
     means = metrics["means"]
-    for label, record in [*((f"{record['sigma']:g}", record) for record in metrics["levels"]),
-                          ("mean, sigma > 0", means["noisy_levels"]), ("mean, all levels", means["all_levels"])]:
+    for label, record in [*((_level(record["sigma"]), record) for record in metrics["levels"]),
+                          *(() if real else (("mean, sigma > 0", means["noisy_levels"]),
+                                             ("mean, all levels", means["all_levels"])))]:
         rows.append((label, {name: _cell(name, record[name]) for name in names}))
     lines = [f"{label:<17}" + "".join(f"{cells[name]:>{max(6, len(COLUMNS[name][0])) + 2}}" for name in names)
              for label, cells in rows]
     rule = "-" * len(lines[0])
-    lines = [lines[0], rule, *lines[1:-2], rule, *lines[-2:], ""]
+    lines = [lines[0], rule, *lines[1:], ""] if real else [lines[0], rule, *lines[1:-2], rule, *lines[-2:], ""]
 
     images = f"{metrics['images']:,} images"
     if metrics["chance_accuracy"] and metrics["labelled_images"]:
@@ -273,14 +345,26 @@ def format_table(metrics: dict) -> str:
         lines.append(f"latency {record['median_ms']:.2f} ms per batch of {record['batch']} at {record['size']}x"
                      f"{record['size']} ({record['p10_ms']:.2f} to {record['p90_ms']:.2f}, 10 to 90 % of "
                      f"{record['count']} runs) on {record['device']}{threads}")
+    protocol = metrics["protocol"]
     if "psnr_db" in names:
-        protocol = metrics["protocol"]
-        lines.append(f"PSNR (dB) and SSIM on {protocol['colour']}: output {protocol['output']}; noisy input "
-                     f"{protocol['input']}; noise seed {protocol['noise_seed']}")
-    else:
-        lines.append(f"noise {'clipped' if metrics['protocol']['noise_clipped'] else 'not clipped'}, "
-                     f"seed {metrics['protocol']['noise_seed']}")
+        colour, shaved = protocol["colour"], protocol.get("shaved_px")
+        colour += f" without {shaved} pixels at each border" if shaved else ""
+        lines.append(f"PSNR (dB) and SSIM on {colour}: output {protocol['output']}; noisy input {protocol['input']}")
+    if protocol.get("self_ensemble"):  # a file of an older version says nothing of it
+        lines.append("self-ensemble: the image is the mean of eight passes, over flips and quarter turns; latency and "
+                     "multiply-accumulates are those of one")
+    noise = protocol["noise"]
+    if not real:
+        noise += ", clipped to [0, 1]; " if protocol["noise_clipped"] else ", not clipped; "
+        noise += "numpy's RandomState(0) for every image, as in the literature" if protocol["noise_seed"] is None else \
+            f"seed {protocol['noise_seed']}"
+    lines.append(f"noise: {noise}")
     return "\n".join(lines)
+
+
+def _level(sigma: float | str) -> str:
+    """A noise level in a table: its number, or "real"."""
+    return sigma if isinstance(sigma, str) else f"{sigma:g}"
 
 
 def _cell(name: str, value: float | str | None) -> str:
@@ -291,11 +375,12 @@ def _cell(name: str, value: float | str | None) -> str:
 
 
 def to_picture(image: Tensor):
-    """(3, H, W) in [0, 1], clamped if not, or uint8 -> Pillow image."""
+    """(3, H, W) or (1, H, W) in [0, 1], clamped if not, or uint8 -> Pillow image, RGB or L."""
     from PIL import Image
 
     pixels = image if image.dtype == torch.uint8 else to_8bit(image.float()).mul(255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().cpu().numpy())
 
 
 TILE, GAP, LINE = 192, 8, 20  # of the picture grid: pixels
@@ -304,16 +389,17 @@ RIGHT, WRONG, INK = (0, 110, 40), (190, 0, 0), (0, 0, 0)
 
 @torch.inference_mode()
 def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
-              device: torch.device | str = "cpu", seed: int = 0, clip: bool = False,
-              classes: list[str] | None = None) -> None:
+              device: torch.device | str = "cpu", seed: int = 0, clip: bool = False, noise: str = "gaussian",
+              protocol: str = "own", classes: list[str] | None = None) -> None:
     """Save a picture, one row per sigma: noisy | denoised | clean, below it PSNR and the predicted class.
 
-    The examples are drawn from the dataset by the seed and carry the same noise as in `evaluate`. Small images are
-    enlarged without smoothing, of large ones the middle 384 pixels are shown. The network must be in eval mode.
+    PSNR is of the whole picture and all channels. The examples are drawn from the dataset by the seed and carry the same
+    noise as in `evaluate`. Small images are enlarged without smoothing, of large ones the middle 384 pixels are shown. The
+    network must be in eval mode.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from data import split_labels, to_float
+    from data import split_labels
     from models import run, write_file
 
     font = ImageFont.load_default(size=14)
@@ -322,12 +408,12 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
     for number, sigma in enumerate(sigmas):
         index = order[number % len(order)]
         pixels, label = dataset[index]
-        clean = to_float(pixels[None], device)
-        noisy = _noisy(clean, noise_batch(clean, [index], seed), sigma, clip)
+        clean, noisy_at = clean_and_noisy(pixels[None], [index], device, seed, clip, noise, protocol)
+        noisy = noisy_at(sigma)
         labels, boxes = split_labels(torch.as_tensor(label)[None], device)
         image, logits = run(network, noisy, boxes)
         tiles = {"noisy": noisy, "denoised": image, "clean": clean}
-        quality = f"sigma {sigma:g}"
+        quality = "real noise" if sigma == "real" else f"sigma {_level(sigma)}"
         if image is not None:
             before, after = (psnr(x.double(), clean.double()).item() for x in (noisy, to_8bit(image.float())))
             quality += f": PSNR {before:.1f} -> {after:.1f} dB"
@@ -414,17 +500,24 @@ class _WholePool(nn.Module):
 @torch.inference_mode()
 def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str = "cpu", core: int = TILE_CORE,
                   margin: int = TILE_MARGIN) -> Tensor:
-    """Denoise a large picture in tiles: (1, 3, H, W), uint8 or float in [0, 1], on the CPU -> (1, 3, H, W) uint8 on the CPU.
+    """Denoise a large picture in tiles: (1, C, H, W), uint8 or float in [0, 1], on the CPU -> (1, C, H, W) uint8 on the CPU.
 
     Each tile is computed with `margin` pixels around its core (both multiples of 32), so that there are no seams; what
     squeeze-and-excitation pools over the whole picture is collected by passes over all tiles before. The memory needed is that
-    of a tile, and of the picture in 8 bit. The network must be in eval mode.
+    of a tile, and of the picture in 8 bit. Of a SelfEnsemble the whole picture is turned, and the mean is of 8-bit images.
+    The network must be in eval mode.
     """
     from torchvision.ops import SqueezeExcitation
 
     from data import to_float
     from models import ENCODER_STRIDE
 
+    if isinstance(network, SelfEnsemble):
+        total = torch.zeros(image.shape, dtype=torch.int16)
+        for way in range(8):
+            turned = denoise_tiled(network.network, network.turn(image, way), device, core, margin)
+            total += network.turn_back(turned, way)
+        return (total + 4).div_(8, rounding_mode="floor").byte()
     network = copy.copy(getattr(network, "denoiser", network))  # of a sequential network only the first half is needed
     if hasattr(network, "decoder"):
         network.classifies = False
@@ -440,7 +533,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     squeezes: list[nn.Module] = []  # in the order in which they are called
     handles = [module.register_forward_hook(lambda module, *_: squeezes.append(module))
                for module in network.modules() if isinstance(module, SqueezeExcitation)]
-    network(torch.zeros(1, 3, 64, 64, device=device))
+    network(torch.zeros(1, image.shape[1], 64, 64, device=device))
     for handle in handles:
         handle.remove()
     pools = [module.avgpool for module in squeezes]
@@ -469,20 +562,21 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
 @torch.inference_mode()
 def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path, *, size: int,
                   device: torch.device | str = "cpu", classes: list[str] | None = None, sigma: float = 0.0,
-                  clip: bool = False, seed: int = 0) -> tuple[list[dict], list[dict]]:
+                  clip: bool = False, seed: int = 0, noise: str = "gaussian",
+                  protocol: str = "own") -> tuple[list[dict], list[dict]]:
     """Denoise and classify image files of any size; returns a record per picture and one per file that failed.
 
-    Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where `sigma` > 0 adds noise; a second file of
-    the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised at full resolution, in tiles where it is
-    larger than one (`denoise_tiled`). Its class comes from the same pass where both sides are within a factor of 2 of `size`,
-    the training size in pixels; otherwise from a second pass on a copy whose short side is `size`, because a classifier knows
-    objects at the scale it was trained on. A file that cannot be read is reported and skipped. The network must be in eval
-    mode.
+    A network of one channel sees them in grey. Writes `<output_dir>/<name>_denoised.png`, and `<name>_noisy.png` where
+    `sigma` > 0 adds noise; a second file of the same name counts up, `<name>_2_denoised.png`. The whole picture is denoised
+    at full resolution, in tiles where it is larger than one (`denoise_tiled`). Its class comes from the same pass where both
+    sides are within a factor of 2 of `size`, the training size in pixels; otherwise from a second pass on a copy whose short
+    side is `size`, because a classifier knows objects at the scale it was trained on. A file that cannot be read is reported
+    and skipped. The network must be in eval mode.
     """
-    import numpy
+    from torchvision.transforms.v2.functional import pil_to_tensor
     from tqdm import tqdm
 
-    from data import load_image, to_float
+    from data import MODES, load_image, to_float
     from models import write_file
 
     output_dir = Path(output_dir)
@@ -491,15 +585,15 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
                     disable=None if len(paths) > 1 else True)
     for index, (path, name) in enumerate(progress):
         try:
-            pixels = torch.from_numpy(numpy.array(load_image(path))).permute(2, 0, 1)[None]  # (1, 3, H, W) uint8
+            mode = MODES[getattr(network, "channels", 3)]
+            pixels = pil_to_tensor(load_image(path).convert(mode))[None]  # (1, C, H, W) uint8
             height, width = pixels.shape[-2:]
             # A large one stays in 8 bit and on the CPU as a whole. (Group norms would see a tile, not the picture.)
             large = height * width > (TILE_CORE + 2 * TILE_MARGIN) ** 2 and not any(
                 isinstance(module, nn.GroupNorm) for module in network.modules())
             noisy = pixels if large else to_float(pixels, device)
             if sigma:
-                clean = to_float(pixels, "cpu" if large else device)
-                noisy = _noisy(clean, noise_batch(clean, [index], seed), sigma, clip)
+                noisy = clean_and_noisy(pixels, [index], "cpu" if large else device, seed, clip, noise, protocol)[1](sigma)
             seen = _classifier_view(noisy, size)
             image = logits = None
             if large and network.denoises:
@@ -563,7 +657,7 @@ FROM_CHECKPOINT = "what the checkpoint was trained for"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from data import add_data_arguments, number, whole
+    from data import NOISES, PROTOCOLS, add_data_arguments, number, whole
     from latency import default_device
 
     parser = argparse.ArgumentParser(
@@ -587,16 +681,32 @@ def build_parser() -> argparse.ArgumentParser:
                         help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
     parser.add_argument("--clip", action="store_true",
                         help="clip the noisy images to [0, 1], as a sensor does (default: not clipped)")
+    parser.add_argument("--noise", choices=NOISES,
+                        help="kind of the noise, see train.py --help (default: what the checkpoint was trained with)")
+    parser.add_argument("--noise-protocol", choices=PROTOCOLS, default="own",
+                        help="literature: every image gets numpy's RandomState(0).normal(0, sigma, (H, W, C)), as in the "
+                             "published tables of Gaussian denoising; own: each image its own, from --seed "
+                             "(default: %(default)s)")
+    parser.add_argument("--self-ensemble", action="store_true",
+                        help="denoise by the mean of eight passes, over flips and quarter turns of the image, each turned "
+                             "back; the class is that of the upright image (default: one pass)")
 
-    add_data_arguments(parser)
-    # Training images are not needed: none is drawn for nothing.
+    add_data_arguments(parser, training=False)
+    # Training images are not needed: none is drawn for nothing. Grey is what the network takes.
     parser.set_defaults(data=FROM_CHECKPOINT, data_root=None, train_images=1)
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--split", choices=("val", "test"), default="val",
-                       help="part of the data to evaluate on (default: %(default)s)")
+    group.add_argument("--split", choices=("val", "test", "all"), default="val",
+                       help="part of the data to evaluate on; all: every picture below a folder, whole and without labels, "
+                            "for test sets (default: %(default)s)")
     group.add_argument("--sigmas", type=number(0, 100), nargs="+", default=list(SIGMAS), metavar="SIGMA",
-                       help="noise levels, standard deviations on images in [0, 1] (default: 0 0.1 0.2 ... 1.0)")
+                       help="noise levels, standard deviations on images in [0, 1], also as fractions: 25/255; pictures with "
+                            "real noise have no others (default: 0 0.1 0.2 ... 1.0)")
+    group.add_argument("--shave", type=whole(0, 4096), default=0, metavar="PIXELS",
+                       help="pixels left out of PSNR and SSIM at each border (default: %(default)s)")
+    group.add_argument("--luma", action="store_true",
+                       help="PSNR and SSIM of Y of YCbCr alone (ITU-R 601, 16 to 235), as in the super-resolution "
+                            "literature; about 2 dB higher (default: all channels)")
     group.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
                        help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
                             "one by one (default: %(default)s)")
@@ -610,12 +720,13 @@ def build_parser() -> argparse.ArgumentParser:
                             "within a factor of 2 of the training size, otherwise from a copy whose short side is "
                             "the training size")
     group.add_argument("--sigma", type=number(0, 100), default=0.0, metavar="SIGMA",
-                       help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
+                       help="standard deviation of noise to add to --input, on images in [0, 1], also as 25/255 (default: 0, "
+                            "none)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    from data import join_processes, load_data, split_labels
+    from data import check_protocol, join_processes, load_data, load_everything, split_labels
     from latency import check_device
     from models import check_fits, load_checkpoint
 
@@ -626,27 +737,36 @@ def main(argv: list[str] | None = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         network, checkpoint = load_checkpoint(args.checkpoint, device)
-        size = args.size or checkpoint["size"]
+        size, flags = args.size or checkpoint["size"], checkpoint.get("flags", {})
+        grey = getattr(network, "channels", 3) == 1
+        check_protocol(args.noise or flags.get("noise", "gaussian"), args.noise_protocol)
+        if args.self_ensemble:
+            network = SelfEnsemble(network)
+        how = dict(device=device, seed=args.seed, clip=args.clip, noise=args.noise or flags.get("noise", "gaussian"),
+                   protocol=args.noise_protocol)
         if args.input is not None:
             failures = _run_input(network, checkpoint["classes"], Path(args.input), Path(args.output_dir), size=size,
-                                  device=device, sigma=args.sigma, clip=args.clip, seed=args.seed,
+                                  sigma=args.sigma, how=how,
                                   about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
             sys.exit(1 if failures else 0)
         name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
-        root = args.data_root if args.data_root is not None else checkpoint.get("flags", {}).get("data_root", "data")
-        data = load_data(name, root=root, size=size, seed=checkpoint["seed"], augment=False,
-                         train_images=args.train_images, val_images=args.val_images)
-        dataset = getattr(data, args.split)
-        _check_data(network, checkpoint["classes"], data, args.split)
+        if args.split == "all":
+            data = load_everything(name, size=size, grey=grey)
+        else:
+            root = args.data_root if args.data_root is not None else flags.get("data_root", "data")
+            folders = args.train_folders or (flags.get("train_folders") if name == checkpoint["data"] else None)
+            data = load_data(name, root=root, size=size, seed=checkpoint["seed"], augment=False,
+                             train_images=args.train_images, val_images=args.val_images, grey=grey, train_folders=folders)
+        dataset = data.test if args.split == "test" else data.val
+        _check_data(network, checkpoint["classes"], data, dataset, args)
         if data.classes is not None:
             boxes = split_labels(torch.as_tensor(dataset[0][1])[None], device)[1]
             check_fits(network, checkpoint["record"]["model"], data.size, boxes)
-        _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, device=device,
-                        sigmas=args.sigmas, clip=args.clip, seed=args.seed, batch_size=args.batch_size,
-                        workers=args.workers,
+        _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, sigmas=args.sigmas,
+                        shave=args.shave, y_only=args.luma, batch_size=args.batch_size, workers=args.workers,
                         latency_setting=None if args.no_latency else _latency_setting(checkpoint, args.device, size),
                         about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "data": data.name,
-                               "split": args.split, "data_seed": checkpoint["seed"]})
+                               "split": args.split, "data_seed": checkpoint["seed"]}, how=how)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -666,10 +786,12 @@ def _latency_setting(checkpoint: dict, device: str, size: int):
                         mode=found.get("mode", "eager"))
 
 
-def _check_data(network: nn.Module, classes: list[str] | None, data, split: str) -> None:
-    """ValueError where the network cannot be measured on the data."""
-    if getattr(data, split) is None:
-        raise ValueError(f"The data {data.name} has no {split} split; use --split val.")
+def _check_data(network: nn.Module, classes: list[str] | None, data, dataset, args: argparse.Namespace) -> None:
+    """ValueError where the network cannot be measured on the data, or not in the way that is asked for."""
+    if dataset is None:
+        raise ValueError(f"The data {data.name} has no {args.split} split; use --split val.")
+    if args.luma and data.channels != 3:
+        raise ValueError("--luma is of colour images, and the network is for grey ones: leave it out.")
     if not network.classifies:
         return
     if data.classes is None:
@@ -687,28 +809,34 @@ def _check_data(network: nn.Module, classes: list[str] | None, data, split: str)
 
 
 def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, output_dir: Path, *, size: int,
-                    device: torch.device, sigmas: list[float], clip: bool, seed: int, batch_size: int, workers: int,
-                    latency_setting, about: dict) -> None:
-    """Measure the network, write metrics.json, table.txt and grid.png, print the table."""
-    from data import make_loader, rank_and_world
+                    sigmas: list[float], shave: int, y_only: bool, batch_size: int, workers: int, latency_setting,
+                    about: dict, how: dict) -> None:
+    """Measure the network, write metrics.json, table.txt and grid.png, print the table.
+
+    how: device, seed, clip, noise and protocol of `evaluate` and `save_grid`.
+    """
+    from data import is_paired, make_loader, rank_and_world
     from latency import device_name
     from models import count_macs, count_parameters, provenance, write_file, write_json
 
     output_dir.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
+    device = how["device"]
     loader = make_loader(dataset, batch_size, workers=workers, device=device)
     first = rank_and_world()[0] == 0
-    measured = evaluate(network, loader, sigmas=sigmas, device=device, seed=seed, clip=clip,
-                        progress=first and sys.stderr.isatty())
+    measured = evaluate(network, loader, sigmas=sigmas, shave=shave, y_only=y_only, progress=first and sys.stderr.isatty(),
+                        **how)
     if not first:
         return
-    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), seed), **about, **measured,
-               "network": {"parameters": count_parameters(network), "macs": count_macs(network, size),
+    one_pass = network.network if isinstance(network, SelfEnsemble) else network
+    metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), how["seed"]), **about,
+               **measured,
+               "network": {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size),
                            "size_px": size},
                "latency": None}
     if latency_setting is not None:
         from latency import measure_network
 
-        timing = measure_network(network, latency_setting)
+        timing = measure_network(one_pass, latency_setting)
         metrics["latency"] = {**vars(timing), **vars(latency_setting)}
 
     table = format_table(metrics)
@@ -717,15 +845,19 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
     shown = sorted({sigma for sigma in sigmas if sigma > 0} or {0.0})
     rows = min(5, len(shown))
     shown = [shown[round(row * (len(shown) - 1) / max(1, rows - 1))] for row in range(rows)]
-    save_grid(output_dir / "grid.png", network, dataset, sigmas=shown, device=device, seed=seed, clip=clip,
-              classes=classes)
+    if is_paired(dataset):
+        shown = ["real"] * min(5, len(dataset))
+    save_grid(output_dir / "grid.png", network, dataset, sigmas=shown, classes=classes, **how)
     print(table)
     print(f"wrote metrics.json, table.txt and grid.png to {output_dir}")
 
 
 def _run_input(network: nn.Module, classes: list[str] | None, source: Path, output_dir: Path, *, size: int,
-               device: torch.device, sigma: float, clip: bool, seed: int, about: dict) -> list[dict]:
-    """Denoise and classify the file or the folder `source`, write predictions.json; returns the files that failed."""
+               sigma: float, about: dict, how: dict) -> list[dict]:
+    """Denoise and classify the file or the folder `source`, write predictions.json; returns the files that failed.
+
+    how: device, seed, clip, noise and protocol of `denoise_paths`.
+    """
     from data import list_images
     from latency import device_name
     from models import provenance, write_json
@@ -740,11 +872,12 @@ def _run_input(network: nn.Module, classes: list[str] | None, source: Path, outp
         raise ValueError(f"The folder {source} holds no picture (those in --output-dir are left out); give another "
                          "--input.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    pictures, failures = denoise_paths(network, paths, output_dir, size=size, device=device, classes=classes,
-                                       sigma=sigma, clip=clip, seed=seed)
+    pictures, failures = denoise_paths(network, paths, output_dir, size=size, classes=classes, sigma=sigma, **how)
     write_json(output_dir / "predictions.json", {
-        "format": PREDICTIONS_FORMAT, "version": PREDICTIONS_VERSION, "made": provenance(device_name(device), seed), **about,
-        "sigma_added": sigma, "noise_clipped": clip, "training_size_px": size,
+        "format": PREDICTIONS_FORMAT, "version": PREDICTIONS_VERSION,
+        "made": provenance(device_name(how["device"]), how["seed"]), **about, "sigma_added": sigma, "noise": how["noise"],
+        "noise_protocol": how["protocol"], "noise_clipped": how["clip"], "self_ensemble": isinstance(network, SelfEnsemble),
+        "training_size_px": size,
         "pictures": pictures, "failures": failures})
     print(f"wrote predictions.json and the pictures to {output_dir}")
     if failures:

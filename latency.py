@@ -175,8 +175,8 @@ def prepared(network: nn.Module, setting: Setting):
     threads = torch.get_num_threads()
     how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
     network = copy.deepcopy(network).to(**how, memory_format=layout).eval()
-    images = torch.rand(setting.batch, getattr(network, "channels", 3), setting.size, setting.size, **how)
-    images = images.contiguous(memory_format=layout)
+    shape = setting.batch, getattr(network, "channels", 3), setting.size, setting.size
+    images = torch.rand(shape, **how).contiguous(memory_format=layout)
     if setting.threads:
         torch.set_num_threads(setting.threads)
     try:

@@ -1069,7 +1069,7 @@ def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Outp
 
 @torch.no_grad()
 def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
-    """ValueError in one sentence where a network cannot take images (3, size, size), or their boxes (1, D, 4)."""
+    """ValueError in one sentence where a network cannot take images (channels, size, size), or their boxes (1, D, 4)."""
     was_training = network.training
     device = next(network.parameters()).device
     try:

@@ -242,15 +242,14 @@ def bar(batches, text: str, total: int, first: int, unit: str) -> tqdm:
 
 
 class NoisyBatches:
-    """Batches (noisy, clean, labels) of one epoch on the device, with sigma ~ U[0, sigma_max] per image, or of `levels`
-    evenly spaced values where that is not 0.
+    """Batches (noisy, clean, labels) of one epoch on the device, with `noise`, or with their own where the images are pairs.
 
     Noise comes from a generator on the training device, seeded by (seed, epoch, batch, process): a run that was stopped and
     resumed sees the same noise as one that was not.
     """
 
-    def __init__(self, loader, device: torch.device, sigma_max: float, seed: int, levels: int = 0):
-        self.loader, self.device, self.sigma_max, self.seed, self.levels = loader, device, sigma_max, seed, levels
+    def __init__(self, loader, device: torch.device, noise: data_module.Noise, seed: int):
+        self.loader, self.device, self.noise, self.seed = loader, device, noise, seed
         self.generator = torch.Generator(device=device)
 
     def __len__(self) -> int:
@@ -261,22 +260,26 @@ class NoisyBatches:
         data_module.set_epoch(self.loader, number, first)
         for index, (images, labels) in enumerate(self.loader, first):
             self.generator.manual_seed(data_module.mix(self.seed, number, index, data_module.rank_and_world()[0]))
-            clean = data_module.to_float(images, self.device)  # (B, 3, H, W)
-            labels = labels.to(self.device, non_blocking=True)
-            if self.sigma_max > 0:
-                sigma = data_module.sample_sigma(len(clean), 0.0, self.sigma_max, self.generator, self.device, self.levels)
-                yield data_module.add_noise(clean, sigma, self.generator), clean, labels
+            clean, noisy = data_module.split_pair(images)
+            clean = data_module.to_float(clean, self.device)  # (B, C, H, W)
+            if noisy is not None:
+                noisy = data_module.to_float(noisy, self.device)
+            elif self.noise:
+                sigma = self.noise.sample(len(clean), self.generator, self.device)
+                noisy = self.noise.add(clean, sigma, self.generator)
             else:
-                yield clean, clean, labels
+                noisy = clean
+            yield noisy, clean, labels.to(self.device, non_blocking=True)
 
 
 @torch.inference_mode()
-def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sigma_max: float, amp: str = "off",
+def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noise: data_module.Noise, amp: str = "off",
              denoising: str = "mixed") -> dict:
     """Mean loss, accuracy and PSNR on a split, with noise that is the same in every epoch and run.
 
-    The noise levels go through [0, sigma_max] evenly from image to image; means are over images (accuracy: over labels), so
-    that a smaller last batch weighs what it holds. PSNR is None for networks that do not denoise, accuracy for those that do not classify.
+    The noise levels go evenly from image to image (Noise.validation_sigma); pairs have their own noise. Means are over images
+    (accuracy: over labels), so that a smaller last batch weighs what it holds. PSNR is None for networks that do not denoise,
+    accuracy for those that do not classify.
     """
     was_training = network.training
     network.eval()
@@ -287,13 +290,12 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, sig
         sums[name] += float(values)
 
     for images, labels in loader:
-        clean = data_module.to_float(images, device)
         labels, boxes = data_module.split_labels(labels, device)
-        places = [rank + (count + i) * world for i in range(len(clean))]  # of these images in the split
-        sigma = torch.tensor([sigma_max * (place % 11) / 10 for place in places], device=device)
-        noise = evaluation.noise_batch(clean, places, seed=0)
+        places = [rank + (count + i) * world for i in range(len(images))]  # of these images in the split
+        clean, noisy = evaluation.clean_and_noisy(images, places, device, noise=noise.kind)
+        sigma = torch.tensor([noise.validation_sigma(place) for place in places], device=device)
         with autocast(device, amp):
-            output = models.run(network, clean + sigma.view(-1, 1, 1, 1) * noise, boxes)
+            output = models.run(network, noisy(sigma), boxes)
         total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0, denoising=denoising)
         add("loss", total * len(clean))
         if loss != "den":
@@ -324,9 +326,9 @@ def make_schedule(optimizer, schedule: str, epochs: int, warmup_epochs: float, s
 
 def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: int, output_dir: str | Path, about: dict,
           device: torch.device, optimizer: str = "adamw", lr: float | None = None, weight_decay: float | None = None,
-          sigma_max: float = 1.0, warmup_epochs: float = 5, label_smoothing: float = 0.1, grad_clip: float = 5.0,
-          ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine", denoising: str = "mixed",
-          sigma_levels: int = 0, nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> dict:
+          noise: data_module.Noise = data_module.Noise(), warmup_epochs: float = 5, label_smoothing: float = 0.1,
+          grad_clip: float = 5.0, ema: float = 0.0, amp: str = "off", seed: int = 0, schedule: str = "cosine",
+          denoising: str = "mixed", nonfinite: str = "stop", save_minutes: float = 10.0, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
@@ -339,7 +341,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     make_optimizer, default_lr, default_decay = OPTIMIZERS[optimizer]
     output_dir = Path(output_dir)
     network = network.to(device, memory_format=torch.channels_last)
-    batches = NoisyBatches(train_loader, device, sigma_max, seed, sigma_levels)
+    batches = NoisyBatches(train_loader, device, noise, seed)
     optimizer = make_optimizer(network.parameters(), default_lr if lr is None else lr,
                                default_decay if weight_decay is None else weight_decay)
     by_epoch = schedule == "plateau"
@@ -412,7 +414,7 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
                     schedule.step()
                 guard.end_of_step(lambda: save(step + 1))
             trained = average.module if average is not None else network
-            held_out = validate(trained, val_loader, loss=loss, device=device, sigma_max=sigma_max, amp=amp,
+            held_out = validate(trained, val_loader, loss=loss, device=device, noise=noise, amp=amp,
                                 denoising=denoising)
             if by_epoch:
                 schedule.step(_comparable(held_out["loss"]))
@@ -527,8 +529,12 @@ def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -
     sys.exit(RESUME_ME if going else 130)
 
 
-def check_images(data: data_module.Data, loss: str) -> None:
-    """ValueError in one sentence where there is too little to train on."""
+def check_images(data: data_module.Data, loss: str, channels: int = 3) -> None:
+    """ValueError in one sentence where there is too little to train on, or a network of `channels` cannot take it."""
+    if data.channels != channels:
+        mend = "give --grey" if channels == 1 else "leave out --grey"
+        raise ValueError(f"The network takes images of {channels} channel{'s' * (channels > 1)}, and those of {data.name} "
+                         f"are read with {data.channels}: {mend}, or take another network.")
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training image; batch norm needs at least 2.")
     if loss != "cls" and data.size < evaluation.WINDOW:
@@ -632,14 +638,11 @@ def build_parser() -> argparse.ArgumentParser:
                            "(default: %(default)s)")
     data_module.add_data_arguments(parser)
     parser.set_defaults(data=None, data_root=None)  # those of the search, or digits
+    data_module.add_noise_arguments(parser)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--recipe", choices=RECIPES, default="short",
                         help="defaults for the flags below: short; study: the papers' controlled study; paper: the papers' on "
                              "ImageNet-100 (default: %(default)s)")
-    recipe.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
-                        help="noise is drawn from U[0, S] per image, for images in [0, 1]; 0: clean (default: %(default)s)")
-    recipe.add_argument("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
-                        help="draw sigma from N evenly spaced values instead; 0: from all (default: %(default)s)")
     recipe.add_argument("--denoising-loss", choices=DENOISING_LOSSES, default="mixed",
                         help="mixed: 0.8 Charbonnier + 0.2 (1 - SSIM); charbonnier alone (default: %(default)s)")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=25, metavar="N",
@@ -681,8 +684,7 @@ def main(argv: list[str] | None = None) -> None:
         args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")
         args.data_root = args.data_root or record.get("data_root", "data")
         flags = run_flags(args)
-        data = data_module.load_data(args.data, root=args.data_root, size=args.size, seed=args.seed,
-                                     train_images=args.train_images, val_images=args.val_images)
+        data, noise = data_module.data_from(args), data_module.noise_from(args)
         classes = data.classes
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(classes or []) or 1,
@@ -694,7 +696,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                              f"{len(classes)}; search again with --data {args.data}.")
         loss = choose_loss(network, classes is not None, args.loss)
-        check_images(data, loss)
+        check_images(data, loss, getattr(network, "channels", 3))
         boxes = data_module.split_labels(torch.as_tensor(data.train[0][1])[None], "cpu")[1]
         models.check_fits(network, record["model"], data.size, boxes)
         batch_size = share(args.batch_size)
@@ -703,7 +705,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
           f"{models.count_macs(network, data.size) / 1e6:.1f} M MACs at {data.size} px; {len(data.train):,} training and "
-          f"{len(data.val):,} validation images of {data.name}; loss {loss}")
+          f"{len(data.val):,} validation images of {data.name}"
+          + (", pairs with real noise" if data_module.is_paired(data.train) else "") + f"; loss {loss}")
     how = dict(seed=args.seed, workers=args.workers, device=device)
     loaders = (data_module.make_loader(data.train, batch_size, shuffle=True, drop_last=True, **how),
                data_module.make_loader(data.val, batch_size, **how))
@@ -713,10 +716,10 @@ def main(argv: list[str] | None = None) -> None:
     start, started = time.perf_counter(), time.time()
     try:
         best = train(network, *loaders, loss=loss, epochs=args.epochs, output_dir=args.output_dir, about=about, device=device,
-                     optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, sigma_max=args.sigma,
+                     optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, noise=noise,
                      warmup_epochs=warmup, label_smoothing=args.label_smoothing, grad_clip=args.grad_clip, ema=args.ema, amp=args.amp,
                      seed=args.seed, schedule=args.schedule, denoising=args.denoising_loss,
-                     sigma_levels=args.sigma_levels, nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
+                     nonfinite=args.nonfinite, save_minutes=args.save_minutes, state=state)
     except (KeyboardInterrupt, Stopped):
         say_stopped("train.py", args.output_dir, "last.pt", started)
     except (TrainingError, OSError) as error:

@@ -184,6 +184,19 @@ def test_noise_on_the_gpu():
     assert noisy.is_cuda and sigma.is_cuda and abs(float((noisy - images).std()) - 0.5) < 0.02
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_poisson_gaussian_noise_on_the_gpu():
+    generator, images = torch.Generator("cuda").manual_seed(0), torch.ones(2, 3, 128, 128, device="cuda")
+    for sigma in (1.0, 0.1, 1e-4, 1e-6):
+        error = data.Noise(kind="poisson-gaussian").add(images, torch.full((2,), sigma, device="cuda"), generator) - 1
+        assert error.std().item() == pytest.approx(sigma, rel=0.05, abs=1e-7)  # 1e-6: float32 has no more digits at 1
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    for kind in data.NOISES:
+        here, there = (data.evaluation_draw(data.to_float(pixels, device), [0, 1], kind=kind)(0.3).cpu()
+                       for device in ("cpu", "cuda"))
+        assert torch.allclose(here, there, atol=1e-6)
+
+
 # --- Splits -------------------------------------------------------------------------------------------------
 
 def test_stratified_split_is_disjoint_seeded_and_proportional():
@@ -661,3 +674,352 @@ def test_a_file_that_cannot_be_read_is_named_before_or_while_training(tmp_path, 
     with pytest.raises(data.DataError, match="bad.png"):
         for split in (images.train, images.val):
             list(split)
+
+
+# --- Kinds of noise -----------------------------------------------------------------------------------------
+
+def test_noise_levels_are_uniform_even_or_chosen():
+    def draw(noise, count=3000):
+        sigma = noise.sample(count, torch.Generator().manual_seed(0), "cpu")
+        assert sigma.shape == (count,) and sigma.dtype == torch.float32
+        return sigma
+    everything = draw(data.Noise(0.5))
+    assert 0 <= everything.min() < 0.01 and 0.49 < everything.max() <= 0.5 and len(everything.unique()) > 2000
+    even = draw(data.Noise(0.5, levels=3)).unique()
+    assert even.tolist() == [0, 0.25, 0.5]
+    chosen = draw(data.Noise(sigmas=(0.1, 0.3, 0.7)))
+    assert chosen.unique().tolist() == pytest.approx([0.1, 0.3, 0.7])
+    assert all(abs(float((chosen == level).float().mean()) - 1 / 3) < 0.05 for level in chosen.unique())
+    assert draw(data.Noise(levels=3, sigmas=(25 / 255,))).unique().tolist() == pytest.approx([25 / 255])  # a fixed level
+
+
+def test_validation_levels_are_those_of_the_training():
+    assert [data.Noise(0.5).validation_sigma(place) for place in (0, 1, 10, 11)] == [0, 0.05, 0.5, 0]
+    assert [data.Noise(0.5, sigmas=(0.1, 0.3)).validation_sigma(place) for place in range(3)] == [0.1, 0.3, 0.1]
+
+
+def test_whether_there_is_noise_and_wrong_noise():
+    assert data.Noise() and data.Noise(0.0, sigmas=(0, 0.1)) and not data.Noise(0.0) and not data.Noise(sigmas=(0.0,))
+    with pytest.raises(ValueError, match="'salt' is unknown; known are gaussian, poisson-gaussian"):
+        data.Noise(kind="salt")
+    for wrong in (data.Noise, lambda x: data.Noise(sigmas=(0.1, x)), lambda x: data.Noise(levels=int(x))):
+        with pytest.raises(ValueError, match="negative"):
+            wrong(-1.0)
+
+
+def add_in_training(images, sigma):
+    return data.Noise(kind="poisson-gaussian").add(images, torch.full((len(images),), sigma), torch.Generator().manual_seed(0))
+
+
+def add_in_evaluation(images, sigma):
+    return data.evaluation_draw(images, range(len(images)), kind="poisson-gaussian")(sigma)
+
+
+@pytest.mark.parametrize("add", [add_in_training, add_in_evaluation])
+@pytest.mark.parametrize("sigma", [1.0, 0.2, 2e-4])
+def test_poisson_gaussian_noise_has_the_stated_mean_and_variance(add, sigma):
+    for brightness in (0, 51, 128, 255):
+        images = torch.full((4, 3, 96, 96), brightness / 255)
+        error = (add(images, sigma) - images).double()
+        expected = sigma**2 * (0.9 * brightness / 255 + 0.1)
+        assert error.var().item() == pytest.approx(expected, rel=0.04)
+        assert abs(error.mean().item()) < 4 * (expected / error.numel()) ** 0.5
+    assert error.std().item() == pytest.approx(sigma, rel=0.02)  # at white
+
+
+@pytest.mark.parametrize("add", [add_in_training, add_in_evaluation])
+def test_poisson_gaussian_photons_come_in_whole_numbers_and_none_without_noise(add):
+    images = torch.full((1, 3, 64, 64), 128 / 255)
+    assert torch.equal(add(images, 0.0), images)
+    skew = ((add(images, 1.0) - images) ** 3).mean()
+    assert skew == pytest.approx(0.9**2 * 128 / 255, rel=0.25)  # a^2 x, that of photons; Gaussian noise has none
+
+
+def test_poisson_gaussian_noise_is_seeded_clipped_and_leaves_darkness_and_layout():
+    noise, sigma = data.Noise(kind="poisson-gaussian"), torch.tensor([0.5, 1.0])
+    images = (torch.rand(2, 3, 32, 32) - 0.2).contiguous(memory_format=torch.channels_last)  # some below 0
+    first, again, other = (noise.add(images, sigma, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and torch.isfinite(first).all()
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    clipped = noise.add(images, sigma, torch.Generator().manual_seed(1), clip=True)
+    assert torch.equal(clipped, first.clamp(0, 1))
+    dark = images < 0
+    assert (first - images)[1][dark[1]].std().item() == pytest.approx(0.1**0.5, rel=0.1)  # no photons, but read noise
+
+
+@pytest.mark.parametrize("kind", data.NOISES)
+def test_evaluation_noise_of_any_kind_belongs_to_its_image(kind):
+    images = data.to_float(torch.randint(256, (5, 3, 20, 24), dtype=torch.uint8), "cpu")
+    sigma = torch.linspace(0, 1, 5)
+    together = data.evaluation_draw(images, [3, 4, 5, 6, 7], 2, kind)
+    for place in range(5):
+        alone = data.evaluation_draw(images[place:place + 1], [3 + place], 2, kind)
+        assert torch.equal(together(sigma)[place], alone(sigma[place:place + 1])[0])
+        assert torch.allclose(together(sigma)[place], alone(float(sigma[place]))[0], atol=1e-6)
+    assert torch.equal(together(0.5), together(0.5))
+    for places, seed in (([4, 5, 6, 7, 8], 2), ([3, 4, 5, 6, 7], 1)):
+        assert not torch.equal(together(0.5)[0], data.evaluation_draw(images, places, seed, kind)(0.5)[0])
+
+
+def test_evaluation_noise_that_was_once_written_down():
+    """Another release or machine must not change published figures."""
+    image = torch.full((1, 1, 1, 3), 128 / 255)
+    gaussian, poisson = (data.evaluation_draw(image, [0], kind=kind)(0.5).flatten().tolist() for kind in data.NOISES)
+    assert gaussian[0] == pytest.approx(128 / 255 - 0.5 * 0.2864522337913513, abs=1e-6)
+    assert poisson == pytest.approx([0.85470790, 0.10589665, 0.16972978], abs=1e-6)
+
+
+def test_the_noise_of_the_literature_is_numpys():
+    for shape, sigma in (((3, 9, 13), 25 / 255), ((1, 8, 8), 50 / 255)):
+        channels, height, width = shape
+        expected = np.random.RandomState(0).normal(0, sigma, (height, width, channels)).transpose(2, 0, 1)
+        images = torch.zeros(2, *shape)
+        for noisy in data.evaluation_draw(images, [0, 7], seed=5, protocol="literature")(sigma):
+            np.testing.assert_allclose(noisy, expected, atol=1e-7)
+    with pytest.raises(ValueError, match="take --noise gaussian"):
+        data.evaluation_draw(images, [0, 1], kind="poisson-gaussian", protocol="literature")
+
+
+def parse(*words):
+    parser = data.argparse.ArgumentParser()
+    data.add_noise_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_flags_of_the_noise():
+    assert data.noise_from(parse()) == data.Noise()
+    noise = data.noise_from(parse("--noise", "poisson-gaussian", "--sigma", "50/255", "--sigma-levels", "5"))
+    assert noise == data.Noise(50 / 255, 5, (), "poisson-gaussian")
+    assert data.noise_from(parse("--sigmas", "30/255", "0.2")).sigmas == (30 / 255, 0.2)
+
+
+@pytest.mark.parametrize("words", [["--sigma", "1/0"], ["--sigma", "1/2/3"], ["--sigma", "25/"], ["--sigmas", "a/255"],
+                                   ["--sigma", "-1/255"], ["--sigma", "0/0"], ["--sigmas"], ["--noise", "salt"]])
+def test_wrong_noise_is_wrong_usage(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*words)
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+# --- Grey ---------------------------------------------------------------------------------------------------
+
+def test_grey_is_the_luma_of_itu_r_601(tmp_path):
+    for place, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)]):
+        Image.new("RGB", (9, 9), colour).save(tmp_path / f"{place}.png")
+    Image.fromarray(np.full((9, 9), 200 * 257, dtype=np.uint16)).save(tmp_path / "4.png")
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "5.png")
+    grey = data.load_everything(tmp_path, grey=True)
+    assert grey.channels == 1 and grey.val[0][0].shape == (1, 9, 9) and grey.val[0][0].dtype == torch.uint8
+    values = [int(image.unique()) for image, _ in grey.val]
+    assert values == [round(0.299 * 255), round(0.587 * 255), round(0.114 * 255), 90, 200, 255]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_grey_folders(tmp_path, labelled):
+    for name in ("a", "b") if labelled else (".",):
+        write_images(tmp_path / name, 6, size=(40, 30))
+    images = data.load_data(str(tmp_path), size=16, grey=True)
+    assert images.train[0][0].shape == (1, 16, 16) and images.channels == 1
+    assert images.val[0][0].shape == ((1, 16, 16) if labelled else (1, 30, 40))
+    data.preview(images, tmp_path / "preview.png", columns=2)
+    assert len(set(Image.open(tmp_path / "preview.png").convert("RGB").tobytes())) > 100
+
+
+@pytest.mark.parametrize("options, flag", [({"grey": True}, "--grey"), ({"crops": 2}, "--crops"),
+                                           ({"train_folders": ["a"]}, "--train-folders")])
+def test_what_is_for_folders_is_refused_for_scenes(options, flag):
+    with pytest.raises(data.DataError, match=f"{flag} is for image folders, and mnist-pairs is drawn"):
+        data.load_data("mnist-pairs", **options)
+
+
+# --- Pairs of noisy and clean images ------------------------------------------------------------------------
+
+def write_pairs(folder, count, names, size=(30, 20)):
+    """Pictures that are each other's negatives: names(number, "noisy" or "clean") -> the file below folder."""
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        for kind, image in (("clean", pixels), ("noisy", 255 - pixels)):
+            path = folder / names(number, kind)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+
+PAIR_NAMES = {
+    "folders": lambda number, kind: f"{kind}/{number}.png",
+    "cc15": lambda number, kind: f"d600_iso3200_{number}_{'real' if kind == 'noisy' else 'mean'}.png",
+    "words": lambda number, kind: f"{number}_{kind}.png",
+    "sidd": lambda number, kind: f"{number:04}_{'NOISY' if kind == 'noisy' else 'GT'}_SRGB_010.PNG",
+}
+
+
+@pytest.mark.parametrize("names", PAIR_NAMES.values(), ids=PAIR_NAMES)
+def test_pairs_are_found_and_transformed_alike(tmp_path, names):
+    write_pairs(tmp_path, 20, names)
+    images = data.load_data(str(tmp_path), size=16)
+    assert images.classes is None and (len(images.train), len(images.val)) == (18, 2)
+    assert data.is_paired(images.train) and data.is_paired(torch.utils.data.Subset(images.val, [0]))
+    seen = set()
+    for epoch in range(3):
+        loader = data.make_loader(images.train, 6, shuffle=True)
+        data.set_epoch(loader, epoch)
+        for batch, labels in loader:
+            assert batch.shape == (6, 2, 3, 16, 16) and batch.dtype == torch.uint8 and set(labels.tolist()) == {-1}
+            clean, noisy = data.split_pair(batch)
+            assert torch.equal(clean, 255 - noisy)
+            seen |= {image.numpy().tobytes() for image in clean}
+    assert len(seen) > 45  # of 54: every epoch cuts elsewhere, now and then where it did before
+    whole = images.val[0][0]
+    expected = np.asarray(data.load_image(images.val.paths[0]))
+    assert np.array_equal(whole[0].permute(1, 2, 0), expected) and np.array_equal(whole[1].permute(1, 2, 0), 255 - expected)
+    assert data.load_data(str(tmp_path), size=16, grey=True).train[0][0].shape == (2, 1, 16, 16)
+
+
+def test_pairs_in_splits_and_single_images_beside_them(tmp_path):
+    for split, count in (("train", 4), ("val", 3), ("test", 2)):
+        write_pairs(tmp_path / split, count, PAIR_NAMES["folders"])
+    images = data.load_data(str(tmp_path), size=16)
+    assert (len(images.train), len(images.val), len(images.test)) == (4, 3, 2) and data.is_paired(images.test)
+    everything = data.load_everything(tmp_path)
+    assert len(everything.val) == 9 and data.is_paired(everything.val)
+    shutil.rmtree(tmp_path / "val")
+    write_images(tmp_path / "val", 3)
+    with pytest.raises(data.DataError, match="one holds pairs of noisy and clean images, the other single images"):
+        data.load_data(str(tmp_path), size=16)
+
+
+@pytest.mark.parametrize("names", PAIR_NAMES.values(), ids=PAIR_NAMES)
+@pytest.mark.parametrize("kind", ["noisy", "clean"])
+def test_a_missing_partner_is_named(tmp_path, names, kind):
+    write_pairs(tmp_path, 4, names)
+    (tmp_path / names(2, kind)).unlink()
+    left = names(2, "clean" if kind == "noisy" else "noisy")
+    with pytest.raises(data.DataError, match=f"{left} has no {kind} one") as error:
+        data.load_data(str(tmp_path), size=16)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stray_a_double_and_a_differing_size_are_named(tmp_path):
+    write_pairs(tmp_path, 4, PAIR_NAMES["words"])
+    shutil.copy(tmp_path / "1_noisy.png", tmp_path / "stray.png")
+    with pytest.raises(data.DataError, match="stray.png has no noisy one"):
+        data.load_data(str(tmp_path))
+    (tmp_path / "stray.png").rename(tmp_path / "1_noisy.bmp")
+    with pytest.raises(data.DataError, match="1_noisy.bmp and .*1_noisy.png are the same side of one pair"):
+        data.load_data(str(tmp_path))
+    (tmp_path / "1_noisy.bmp").unlink()
+    Image.new("RGB", (30, 21)).save(tmp_path / "1_noisy.png")
+    images = data.load_everything(tmp_path).val
+    with pytest.raises(data.DataError, match="1_noisy.png has 30 x 21 pixels and its clean one 30 x 20"):
+        images[1]
+    assert images[0][0].shape == (2, 3, 20, 30)
+
+
+def test_words_in_names_that_are_no_pairs(tmp_path):
+    for name in ("realm", "meaning", "really", "demean", "real_1", "mean_2", "clean"):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
+    images = data.load_data(str(tmp_path), size=16)
+    assert not data.is_paired(images.train) and len(images.train) + len(images.val) == 7
+    for name in ("clean", "noisy", "other"):  # class folders
+        write_images(tmp_path / "classes" / name, 4)
+    assert data.load_data(str(tmp_path / "classes"), size=16).classes == ["clean", "noisy", "other"]
+
+
+def test_the_preview_shows_pairs(tmp_path, capsys):
+    write_pairs(tmp_path / "in", 12, PAIR_NAMES["cc15"])
+    data.main(["--data", str(tmp_path / "in"), "--size", "16", "--output", str(tmp_path / "out.png")])
+    assert "clean above noisy" in capsys.readouterr().out
+    rows = np.asarray(Image.open(tmp_path / "out.png"))
+    assert rows.shape[0] == 2 * 18 + 2 and np.array_equal(rows[2:18, 2:18], 255 - rows[20:36, 2:18])
+
+
+# --- Crops and training folders -----------------------------------------------------------------------------
+
+def test_several_crops_of_an_image_are_different_and_follow_the_epoch(tmp_path):
+    write_images(tmp_path, 10, size=(60, 50))
+    once, often = (data.load_data(str(tmp_path), size=12, crops=crops).train for crops in (1, 4))
+    assert len(once) == 9 and len(often) == len(often.targets) == 36
+    assert torch.equal(once[3][0], often[3][0])  # the first of them are those that one crop gives
+    crops = [often[index][0].numpy().tobytes() for index in range(36)]
+    assert len(set(crops)) == 36
+    source = np.asarray(data.load_image(often.paths[3])).reshape(-1, 3)
+    assert all((often[index][0].flatten(1).T.numpy()[:, None] == source).all(2).any(1).all() for index in (3, 12, 21, 30))
+    data.set_epoch(data.make_loader(often, 4), 1)
+    assert not {often[index][0].numpy().tobytes() for index in range(36)} & set(crops)
+    assert len(data.load_data(str(tmp_path), size=12, crops=4).val) == 1  # whole images, once
+    with pytest.raises(IndexError):
+        often[36]
+
+
+def test_crops_of_labelled_folders_are_refused(tmp_path):
+    make(tmp_path, "a", "b")
+    with pytest.raises(data.DataError, match="--crops is for folders without labels"):
+        data.load_data(str(tmp_path), crops=2)
+
+
+def test_unlabelled_images_come_in_all_eight_positions(tmp_path):
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:10, :10], pixels[:10, 10:] = 255, 100
+    for index in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    train = data.load_data(str(tmp_path), size=20).train
+    seen = set()
+    for epoch in range(100):
+        train.epoch.fill_(epoch)
+        image = train[0][0][0]
+        seen.add((image[0, 0].item(), image[0, -1].item(), image[-1, 0].item(), image[-1, -1].item()))
+    assert seen == {(255, 100, 0, 0), (100, 255, 0, 0), (0, 0, 255, 100), (0, 0, 100, 255),
+                    (255, 0, 100, 0), (100, 0, 255, 0), (0, 255, 0, 100), (0, 100, 0, 255)}
+
+
+def test_crops_of_an_image_stay_on_one_side_of_a_split(tmp_path):
+    write_images(tmp_path, 12, size=(30, 30))
+    train = data.load_data(str(tmp_path), size=12, crops=3).train
+    first, second = data.split_dataset(train, 0.8, seed=0)
+    assert sorted(first + second) == list(range(len(train))) and len(second) == 2 * 3
+    assert not {index % 11 for index in first} & {index % 11 for index in second}
+    digit_scenes = digits().train
+    assert data.split_dataset(digit_scenes, 0.8, 0) == data.stratified_split(digit_scenes.targets, 0.8, 0)
+
+
+@pytest.mark.parametrize("size", [8, 17, 49, 100])
+def test_crops_of_any_size(tmp_path, size):
+    write_images(tmp_path, 4, size=(64, 48))
+    assert data.load_data(str(tmp_path), size=size).train[0][0].shape == (3, size, size)
+
+
+def test_training_folders_are_put_together_and_val_is_left_alone(tmp_path):
+    for place, (name, count) in enumerate((("train", 12), ("val", 5), ("test", 8), ("more", 6))):
+        write_images(tmp_path / name, count, seed=place)
+
+    def folders(dataset):
+        return {path.parent.name for path in dataset.paths}
+    plain = data.load_data(str(tmp_path), size=16)
+    assert (len(plain.train), len(plain.val), len(plain.test)) == (12, 5, 8)
+    images = data.load_data(str(tmp_path), size=16, train_folders=["train", "test"])
+    assert (len(images.train), len(images.val), images.test) == (18, 2, None)
+    assert folders(images.train) | folders(images.val) == {"train", "test"}
+    assert not set(images.train.paths) & set(images.val.paths)
+    assert images.val.paths == data.load_data(str(tmp_path), size=16, train_folders=["train", "test"]).val.paths
+    images = data.load_data(str(tmp_path), size=16, train_folders=["val", "more"])
+    assert folders(images.train) | folders(images.val) == {"val", "more"} and len(images.test) == 8
+    with pytest.raises(data.DataError, match="--train-folders: there is no folder .*absent"):
+        data.load_data(str(tmp_path), size=16, train_folders=["train", "absent"])
+
+
+def test_training_folders_with_classes_must_agree(tmp_path):
+    make(tmp_path, "train/a", "train/b", "more/a", "more/b", "other/a", "other/c")
+    images = data.load_data(str(tmp_path), size=16, train_folders=["train", "more"])
+    assert images.classes == ["a", "b"] and len(images.train) + len(images.val) == 8
+    with pytest.raises(data.DataError, match=r"classes of .*train and .*other differ \(b, c\)"):
+        data.load_data(str(tmp_path), size=16, train_folders=["train", "other"])
+
+
+def test_everything_below_a_folder(tmp_path):
+    for name, count in (("train", 3), ("val/deep", 2), (".", 1)):
+        write_images(tmp_path / name, count, size=(20, 15))
+    images = data.load_everything(tmp_path)
+    assert len(images.val) == 6 and images.classes is None and images.val[0][0].shape == (3, 15, 20)
+    (tmp_path / "empty").mkdir()
+    for name, message in ((tmp_path / "empty", "holds no images"), (tmp_path / "absent", "no folder"), ("digits", "take one")):
+        with pytest.raises(data.DataError, match=message):
+            data.load_everything(name)

@@ -151,10 +151,10 @@ def test_validation_in_training_counts_every_image_once():
         train.sum_over_processes = lambda values: parts.append(values) or values
         for rank in (0, 1):
             data.rank_and_world = lambda rank=rank: (rank, 2)
-            train.validate(network, data.make_loader(digits.val, 4), loss="both", device=CPU, sigma_max=1.0)
+            train.validate(network, data.make_loader(digits.val, 4), loss="both", device=CPU, noise=data.Noise(1.0))
     finally:
         data.rank_and_world, train.sum_over_processes = real
-    whole = train.validate(network, data.make_loader(digits.val, 4), loss="both", device=CPU, sigma_max=1.0)
+    whole = train.validate(network, data.make_loader(digits.val, 4), loss="both", device=CPU, noise=data.Noise(1.0))
     loss, hits, psnr, count, labels = (a + b for a, b in zip(*parts))
     assert count == labels == 21
     for total, name in ((loss, "loss"), (hits, "accuracy"), (psnr, "psnr_db")):

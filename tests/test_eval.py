@@ -523,3 +523,235 @@ def test_a_picture_larger_than_a_tile_goes_through_the_command(tmp_path, monkeyp
         result = json.loads((tmp_path / name / "predictions.json").read_text())["pictures"][0]
         assert result["classified_at_px"] == [48, 83] and (result["width_px"], result["height_px"]) == (260, 150)
         assert Image.open(result["denoised"]).size == (260, 150) and ("noisy" in result) == bool(flags)
+
+
+# --- Protocols of the literature ------------------------------------------------------------------------------
+
+
+def test_luma_is_matlabs():
+    colours = torch.tensor([[0., 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)[..., None, None]
+    expected = [16, 235, 16 + 65.481, 16 + 128.553, 16 + 24.966]
+    assert (evaluation.luma(colours).flatten() * 255).tolist() == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(ValueError, match="3 channels, not 1"):
+        evaluation.luma(torch.zeros(1, 1, 4, 4))
+
+
+def test_luma_and_shave_reach_the_report():
+    dataset, sigma = random_images(3, size=24), 0.1
+    plain, shaved, y = (measure(Identity(), dataset, sigmas=(sigma,), **how) for how in ({}, {"shave": 3}, {"y_only": True}))
+    clean = dataset.images.float() / 255
+    noisy = torch.stack([image + sigma * data.evaluation_noise(image.shape, place) for place, image in enumerate(clean)])
+    clean, noisy = clean.double(), noisy.double()
+    inner = evaluation.psnr(noisy[..., 3:21, 3:21], clean[..., 3:21, 3:21]).mean().item()
+    assert shaved["levels"][0]["input_psnr_db"] == pytest.approx(inner, abs=1e-5) and shaved["protocol"]["shaved_px"] == 3
+    levels = torch.tensor((65.481, 128.553, 24.966), dtype=torch.float64) / 255
+    error = ((noisy - clean).permute(0, 2, 3, 1) @ levels).square().mean((1, 2))
+    assert y["levels"][0]["input_psnr_db"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-5)
+    assert y["levels"][0]["input_psnr_db"] > plain["levels"][0]["input_psnr_db"] + 2
+    assert "on RGB:" in evaluation.format_table(plain) and "RGB without 3 pixels" in evaluation.format_table(shaved)
+    assert "Y (ITU-R 601, 16 to 235)" in evaluation.format_table(y)
+    assert y["levels"][0]["ssim"] != plain["levels"][0]["ssim"] != shaved["levels"][0]["ssim"]
+    with pytest.raises(ValueError, match="--shave 12 leaves nothing of an image of 24x24"):
+        measure(Identity(), dataset, sigmas=(sigma,), shave=12)
+
+
+def test_the_protocol_of_the_literature_gives_every_image_the_same_noise():
+    clean = random_images(3, size=20)
+    metrics = measure(Identity(), clean, sigmas=(50 / 255,), protocol="literature", seed=7)
+    noise = np.random.RandomState(0).normal(0, 50 / 255, (20, 20, 3))
+    expected = -10 * math.log10(np.square(noise).mean())
+    assert metrics["levels"][0]["input_psnr_db"] == pytest.approx(expected, abs=1e-4)
+    assert "RandomState(0)" in evaluation.format_table(metrics) and metrics["protocol"]["noise_seed"] is None
+    assert "seed 0" in evaluation.format_table(measure(Identity(), clean, sigmas=(0.2,)))
+
+
+def test_signal_dependent_noise_is_less_in_the_dark():
+    psnr = []
+    for brightness in (0, 255):
+        scene = data.Scenes(torch.full((4, 3, 32, 32), brightness, dtype=torch.uint8), [-1] * 4)
+        metrics = measure(Identity(), scene, sigmas=(0.2,), noise="poisson-gaussian")
+        psnr.append(metrics["levels"][0]["input_psnr_db"])
+        for batch_size in (1, 4):
+            again = measure(Identity(), scene, batch_size=batch_size, sigmas=(0.1, 0.2), noise="poisson-gaussian")
+            assert again["levels"][1] == metrics["levels"][0]
+    assert psnr == pytest.approx([-10 * math.log10(0.04 * share) for share in (0.1, 1)], abs=0.15)
+    assert "Poisson-Gaussian" in evaluation.format_table(metrics)
+
+
+# --- Self-ensemble ---------------------------------------------------------------------------------------------
+
+
+class Lopsided(nn.Module):
+    """A convolution that treats every direction differently; its classes look at the upper left corner."""
+
+    denoises = classifies = True
+
+    def __init__(self, channels=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.channels = nn.Conv2d(channels, channels, 3, padding=1), channels
+
+    def forward(self, x):
+        return models.Output(self.layer(x).sigmoid(), x[:, 0, :2, 0])
+
+
+def test_the_self_ensemble_is_the_mean_over_eight_turns():
+    network, x = Lopsided().eval(), torch.rand(2, 3, 8, 11)
+    image, logits = evaluation.SelfEnsemble(network)(x)
+    expected = []
+    for mirrored in (False, True):
+        for quarters in range(4):
+            turned = np.rot90(x.numpy()[..., ::-1] if mirrored else x.numpy(), quarters, (2, 3)).copy()
+            out = np.rot90(network(torch.from_numpy(turned)).image.detach().numpy(), -quarters, (2, 3))
+            expected.append(out[..., ::-1] if mirrored else out)
+    torch.testing.assert_close(image, torch.from_numpy(np.mean(expected, 0)))
+    assert not torch.allclose(image, network(x).image, atol=1e-3)
+    assert torch.equal(logits, network(x).logits)  # of the upright image
+    ways = {evaluation.SelfEnsemble.turn(x, way).numpy().tobytes() for way in range(8)}
+    assert len(ways) == 8
+    for way in range(8):
+        assert torch.equal(evaluation.SelfEnsemble.turn_back(evaluation.SelfEnsemble.turn(x, way), way), x)
+
+
+@pytest.mark.parametrize("model", ("dcnas-k3-e3", "dcnas-seq-k3-e3"))
+def test_the_self_ensemble_in_tiles_is_that_of_the_whole_picture(model):
+    torch.manual_seed(0)
+    network = models.make_network(models.named_arch(model, 10))
+    network(torch.rand(4, 3, 64, 64))
+    ensemble = evaluation.SelfEnsemble(network.eval())
+    picture = smooth_picture(200, 290)
+    with torch.inference_mode():
+        whole = ensemble(data.to_float(picture, "cpu")).image
+    tiled = evaluation.denoise_tiled(ensemble, picture, core=128, margin=256).float() / 255
+    assert (tiled - whole.clamp(0, 1)).abs().max() < 1.5 / 255
+
+
+def test_a_network_that_only_classifies_has_no_self_ensemble(checkpoints, capsys):
+    assert run("--checkpoint", checkpoints["cnas"], "--self-ensemble", "--val-images", 2) == 2
+    assert "leave --self-ensemble out" in capsys.readouterr().err
+
+
+def test_the_self_ensemble_through_the_command(checkpoints, tmp_path, capsys):
+    command = ("--checkpoint", checkpoints["dcnas"], "--val-images", 3, "--sigmas", "25/255", "--no-latency")
+    assert run(*command, "--output-dir", tmp_path / "one") == 0
+    assert run(*command, "--output-dir", tmp_path / "eight", "--self-ensemble") == 0
+    assert "mean of eight passes" in capsys.readouterr().out
+    one, eight = (strict((tmp_path / name / "metrics.json").read_text()) for name in ("one", "eight"))
+    assert eight["protocol"]["self_ensemble"] and not one["protocol"]["self_ensemble"]
+    assert eight["levels"][0]["psnr_db"] != one["levels"][0]["psnr_db"]
+    assert eight["levels"][0]["accuracy"] == one["levels"][0]["accuracy"] and eight["network"] == one["network"]
+    assert one["levels"][0]["sigma"] == 25 / 255
+    Image.new("RGB", (40, 30), (90, 120, 60)).save(tmp_path / "p.png")
+    command = ("--checkpoint", checkpoints["dcnas"], "--input", tmp_path / "p.png", "--sigma", "50/255")
+    for name, flags in (("a", []), ("b", ["--self-ensemble"])):
+        assert run(*command, *flags, "--output-dir", tmp_path / name) == 0
+    pictures = [np.array(Image.open(tmp_path / name / "p_denoised.png")) for name in "ab"]
+    assert (pictures[0] != pictures[1]).any()
+    result = strict((tmp_path / "b" / "predictions.json").read_text())
+    assert result["self_ensemble"] and result["sigma_added"] == 50 / 255 and result["noise"] == "gaussian"
+
+
+# --- Grey networks, pairs, whole folders ------------------------------------------------------------------------
+
+
+class Grey(nn.Module):
+    """A denoiser of one channel that halves its input."""
+
+    channels, denoises, classifies = 1, True, False
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        assert x.shape[1] == 1
+        return models.Output(x * self.scale, None)
+
+
+@pytest.fixture
+def grey(tmp_path, monkeypatch):
+    """A checkpoint of a grey network."""
+    monkeypatch.setitem(models.METHODS, "grey", lambda *_: Grey())
+    models.save_checkpoint(tmp_path / "grey.pt", {
+        "record": {"method": "grey", "model": "grey"}, "network": Grey().state_dict(), "classes": None, "size": 32,
+        "epoch": 1, "data": "nowhere", "seed": 0, "flags": {"noise": "poisson-gaussian"}})
+    return tmp_path / "grey.pt"
+
+
+def colours(folder, count, size=(40, 33)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.new("RGB", size, (200, 20 * index, 60)).save(folder / f"{index}.png")
+
+
+def test_a_grey_network_makes_grey_pictures_of_colour_photos(grey, tmp_path):
+    colours(tmp_path / "in", 2)
+    assert run("--checkpoint", grey, "--input", tmp_path / "in", "--output-dir", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "1_denoised.png") as image:
+        assert image.mode == "L" and image.size == (40, 33)
+        assert image.getpixel((3, 3)) == round((0.299 * 200 + 0.587 * 20 + 0.114 * 60) / 2)
+
+
+def test_a_grey_network_on_colour_images_is_measured_in_grey(grey, tmp_path, capsys):
+    colours(tmp_path / "in", 5)
+    command = ("--checkpoint", grey, "--data", tmp_path / "in", "--split", "all", "--sigmas", 0, 0.2)
+    assert run(*command, "--output-dir", tmp_path / "out") == 0
+    table = capsys.readouterr().out
+    assert "on grey:" in table and "Poisson-Gaussian" in table and "RGB" not in table  # the noise of its training
+    metrics = strict((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["images"] == 5 and metrics["latency"]["median_ms"] > 0
+    halved = [(0.299 * 200 + 0.587 * 20 * index + 0.114 * 60) / 2 / 255 for index in range(5)]
+    expected = np.mean([-20 * math.log10(value) for value in halved])
+    assert metrics["levels"][0]["psnr_db"] == pytest.approx(expected, abs=0.1)
+    assert Image.open(tmp_path / "out" / "grid.png").width == 8 + 3 * (6 * 40 + 8)  # 33 pixels high, six times enlarged
+    assert run(*command, "--output-dir", tmp_path / "out", "--noise", "gaussian") == 0
+    assert "noise: Gaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--luma"], "--luma is of colour images"),
+    (["--noise-protocol", "literature"], "take --noise gaussian"),
+    (["--data", "digits", "--split", "val"], "--grey is for image folders"),
+    (["--shave", "16"], "--shave 16 leaves nothing"),
+    (["--split", "all", "--data", "digits"], "take one split"),
+])
+def test_wrong_usage_of_a_grey_network_ends_in_one_sentence(grey, tmp_path, capsys, words, sentence):
+    colours(tmp_path / "in", 3, (32, 32))
+    command = ["--checkpoint", grey, "--data", tmp_path / "in", "--split", "all", "--output-dir", tmp_path / "out"]
+    assert run(*command, *words) == 2
+    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_pairs_are_measured_with_their_own_noise(checkpoints, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    clean = rng.integers(60, 190, (6, 33, 40, 3))
+    for index, picture in enumerate(clean):
+        for kind, pixels in (("mean", picture), ("real", picture + 5 * (-1) ** index)):
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{index}_{kind}.png")
+    command = ("--checkpoint", checkpoints["dnas"], "--data", tmp_path, "--split", "all", "--no-latency")
+    assert run(*command, "--output-dir", tmp_path / "out", "--sigmas", 0.1, 0.2) == 0
+    table = capsys.readouterr().out
+    assert "\nreal " in table and "sigma" not in table and "noise: real" in table and "mean" not in table
+    metrics = strict((tmp_path / "out" / "metrics.json").read_text())
+    (level,) = metrics["levels"]
+    assert level["sigma"] == "real" and metrics["images"] == 6
+    assert level["input_psnr_db"] == pytest.approx(20 * math.log10(255 / 5), abs=1e-4)
+    assert metrics["means"]["all_levels"]["input_psnr_db"] == metrics["means"]["noisy_levels"]["input_psnr_db"] > 30
+    grid = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
+    assert grid.shape[1] == 8 + 3 * (6 * 40 + 8) and len(np.unique(grid)) > 50
+
+
+def test_all_pictures_of_a_folder_and_the_training_folders_of_the_checkpoint(checkpoints, tmp_path):
+    checkpoint = models.read_checkpoint(checkpoints["dnas"])
+    for split, count in (("train", 9), ("val", 4), ("test", 11)):
+        colours(tmp_path / "in" / split, count, (32, 32))
+    models.save_checkpoint(tmp_path / "c.pt", {**checkpoint, "data": str(tmp_path / "in"),
+                                               "flags": {"train_folders": ["train", "test"]}})
+
+    def images(*flags):
+        assert run("--checkpoint", tmp_path / "c.pt", "--sigmas", 0.1, "--no-latency", "--output-dir", tmp_path / "out", *flags) == 0
+        return strict((tmp_path / "out" / "metrics.json").read_text())["images"]
+    assert images() == 2  # a tenth of train and test was held back in the training
+    assert images("--split", "all") == 24
+    assert images("--data", tmp_path / "in" / "val", "--split", "all") == 4
+    assert run("--checkpoint", tmp_path / "c.pt", "--split", "test") == 2  # it was trained on

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -69,19 +70,19 @@ def test_noise_belongs_to_seed_and_epoch():
 
     def first(seed, epoch):
         loader = data.make_loader(digits.train, 8, shuffle=True, seed=seed)
-        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 1.0, seed).epoch(epoch))
+        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(1.0), seed).epoch(epoch))
         return noisy
     assert torch.equal(first(0, 3), first(0, 3))
     assert not torch.equal(first(0, 3), first(0, 4)) and not torch.equal(first(0, 3), first(1, 3))
     loader = data.make_loader(digits.train, 8)
-    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, 0.0, 0).epoch(0))
+    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(0.0), 0).epoch(0))
     assert torch.equal(noisy, clean) and labels.tolist() == digits.train.targets[:8]
 
 
 def test_validation_is_the_same_for_any_batch_size_and_leaves_the_mode():
     digits = data.load_data("digits", size=16, train_images=10, val_images=13)
     network = models.Network(models.named_arch("dcnas-k3-e3", 10)).train()
-    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, sigma_max=1.0)
+    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, noise=data.Noise(1.0))
                for size in (4, 13)]
     assert network.training
     for name in ("accuracy", "psnr_db"):
@@ -254,3 +255,136 @@ def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
 def test_training_on_a_gpu_with_amp(tmp_path):
     state = run(tmp_path, "--epochs", "1", "--device", "cuda", "--amp", "float16")
     assert math.isfinite(state["rows"][0]["train_loss"]) and Path(tmp_path / "best.pt").is_file()
+
+
+# --- kinds of noise, pairs, grey -----------------------------------------------------------------------------
+
+
+def photos(folder, count=12, size=(40, 30)):
+    from PIL import Image
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.new("RGB", size, (20 * index, 90, 10)).save(folder / f"{index}.png")
+
+
+def test_batches_have_the_noise_that_is_asked_for():
+    scenes = data.Scenes(torch.full((64, 3, 32, 32), 255, dtype=torch.uint8), [0] * 64)
+    for noise, at_white, levels in ((data.Noise(sigmas=(0.2,)), 0.2, 1), (data.Noise(sigmas=(0.1, 0.4)), None, 2),
+                                    (data.Noise(sigmas=(0.3,), kind="poisson-gaussian"), 0.3, 1)):
+        noisy, clean, _ = next(train.NoisyBatches(data.make_loader(scenes, 64), CPU, noise, 0).epoch(0))
+        assert torch.equal(clean, torch.ones_like(clean))
+        found = (noisy - clean).std((1, 2, 3))
+        assert len((found / 0.1).round().unique()) == levels
+        assert at_white is None or found.mean().item() == pytest.approx(at_white, rel=0.02)
+
+
+class Recorder(torch.nn.Module):
+    """Gives back its input, and keeps it."""
+
+    denoises, classifies = True, False
+
+    def forward(self, x):
+        self.seen = x
+        return models.Output(x, None)
+
+
+@pytest.mark.parametrize("kind, at_white, in_darkness", [("gaussian", 0.2, 0.2), ("poisson-gaussian", 0.2, 0.2 * 0.1**0.5)])
+def test_validation_goes_through_the_levels_of_the_training(kind, at_white, in_darkness):
+    images = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
+    images[2:] = 255
+    noise, network = data.Noise(sigmas=(0.0, 0.2), kind=kind), Recorder()
+    train.validate(network, data.make_loader(data.Scenes(images, [-1] * 4), 4), loss="den", device=CPU, noise=noise)
+    found = (network.seen - images / 255).std((1, 2, 3)).tolist()
+    assert found == pytest.approx([0, in_darkness, 0, at_white], rel=0.03)
+
+
+def test_a_denoiser_trains_on_pairs_with_their_own_noise(tmp_path, capsys):
+    from PIL import Image
+    for index in range(8):
+        for kind, level in (("mean", 100), ("real", 130)):
+            Image.new("RGB", (40, 30), (level, level, 10 * index)).save(tmp_path / f"{index}_{kind}.png")
+    pairs = data.load_data(str(tmp_path), size=16)
+    noisy, clean, _ = next(train.NoisyBatches(data.make_loader(pairs.train, 4), CPU, data.Noise(), 0).epoch(0))
+    assert ((noisy - clean)[:, :2] * 255).round().unique().tolist() == [30] and torch.equal(noisy[:, 2], clean[:, 2])
+    found = train.validate(Recorder(), data.make_loader(pairs.val, 1), loss="den", device=CPU, noise=data.Noise())
+    assert found["psnr_db"] == pytest.approx(-10 * math.log10((30 / 255)**2 * 2 / 3), abs=1e-3)
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--batch-size", "3",
+                "--output-dir", str(tmp_path / "run")])
+    assert "pairs with real noise" in capsys.readouterr().out
+    assert models.load_checkpoint(tmp_path / "run" / "best.pt")[1]["classes"] is None
+
+
+class Grey(torch.nn.Module):
+    channels, denoises, classifies = 1, True, False
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return models.Output(x - self.layer(x), None)
+
+
+def test_a_grey_network_trains_on_grey_images_and_on_no_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.METHODS, "grey", lambda *_: Grey())
+    models.write_json(tmp_path / "arch.json", {"format": models.ARCH_FORMAT, "version": models.ARCH_VERSION, "method": "grey",
+                                               "model": "grey", "num_classes": 0})
+    photos(tmp_path / "photos")
+    command = ["--arch", str(tmp_path / "arch.json"), "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
+               "--batch-size", "3", "--output-dir", str(tmp_path / "run")]
+    train.main([*command, "--grey"])
+    assert models.load_checkpoint(tmp_path / "run" / "best.pt")[0].channels == 1
+    train.main(["--resume", str(tmp_path / "run")])  # done already: the flag is kept
+    named = ["--model", "dnas-k3-e3", *command[2:], "--grey"]
+    for words, sentence in ((command, "takes images of 1 channel, and those of .* are read with 3: give --grey"),
+                            (named, "takes images of 3 channels, and those of .* are read with 1: leave out --grey")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            train.main(words)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 2 and re.search(sentence, error)
+
+
+def test_flags_that_are_lists_survive_a_checkpoint(tmp_path, capsys):
+    for name in ("train", "val", "more"):
+        photos(tmp_path / "photos" / name)
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1", "--batch-size", "4",
+                "--output-dir", str(tmp_path / "run"), "--sigmas", "15/255", "0.2", "--train-folders", "train", "more", "--crops",
+                "2", "--noise", "poisson-gaussian"])
+    assert "44 training and 2 validation images" in capsys.readouterr().out  # two crops of 22
+    flags = models.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
+    assert flags["sigmas"] == [15 / 255, 0.2] and flags["train_folders"] == ["train", "more"]
+    assert (flags["crops"], flags["noise"], flags["sigma"]) == (2, "poisson-gaussian", 1.0)
+    resume = ["--resume", str(tmp_path / "run")]
+    train.main(resume)
+    train.main([*resume, "--sigmas", "15/255", "0.2", "--train-folders", "train", "more"])  # the same again
+    for words in (["--sigmas", "0.2"], ["--train-folders", "train"], ["--crops", "3"], ["--noise", "gaussian"], ["--grey"]):
+        with pytest.raises(SystemExit) as caught:
+            train.main([*resume, *words])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 2 and words[0] in error and "keeps its settings" in error
+
+
+def test_a_run_of_before_these_flags_can_be_resumed(tmp_path):
+    state = run(tmp_path, "--epochs", "2")
+    for name in ("noise", "sigmas", "grey", "crops", "train_folders"):
+        del state["flags"][name]
+    models.save_checkpoint(tmp_path / "last.pt", state)
+    train.main(["--resume", str(tmp_path)])
+    assert models.read_checkpoint(tmp_path / "last.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--grey"], "--grey is for image folders"),
+    (["--crops", "2"], "--crops is for image folders"),
+    (["--train-folders", "a"], "--train-folders is for image folders"),
+    (["--sigmas", "11"], "from 0 to 10, not 11"),
+    (["--sigma", "25/0"], "invalid number value"),
+    (["--noise", "salt"], "--noise"),
+])
+def test_wrong_usage_of_noise_and_folders(words, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--model", "dcnas-k3-e3", *words])
+    assert caught.value.code == 2 and sentence in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
