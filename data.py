@@ -1074,6 +1074,25 @@ def noise_from(args):
     return Noise(args.sigma, args.sigma_levels, tuple(args.sigmas or ()), args.noise)
 
 
+IMAGE_FLAGS = ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels", "sigmas")
+
+
+def image_flags(args):
+    """What flags say of images and noise, as a record keeps it, so that the training sees what the search saw."""
+    return {name: getattr(args, name) for name in IMAGE_FLAGS}
+
+
+def as_command_line(images):
+    """The same as words of a command line; what a record holds besides is left out."""
+    words = []
+    for name in IMAGE_FLAGS:
+        value = images.get(name) if isinstance(images, dict) else None
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, value) if isinstance(value, list)
+                                                       else [str(value)])]
+    return words
+
+
 def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
     """Write a PNG: one training image of each of the first classes, a row for each noise level, or clean and noisy."""
     targets = data.train.targets

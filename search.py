@@ -44,7 +44,7 @@ LATENCY_LOSSES = {
 # Searches of denoisers: the supernet is in a file of its own, and run as a whole. Defaults of their flags, for minutes on a CPU.
 RESTORATION = {
     "superkernel": {"size": 128, "batch_size": 4, "epochs": 20, "crops": 20, "lr": 1e-3, "sigma": 55 / 255,
-                    "denoising_loss": "charbonnier", "temperature": 1.0, "patience": 30, "train_folders": None},
+                    "denoising_loss": "charbonnier", "temperature": 1.0, "patience": 30},
     "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 0.025, "arch_lr": 1e-3, "sigma": 70 / 255,
               "denoising_loss": "log-ssim"},
 }
@@ -926,7 +926,7 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
           f"{len(parts[0]):,} for the weights, {len(parts[1]):,} for alpha, {args.epochs} epochs, {warmup_epochs} of them for "
           "the weights only.")
     searcher = Searcher(supernet, device=device, lr=args.lr, arch_lr=args.arch_lr, loss=loss, seed=args.seed, amp=args.amp)
-    noise = data_module.Noise(0.0 if args.search_images == "clean" else 1.0)
+    noise = data_module.Noise(0.0) if args.search_images == "clean" else data_module.noise_from(args)
     batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
     method = TFNAS(searcher, budget, steps=args.epochs * len(loaders[0]), warmup_epochs=warmup_epochs, warmup=args.warmup,
                    temperature=args.temperature, temperature_decay=decay, pressure=pressure,
@@ -1077,7 +1077,8 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
                        temperature=lambda epoch: args.temperature * decay ** epoch)
 
 
-def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path, start: float, rows: list[dict] | None) -> None:
+def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path,
+                       start: float, rows: list[dict] | None) -> None:
     """Derive the network within the target, write its files, print it."""
     if data_module.rank_and_world()[0] > 0:  # the others have the same supernet, and nothing to write
         return

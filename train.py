@@ -672,8 +672,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     try:
-        parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
-        args, state = parse_or_resume(parser, argv, "last.pt", "step")
+        first = parser.parse_args(argv)
+        parser.set_defaults(**RECIPES[first.recipe])
+        words = sys.argv[1:] if argv is None else argv
+        if first.model is None and first.resume is None:  # what the search saw comes first, so that flags can change it
+            words = [*data_module.as_command_line(models.load_record(first.arch).get("images")), *words]
+        args, state = parse_or_resume(parser, words, "last.pt", "step")
         device = prepare(args)
         if state is not None:
             record = state["record"]
