@@ -61,6 +61,10 @@ RECIPES = {
         "denoising_loss": "charbonnier", "sigma_levels": 11, "label_smoothing": 0.0, "dropout": 0.0, "drop_connect": 0.0},
     "paper": {  # Markhorst 2024, section 4, and TF-NAS: found networks on ImageNet-100
         "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},
+    # The networks of the other searches, in minutes on a CPU; each is the default for what its search found.
+    "superkernel": {"epochs": 20, "batch_size": 4, "optimizer": "adam", "lr": 1e-3, "denoising_loss": "charbonnier"},
+    "hinas": {"epochs": 20, "batch_size": 24, "optimizer": "sgd", "lr": 0.05, "weight_decay": 3e-4,
+              "denoising_loss": "log-ssim"},
 }
 
 
@@ -82,7 +86,15 @@ def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
     return 0.8 * charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
 
 
-DENOISING_LOSSES = {"mixed": denoising_loss, "charbonnier": charbonnier}  # sections 4 and 3 of Markhorst 2024
+def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6) -> Tensor:
+    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.5), finite for any image: SSIM, which can be 0 or less, from 1e-6."""
+    return F.mse_loss(image, clean) - weight * evaluation.ssim(image, clean).clamp(min=1e-6).log10().mean()
+
+
+DENOISING_LOSSES = {
+    "mixed": denoising_loss, "charbonnier": charbonnier,  # sections 4 and 3 of Markhorst 2024
+    "log-ssim": log_ssim, "mse": F.mse_loss,  # HiNAS, and its table 4 without the SSIM
+}
 
 
 def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str, label_smoothing: float = 0.1,
@@ -640,11 +652,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(data=None, data_root=None)  # those of the search, or digits
     data_module.add_noise_arguments(parser)
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--recipe", choices=RECIPES, default="short",
+    recipe.add_argument("--recipe", choices=RECIPES,
                         help="defaults for the flags below: short; study: the papers' controlled study; paper: the papers' on "
-                             "ImageNet-100 (default: %(default)s)")
+                             "ImageNet-100; superkernel, hinas: for what these searches find (default: short, or that of the "
+                             "search)")
     recipe.add_argument("--denoising-loss", choices=DENOISING_LOSSES, default="mixed",
-                        help="mixed: 0.8 Charbonnier + 0.2 (1 - SSIM); charbonnier alone (default: %(default)s)")
+                        help="mixed: 0.8 Charbonnier + 0.2 (1 - SSIM); charbonnier alone; log-ssim: MSE + 0.6 log10(1 / SSIM); "
+                             "mse (default: %(default)s)")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=25, metavar="N",
                         help="passes over the images; the papers train 250 (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
@@ -672,19 +686,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     try:
-        first = parser.parse_args(argv)
-        parser.set_defaults(**RECIPES[first.recipe])
-        words = sys.argv[1:] if argv is None else argv
+        first, words, record = parser.parse_args(argv), sys.argv[1:] if argv is None else argv, {}
         if first.model is None and first.resume is None:  # what the search saw comes first, so that flags can change it
-            words = [*data_module.as_command_line(models.load_record(first.arch).get("images")), *words]
+            record = models.load_record(first.arch)
+            words = [*data_module.as_command_line(record.get("images")), *words]
+        recipe = first.recipe or (record["method"] if record.get("method") in RECIPES else "short")
+        parser.set_defaults(**RECIPES[recipe], recipe=recipe)
         args, state = parse_or_resume(parser, words, "last.pt", "step")
         device = prepare(args)
-        if state is not None:
-            record = state["record"]
-        elif args.model is None:
-            record = models.load_record(args.arch)
-        else:
-            record = {}
+        record = record if state is None else state["record"]
         args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")
         args.data_root = args.data_root or record.get("data_root", "data")
         flags = run_flags(args)
