@@ -126,6 +126,11 @@ class Cell(nn.Module):
                          for node, edges in zip(self.nodes, self.layer.nodes) for module, edge in zip(node, edges)]
 
 
+def enlarge(x: Tensor, scale: int) -> Tensor:
+    """Bicubic enlargement with the field's kernel, a = -0.5 (torch has that of MATLAB and Pillow with `antialias` only)."""
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False, antialias=True)
+
+
 class Frame(nn.Module):
     """What is around the cells (fig. 2 and 4), the same for the supernet and what it finds.
 
@@ -154,7 +159,7 @@ class Frame(nn.Module):
         image = F.pixel_shuffle(image, self.scale)  # (B, C, scale * H, scale * W)
         if not self.residual:
             return Output(image)
-        enlarged = x if self.scale == 1 else F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
+        enlarged = x if self.scale == 1 else enlarge(x, self.scale)
         return Output(enlarged + image)
 
 
@@ -406,6 +411,86 @@ class SuperNet(Frame):
         widths = (self.space.widths_of(number, base_width)[index] for number, index in enumerate(path))
         layers = (Layer(width, strongest_edges(self._alpha(number), self.space.nodes)) for number, width in enumerate(widths))
         return self.space.design(tuple(layers), base_width)
+
+    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
+        """The costs of the cheapest and the dearest network of the space."""
+        ends = []
+        for best in (min, max):
+            totals = []
+            for path in self.space.paths():
+                widths = [self.space.widths_of(number)[index] for number, index in enumerate(path)]
+                names = [best(OPERATIONS, key=lambda name: costs[Part(name, width, width)]) for width in widths]
+                totals.append(self.space.cost(self.space.design(tuple(
+                    Layer(width, tuple((Edge(0, name), Edge(1, name)) for _ in range(self.space.nodes)))
+                    for width, name in zip(widths, names))), costs, rest))
+            ends.append(best(totals))
+        return ends[0], ends[1]
+
+    @torch.no_grad()
+    def fit(self, costs: dict[Part, float], rest: float, target: float) -> Design:
+        """The likeliest network within a target cost: of each path of widths, with operations exchanged until it is met.
+
+        Each exchange is the one that loses the least log probability per cost. ValueError when no network is that cheap.
+        """
+        steps, found = self.log_steps(), []
+        for path in self.space.paths():
+            before, score = 0, 0.0
+            for number, index in enumerate(path):
+                score, before = score + float(steps[number][before, index]), index
+            design = self.space.design(tuple(
+                Layer(self.space.widths_of(number)[index], strongest_edges(self._alpha(number), self.space.nodes))
+                for number, index in enumerate(path)))
+            present = self.space.cost(design, costs, rest)
+            while present > target:
+                exchanges = []
+                for place in _places(design):
+                    edge, width = _edge(design, place), design.layers[place[0]].width
+                    log_p = F.log_softmax(self._alpha(place[0])[edges_of(place[1]).start + edge.source].detach(), 0).tolist()
+                    for number, name in enumerate(OPERATIONS):
+                        gain = costs[Part(edge.operation, width, width)] - costs[Part(name, width, width)]
+                        if gain > 1e-9:
+                            loss = log_p[CHOICES.index(edge.operation)] - log_p[number]
+                            exchanges.append((loss / gain, place, name, loss, gain))
+                if not exchanges:
+                    break
+                _, place, name, loss, gain = min(exchanges)
+                design = _with_edge(design, place, replace(_edge(design, place), operation=name))
+                present, score = present - gain, score - loss
+            if present <= target:
+                found.append((score, len(found), design))
+        if not found:
+            raise ValueError(f"No network of this space costs {target:g} or less.")
+        return max(found)[2]
+
+    def found(self, costs: dict[Part, float], rest: float, target: float | None) -> tuple[Design, None]:
+        """The likeliest design, within a target cost unless that is None; its network is trained from the beginning."""
+        return self.derive() if target is None else self.fit(costs, rest, target), None
+
+    @torch.no_grad()
+    def set_design(self, design: Design, logit: float = 30.0) -> None:
+        """Make a design of the space all but certain; without layer-wise alpha, its first cell."""
+        for number, alpha in enumerate(self.alpha):
+            alpha.zero_()[:, -1] = logit
+            for node, edges in enumerate(design.layers[number].nodes):
+                for edge in edges:
+                    row = alpha[edges_of(node).start + edge.source]
+                    row[-1], row[CHOICES.index(edge.operation)] = 0.0, logit
+        before = 0
+        for number, layer in enumerate(design.layers if self.beta is not None else ()):
+            index = self.space.widths_of(number).index(layer.width)
+            self.beta[number].zero_()
+            self.beta[number, before, index], before = logit, index
+
+    def describe(self, design: Design) -> str:
+        """A design as a table to read: the two edges of each node, by layer."""
+        lines = [f"{'layer':>5} {'width':>5}  {'node':>4}  operation <- source"]
+        for number, layer in enumerate(design.layers):
+            for index, node in enumerate(layer.nodes):
+                names = [("the layer before", "the layer two before")[edge.source] if edge.source < 2 else f"node {edge.source - 2}"
+                         for edge in node]
+                text = "   ".join(f"{edge.operation:<5} <- {name:<20}" for edge, name in zip(node, names))
+                lines.append(f"{number if index == 0 else '':>5} {layer.width if index == 0 else '':>5}  {index:>4}  {text}".rstrip())
+        return "\n".join(lines)
 
     @torch.no_grad()
     def export(self) -> HinasNetwork:
@@ -666,6 +751,22 @@ class Space:
                               for source in self.sources(number, index, back)}
         return found | {Part("pointwise", self.nodes * width, HIGH_CHANNELS) for width in self.widths_of(self.layers - 1)}
 
+    def paths(self) -> list[list[int]]:
+        """Every path of widths, one index per layer."""
+        paths = [[]]
+        for number in range(self.layers):
+            paths = [[*path, index] for path in paths for index in range(len(self.factors(number)))
+                     if (path[-1] if path else 0) in self.sources(number, index)]
+        return paths
+
+    def holds(self, design: Design) -> bool:
+        """Whether a table of this space knows all parts of a design."""
+        return set(parts_of(design)) <= self.possible_parts() and design.channels == self.channels
+
+    def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
+        """The cost of a design's network from those of its parts and all else."""
+        return sum(costs[part] for part in parts_of(design)) + rest
+
     def carriers(self, rng: random.Random, rounds: int) -> list[Design]:
         """Random designs such that each possible part is in at least `rounds` of them."""
         counts, chosen = Counter({part: 0 for part in self.possible_parts()}), []
@@ -683,6 +784,14 @@ class Space:
     def parts(self, network: HinasNetwork) -> list[tuple[Part, nn.Module]]:
         """Each searched part of a network with its module; what is not in one of them is the rest."""
         return network.parts()
+
+
+PRESETS = {
+    "denoise": Space(),
+    "denoise-w40": Space(widths=WIDTHS["w40"]),  # table 3
+    "denoise-wm": Space(widths=WIDTHS["wm"]),
+    "sr-x2": Space("sr", 2), "sr-x3": Space("sr", 3), "sr-x4": Space("sr", 4),
+}
 
 
 def parts_of(design: Design) -> list[Part]:

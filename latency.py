@@ -594,7 +594,8 @@ def read_space(identity: dict):
     if method not in PART_SPACES:
         raise ValueError(f"the space must be one of {', '.join(PART_SPACES)}, not {method!r}")
     module = importlib.import_module(method)
-    return module, module.Space(**{name: value for name, value in identity.items() if name != "method"})
+    return module, module.Space(**{name: tuple(value) if isinstance(value, list) else value
+                                   for name, value in identity.items() if name != "method"})
 
 
 def make_space(method: str, network: str | None, width: int | None, channels: int):
@@ -632,7 +633,7 @@ class PartTable:
             self.reference = self.module.Design.from_dict(content["reference"])
             self.rest_ms = _number(content["rest_ms"]) * self.correction
             names = self.module.Part._fields
-            self.costs = {self.module.Part(*(row[name] for name in names)): _positive(row["ms"]) * self.correction
+            self.costs = {self.module.Part(*(row[name] for name in names)): max(0.0, _number(row["ms"])) * self.correction
                           for row in content["parts"]}
             missing = self.space.possible_parts() - set(self.costs)
             if missing:

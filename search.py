@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data as data_module
+import hinas
 import latency
 import models
 import superkernel
@@ -716,8 +717,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute)")
     more = parser.add_argument_group("superkernel and hinas")
     more.add_argument("--network", metavar="NAME",
-                      help="superkernel: skipinit-1 (default), skipinit-2, attention-1, attention-3, attention-6; hinas: denoise "
-                           "(default), sr-x2, sr-x3, sr-x4")
+                      help=f"superkernel: {', '.join(superkernel.PRESETS)}; hinas: {', '.join(hinas.PRESETS)} (default: the first)")
     more.add_argument("--width", type=whole(1, 1024), metavar="N",
                       help="base width of the network in channels, to make it smaller or larger (default: the paper's)")
     more.add_argument("--target-macs", type=number(1e-6, 1e9), metavar="M",
@@ -731,6 +731,15 @@ def build_parser() -> argparse.ArgumentParser:
     more.add_argument("--form", choices=superkernel.FORMS, default="full",
                       help="of superkernel: full, one convolution with an averaged kernel; separate, one per kernel size "
                            "(default: %(default)s)")
+    more.add_argument("--search-width", type=whole(1, 1024), default=hinas.SEARCH_WIDTH, metavar="N",
+                      help="of hinas: base width of the supernet (default: %(default)s)")
+    more.add_argument("--cells", choices=("shared", "unshared"), default="shared",
+                      help="of hinas: one cell for the widths that come before it (eq. 5), or one for each (eq. 6; default: "
+                           "%(default)s)")
+    more.add_argument("--one-cell", action="store_true",
+                      help="of hinas: the same operations in the cells of all layers (default: each layer its own)")
+    more.add_argument("--no-residual", action="store_true",
+                      help="of hinas: return the network's output itself (default: added to the input)")
     more.add_argument("--two-level", action="store_true",
                       help="of superkernel: train the structure on held-out images (default: with the weights, as in the paper)")
     data_module.add_data_arguments(parser)
@@ -1006,6 +1015,8 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     flags = run_flags(args)
     data, noise = data_module.data_from(args), data_module.noise_from(args)
     space = latency.make_space(args.model, args.network, args.width, data.channels)
+    if args.no_residual:
+        space = replace(space, residual=False)
     check_images(data, "den", data.channels)
     parts = data_module.split_dataset(data.train, 0.5, args.seed) if not joint else (data.train, data.train)
     batch_size, folder = share(args.batch_size), Path(args.output_dir)
@@ -1056,25 +1067,40 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
 
 def make_supernet(args: argparse.Namespace, space) -> nn.Module:
     """The supernet of a space, with the flags of its method."""
-    return superkernel.SuperNet(space, args.structure, args.form)
+    if args.model == "superkernel":
+        return superkernel.SuperNet(space, args.structure, args.form)
+    return hinas.SuperNet(space, args.search_width, args.cells == "shared", not args.one_cell, args.recompute)
 
 
 def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, steps: int, joint: bool, device: torch.device,
                 validate) -> Restoration:
-    """How a supernet is trained: Adam for both, at constant rates (Mozejko 2020, 5.1)."""
+    """How a supernet is trained.
+
+    superkernel: Adam for both, at constant rates (Mozejko 2020, 5.1). HiNAS (Zhang 2020, 4.1): SGD with a cosine down to 1/25
+    of its rate for the weights; Adam for the structure, from a fifth of the epochs on; the best supernet after three fifths.
+    """
     weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
-    groups = [{"params": weights, "lr": args.lr}] + ([{"params": structure, "lr": args.arch_lr}] if joint else [])
-    weight_optimizer = torch.optim.Adam(groups, fused=True)
-    arch_optimizer = None if joint else torch.optim.Adam(structure, args.arch_lr)
-    schedule = torch.optim.lr_scheduler.ConstantLR(weight_optimizer, 1.0)
-    decay = args.temperature_decay or 0.1 ** (1 / max(1, args.epochs - 1))
-    term = None
-    if costs.target is not None:
-        term = latency_loss(args.latency_loss, costs.target, args.latency_weight)
+    arch_optimizer, warmup, keep_from, temperature = None, args.warmup_epochs or 0, 0, None
+    if args.model == "superkernel":
+        groups = [{"params": weights, "lr": args.lr}] + ([{"params": structure, "lr": args.arch_lr}] if joint else [])
+        weight_optimizer = torch.optim.Adam(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.ConstantLR(weight_optimizer, 1.0)
+        if not joint:
+            arch_optimizer = torch.optim.Adam(structure, args.arch_lr)
+        decay = args.temperature_decay or 0.1 ** (1 / max(1, args.epochs - 1))
+
+        def temperature(epoch: int) -> float:
+            return args.temperature * decay ** epoch
+    else:
+        weight_optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=3e-4, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weight_optimizer, args.epochs * steps, args.lr / 25)
+        arch_optimizer = torch.optim.Adam(structure, args.arch_lr, weight_decay=1e-3)
+        warmup = round(args.epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
+        keep_from = round(0.6 * args.epochs)
+    term = None if costs.target is None else latency_loss(args.latency_loss, costs.target, args.latency_weight)
     return Restoration(supernet, weight_optimizer, arch_optimizer, schedule, device=device, validate=validate,
-                       denoising=args.denoising_loss, joint=joint, warmup_epochs=args.warmup_epochs or 0, cost=costs.of_supernet,
-                       cost_term=term, target=costs.target, seed=args.seed, amp=args.amp,
-                       temperature=lambda epoch: args.temperature * decay ** epoch)
+                       denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, cost=costs.of_supernet, cost_term=term,
+                       target=costs.target, seed=args.seed, amp=args.amp, temperature=temperature, keep_from=keep_from)
 
 
 def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path,

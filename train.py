@@ -87,7 +87,7 @@ def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
 
 
 def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6) -> Tensor:
-    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.5), finite for any image: SSIM, which can be 0 or less, from 1e-6."""
+    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.4), finite for any image: SSIM, which can be 0 or less, from 1e-6."""
     return F.mse_loss(image, clean) - weight * evaluation.ssim(image, clean).clamp(min=1e-6).log10().mean()
 
 

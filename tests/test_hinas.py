@@ -12,8 +12,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import hinas
@@ -379,12 +381,57 @@ def test_any_size_works_and_sr_enlarges(task, scale, channels, height, width):
 def test_residual_adds_the_input(space):
     design = space.random_design(random.Random(1))
     images = torch.rand(1, 1, 6, 5)
-    enlarged = images if design.scale == 1 else nn.functional.interpolate(images, scale_factor=3, mode="bicubic")
+    enlarged = images if design.scale == 1 else hinas.enlarge(images, 3)
     for residual in (True, False):
         network = hinas.build(replace(design, residual=residual)).eval()
         for parameter in network.end[-1].parameters():
             nn.init.zeros_(parameter)
         torch.testing.assert_close(network(images).image, enlarged if residual else torch.zeros_like(enlarged))
+
+
+def test_enlarging_has_the_kernel_of_pillow_and_matlab():
+    images = torch.rand(1, 1, 9, 8)
+    for scale in (2, 3, 4):
+        picture = Image.fromarray(images[0, 0].numpy()).resize((8 * scale, 9 * scale), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(hinas.enlarge(images, scale)[0, 0], torch.from_numpy(np.array(picture)), atol=1e-5, rtol=0)
+
+
+def costs_of_everything(space, seed=0):
+    rng = random.Random(seed)
+    return {part: rng.uniform(0.1, 1.0) * part.out_channels for part in sorted(space.possible_parts())}, 2.0
+
+
+def test_a_fit_meets_the_target():
+    space = Space(layers=2, nodes=1, base_width=4)
+    supernet = random_supernet(space)
+    costs, rest = costs_of_everything(space)
+    low, high = supernet.cost_range(costs, rest)
+    assert low < space.cost(supernet.derive(), costs, rest) <= high
+    assert supernet.fit(costs, rest, high) == supernet.derive() == supernet.found(costs, rest, None)[0]
+    for target in (low, (low + high) / 2):
+        design = supernet.fit(costs, rest, target * (1 + 1e-9))
+        assert space.cost(design, costs, rest) <= target * (1 + 1e-6) and space.holds(design)
+    with pytest.raises(ValueError, match="No network"):
+        supernet.fit(costs, rest, 0.99 * low)
+
+
+@pytest.mark.parametrize("space", (SMALL, Space("sr", 2, layers=2, nodes=3, base_width=4),
+                                   replace(SMALL, widths=(2.0, 1.0, 1.5))))
+def test_a_design_that_is_set_is_derived(space):
+    supernet = random_supernet(space)
+    for seed in range(5):
+        design = space.random_design(random.Random(seed))
+        supernet.set_design(design)
+        assert supernet.derive() == design
+        text = supernet.describe(design)
+        assert all(edge.operation in text for layer in design.layers for node in layer.nodes for edge in node)
+
+
+def test_the_paths_are_those_that_random_designs_take():
+    space = Space()
+    drawn = {tuple(space.widths_of(n).index(layer.width) for n, layer in enumerate(space.random_design(random.Random(s)).layers))
+             for s in range(300)}
+    assert drawn == {tuple(path) for path in space.paths()} and len(space.paths()) == 12
 
 
 def test_operations_keep_the_size_and_reach_as_far_as_their_kernels():
