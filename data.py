@@ -7,6 +7,7 @@ Reads the image files of a folder (or MNIST), writes nothing but the preview. Ev
 seed: the same seed gives the same images, splits, order, crops and noise. Works when copied alone into
 another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Markhorst 2024: a coloured digit,
 or as there two white ones, on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
+Signal-dependent noise, and folders of pictures with real noise beside clean ones, are there too.
 """
 import argparse
 import copy

@@ -915,7 +915,7 @@ def test_a_stray_a_double_and_a_differing_size_are_named(tmp_path):
 
 
 def test_words_in_names_that_are_no_pairs(tmp_path):
-    for name in ("realm", "meaning", "really", "demean", "real_1", "mean_2", "clean"):
+    for name in ("surreal", "surmean", "realm", "meanm", "real_1", "mean_2", "clean"):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
     images = data.load_data(str(tmp_path), size=16)
     assert not data.is_paired(images.train) and len(images.train) + len(images.val) == 7

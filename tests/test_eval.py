@@ -613,17 +613,19 @@ def test_the_self_ensemble_is_the_mean_over_eight_turns():
         assert torch.equal(evaluation.SelfEnsemble.turn_back(evaluation.SelfEnsemble.turn(x, way), way), x)
 
 
-@pytest.mark.parametrize("model", ("dcnas-k3-e3", "dcnas-seq-k3-e3"))
+@pytest.mark.parametrize("model", ("lopsided", "dcnas-k3-e3", "dcnas-seq-k3-e3"))
 def test_the_self_ensemble_in_tiles_is_that_of_the_whole_picture(model):
     torch.manual_seed(0)
-    network = models.make_network(models.named_arch(model, 10))
+    network = Lopsided() if model == "lopsided" else models.make_network(models.named_arch(model, 10))
     network(torch.rand(4, 3, 64, 64))
     ensemble = evaluation.SelfEnsemble(network.eval())
     picture = smooth_picture(200, 290)
     with torch.inference_mode():
-        whole = ensemble(data.to_float(picture, "cpu")).image
+        whole = ensemble(data.to_float(picture, "cpu")).image.clamp(0, 1)
     tiled = evaluation.denoise_tiled(ensemble, picture, core=128, margin=256).float() / 255
-    assert (tiled - whole.clamp(0, 1)).abs().max() < 1.5 / 255
+    assert (tiled - whole).abs().max() < 1.01 / 255  # eight images in 8 bit, and their mean
+    if model == "lopsided":  # the others, untrained, give much the same from every side
+        assert whole.std() > 5 / 255 and (tiled - whole.flip(-1)).abs().max() > 5 / 255
 
 
 def test_a_network_that_only_classifies_has_no_self_ensemble(checkpoints, capsys):
