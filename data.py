@@ -169,12 +169,14 @@ class Noise:
     """The noise of a training or a search: sigma ~ U[0, sigma_max] per image, for images in [0, 1]; ValueError for a bad one.
 
     levels: of so many values, evenly spaced from 0 to sigma_max, instead (0: of all). sigmas: one of these instead of
-    both; a single one is a fixed level. kind: one of NOISES.
+    both; a single one is a fixed level. kind: one of NOISES. scale: the input is also so many times smaller than the clean
+    image (super-resolution; see shrink), before there is noise.
     """
     sigma_max: float = 1.0
     levels: int = 0
     sigmas: tuple[float, ...] = ()
     kind: str = "gaussian"
+    scale: int = 1
 
     def __post_init__(self):
         if self.kind not in NOISES:
@@ -201,6 +203,31 @@ class Noise:
     def add(self, images, sigma, generator=None, clip=False):
         """As add_noise, of this kind."""
         return add_noise(images, sigma, generator, clip, self.kind)
+
+
+def shrink(images, scale):
+    """images (B, C, H, W) in [0, 1], made smaller by a whole factor as the super-resolution literature does: H, W / scale.
+
+    MATLAB's imresize: bicubic (a = -0.5), antialiased, mirrored at the borders, rounded to 8 bit. H and W must be multiples.
+    """
+    if scale == 1:
+        return images
+    if images.shape[-2] % scale or images.shape[-1] % scale:
+        raise ValueError(f"an image of {images.shape[-1]} x {images.shape[-2]} pixels cannot be made {scale} times smaller")
+    edge = 2 * scale  # as far as the kernel reaches; Pillow and torch cut it off there instead
+    for dim in (-2, -1):
+        side = images.shape[dim]
+        places = torch.arange(-edge, side + edge, device=images.device) % (2 * side)
+        images = images.index_select(dim, torch.minimum(places, 2 * side - 1 - places))
+    small = torch.nn.functional.interpolate(images, scale_factor=1 / scale, mode="bicubic", align_corners=False,
+                                            antialias=True)[..., 2:-2, 2:-2]
+    return small.clamp(0, 1).mul(255).round().div(255)
+
+
+def cut_to_multiple(images, scale):
+    """images (B, C, H, W) without the last rows and columns that make H and W no multiples of scale."""
+    height, width = (side - side % scale for side in images.shape[-2:])
+    return images[..., :height, :width]
 
 
 def evaluation_noise(shape, index, seed=0):
@@ -1070,9 +1097,9 @@ def add_noise_arguments(parser):
                        help="draw sigma from these values instead of both; one: a fixed level (default: not given)")
 
 
-def noise_from(args):
-    """The Noise that the flags of add_noise_arguments ask for."""
-    return Noise(args.sigma, args.sigma_levels, tuple(args.sigmas or ()), args.noise)
+def noise_from(args, scale=1):
+    """The Noise that the flags of add_noise_arguments ask for, for a network that makes images `scale` times larger."""
+    return Noise(args.sigma, args.sigma_levels, tuple(args.sigmas or ()), args.noise, scale)
 
 
 IMAGE_FLAGS = ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels", "sigmas")

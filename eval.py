@@ -154,11 +154,11 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     was_training = network.training
     network.eval()
     levels = [defaultdict(list) for _ in sigmas]  # per level: name -> one value per image
-    count, num_classes, channels = 0, None, 3
+    count, num_classes, channels, scale = 0, None, 3, getattr(network, "scale", 1)
     try:
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             places = [rank + (count + i) * world for i in range(len(images))]
-            clean, noisy_at = clean_and_noisy(images, places, device, seed, clip, noise, protocol)  # (B, C, H, W)
+            clean, noisy_at = clean_and_noisy(images, places, device, seed, clip, noise, protocol, scale)  # (B, C, H, W)
             reference, (labels, boxes) = clean.double(), split_labels(labels, device)
             channels = clean.shape[1]
             for sigma, values in zip(sigmas, levels):
@@ -166,7 +166,7 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
                 image, logits = run(network, noisy, boxes)
                 if image is not None:
                     _add_quality(values, "", to_8bit(image.float()).double(), reference, shave, y_only)
-                    _add_quality(values, "input_", noisy.double(), reference, shave, y_only)
+                    _add_quality(values, "input_", enlarged(noisy, scale).double(), reference, shave, y_only)
                 if logits is not None:
                     num_classes = logits.shape[1]
                     _add_hits(values, logits[labels >= 0], labels[labels >= 0])
@@ -189,7 +189,8 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
                          "noise_protocol": None if real else protocol, "noise_clipped": clip and not real,
                          "noise_seed": seed if protocol == "own" and not real else None,
                          "output": "clamped to [0, 1], rounded to 8 bit",
-                         "input": "as in its file" if real else "clipped to [0, 1], not rounded" if clip else
+                         "scale": scale,
+                         "input": "as in its file" if real else f"bicubic x{scale}" if scale > 1 else "clipped to [0, 1], not rounded" if clip else
                                   "not clipped, not rounded",
                          "psnr": "per image, then the mean; inf where two images are equal",
                          "ssim": "Gaussian 11x11, sigma 1.5, valid region; per image, then the mean"},
@@ -211,20 +212,31 @@ def _gather(count: int, num_classes: int | None, levels: list[dict]) -> tuple[in
 
 
 def clean_and_noisy(images: Tensor, places: list[int], device: torch.device | str, seed: int = 0, clip: bool = False,
-                    noise: str = "gaussian", protocol: str = "own"):
+                    noise: str = "gaussian", protocol: str = "own", scale: int = 1):
     """The images of a loader, uint8 (B, C, H, W), at these places of a split: (clean in [0, 1] on the device, noisy).
 
     noisy(sigma), with a number or (B,), gives the images with noise; of pairs (B, 2, C, H, W) those with their own, always.
+    With `scale` these are so many times smaller (data.shrink), and the clean ones are cut to a multiple of it.
     """
-    from data import evaluation_draw, split_pair, to_float
+    from data import cut_to_multiple, evaluation_draw, shrink, split_pair, to_float
 
     clean, real = split_pair(images)
     clean = to_float(clean, device)
     if real is not None:
         real = to_float(real, device)
         return clean, lambda sigma: real
-    draw = evaluation_draw(clean, places, seed, noise, protocol)
+    clean = cut_to_multiple(clean, scale)
+    draw = evaluation_draw(shrink(clean, scale), places, seed, noise, protocol)
     return clean, lambda sigma: draw(sigma).clamp(0, 1) if clip else draw(sigma)
+
+
+def enlarged(noisy: Tensor, scale: int) -> Tensor:
+    """What a network's image is compared with: its input, or the bicubic enlargement of a small one, rounded to 8 bit."""
+    if scale == 1:
+        return noisy
+    from hinas import enlarge
+
+    return to_8bit(enlarge(noisy, scale))
 
 
 def _add_quality(values: dict, prefix: str, image: Tensor, reference: Tensor, shave: int, y_only: bool) -> None:
@@ -271,7 +283,7 @@ class SelfEnsemble(nn.Module):
             raise ValueError("The network only classifies, so there are no images to average: leave --self-ensemble out.")
         self.network = network
         self.denoises, self.classifies, self.channels = True, network.classifies, getattr(network, "channels", 3)
-        self.takes_boxes = getattr(network, "takes_boxes", False)
+        self.takes_boxes, self.scale = getattr(network, "takes_boxes", False), getattr(network, "scale", 1)
         self.train(network.training)
 
     @staticmethod
@@ -403,16 +415,17 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
     from models import run, write_file
 
     font = ImageFont.load_default(size=14)
-    rows = []
+    rows, scale = [], getattr(network, "scale", 1)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     for number, sigma in enumerate(sigmas):
         index = order[number % len(order)]
         pixels, label = dataset[index]
-        clean, noisy_at = clean_and_noisy(pixels[None], [index], device, seed, clip, noise, protocol)
+        clean, noisy_at = clean_and_noisy(pixels[None], [index], device, seed, clip, noise, protocol, scale)
         noisy = noisy_at(sigma)
         labels, boxes = split_labels(torch.as_tensor(label)[None], device)
         image, logits = run(network, noisy, boxes)
-        tiles = {"noisy": noisy, "denoised": image, "clean": clean}
+        noisy = enlarged(noisy, scale)
+        tiles = {"noisy" if scale == 1 else "bicubic": noisy, "denoised" if scale == 1 else "enlarged": image, "clean": clean}
         quality = "real noise" if sigma == "real" else f"sigma {_level(sigma)}"
         if image is not None:
             before, after = (psnr(x.double(), clean.double()).item() for x in (noisy, to_8bit(image.float())))
@@ -500,7 +513,8 @@ class _WholePool(nn.Module):
 @torch.inference_mode()
 def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str = "cpu", core: int = TILE_CORE,
                   margin: int = TILE_MARGIN) -> Tensor:
-    """Denoise a large picture in tiles: (1, C, H, W), uint8 or float in [0, 1], on the CPU -> (1, C, H, W) uint8 on the CPU.
+    """Denoise a large picture in tiles: (1, C, H, W), uint8 or float in [0, 1], on the CPU -> (1, C, H, W) uint8 on the CPU,
+    `scale` times larger where the network enlarges.
 
     Each tile is computed with `margin` pixels around its core (both multiples of 32), so that there are no seams; what
     squeeze-and-excitation pools over the whole picture is collected by passes over all tiles before. The memory needed is that
@@ -513,15 +527,16 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     from models import ENCODER_STRIDE
 
     if isinstance(network, SelfEnsemble):
-        total = torch.zeros(image.shape, dtype=torch.int16)
+        total: Tensor | int = 0
         for way in range(8):
             turned = denoise_tiled(network.network, network.turn(image, way), device, core, margin)
-            total += network.turn_back(turned, way)
+            total = network.turn_back(turned, way).to(torch.int16) + total
         return (total + 4).div_(8, rounding_mode="floor").byte()
     network = copy.copy(getattr(network, "denoiser", network))  # of a sequential network only the first half is needed
     if hasattr(network, "decoder"):
         network.classifies = False
     height, width = image.shape[-2:]
+    scale, stride = getattr(network, "scale", 1), getattr(network, "multiple", ENCODER_STRIDE)
     places = [(max(0, y - margin), min(height, y + core + margin), max(0, x - margin), min(width, x + core + margin), y, x)
               for y in range(0, height, core) for x in range(0, width, core)]
 
@@ -542,17 +557,17 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
             squeeze.avgpool = pool = _WholePool()
             for place in places:
                 top, bottom, left, right, y, x = place
-                padded = [-(-side // ENCODER_STRIDE) * ENCODER_STRIDE for side in (bottom - top, right - left)]
+                padded = [-(-side // stride) * stride for side in (bottom - top, right - left)]
                 pool.core = (*padded, y - top, None if y + core >= height else y + core - top,
                              x - left, None if x + core >= width else x + core - left)
                 with contextlib.suppress(_Reached):
                     run(place)
             pool.core = None
-        result = torch.empty(image.shape, dtype=torch.uint8)
+        result = torch.empty(*image.shape[:2], scale * height, scale * width, dtype=torch.uint8)
         for place in places:
-            top, _, left, _, y, x = place
-            tile = run(place)[..., y - top:y - top + core, x - left:x - left + core]
-            result[..., y:y + core, x:x + core] = to_8bit(tile.float()).mul(255).round().byte().cpu()
+            top, _, left, _, y, x = (scale * value for value in place)
+            tile = run(place)[..., y - top:y - top + scale * core, x - left:x - left + scale * core]
+            result[..., y:y + scale * core, x:x + scale * core] = to_8bit(tile.float()).mul(255).round().byte().cpu()
     finally:
         for squeeze, pool in zip(squeezes, pools):
             squeeze.avgpool = pool
@@ -699,14 +714,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--split", choices=("val", "test", "all"), default="val",
                        help="part of the data to evaluate on; all: every picture below a folder, whole and without labels, "
                             "for test sets (default: %(default)s)")
-    group.add_argument("--sigmas", type=number(0, 100), nargs="+", default=list(SIGMAS), metavar="SIGMA",
+    group.add_argument("--sigmas", type=number(0, 100), nargs="+", metavar="SIGMA",
                        help="noise levels, standard deviations on images in [0, 1], also as fractions: 25/255; pictures with "
-                            "real noise have no others (default: 0 0.1 0.2 ... 1.0)")
-    group.add_argument("--shave", type=whole(0, 4096), default=0, metavar="PIXELS",
-                       help="pixels left out of PSNR and SSIM at each border (default: %(default)s)")
-    group.add_argument("--luma", action="store_true",
+                            "real noise have no others (default: 0 0.1 0.2 ... 1.0; for super-resolution 0)")
+    group.add_argument("--shave", type=whole(0, 4096), metavar="PIXELS",
+                       help="pixels left out of PSNR and SSIM at each border (default: 0; for super-resolution the factor)")
+    group.add_argument("--luma", action=argparse.BooleanOptionalAction,
                        help="PSNR and SSIM of Y of YCbCr alone (ITU-R 601, 16 to 235), as in the super-resolution "
-                            "literature; about 2 dB higher (default: all channels)")
+                            "literature; about 2 dB higher (default: all channels; for super-resolution in colour Y)")
     group.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
                        help="images per batch, of no influence on the numbers; whole pictures of different sizes go "
                             "one by one (default: %(default)s)")
@@ -728,7 +743,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     from data import check_protocol, join_processes, load_data, load_everything, split_labels
     from latency import check_device
-    from models import check_fits, load_checkpoint
+    from models import channels_of, check_fits, load_checkpoint, scale_of
 
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -737,8 +752,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         network, checkpoint = load_checkpoint(args.checkpoint, device)
+        scale = scale_of(network)
+        if args.sigmas is None:
+            args.sigmas = list(SIGMAS) if scale == 1 else [0.0]
+        if args.shave is None:
+            args.shave = 0 if scale == 1 else scale
+        if args.luma is None:
+            args.luma = scale > 1 and channels_of(network) == 3
         size, flags = args.size or checkpoint["size"], checkpoint.get("flags", {})
-        grey = getattr(network, "channels", 3) == 1
+        grey = channels_of(network) == 1
         check_protocol(args.noise or flags.get("noise", "gaussian"), args.noise_protocol)
         if args.self_ensemble:
             network = SelfEnsemble(network)
@@ -761,10 +783,10 @@ def main(argv: list[str] | None = None) -> None:
         _check_data(network, checkpoint["classes"], data, dataset, args)
         if data.classes is not None:
             boxes = split_labels(torch.as_tensor(dataset[0][1])[None], device)[1]
-            check_fits(network, checkpoint["record"]["model"], data.size, boxes)
+            check_fits(network, checkpoint["record"]["model"], data.size // scale, boxes)
         _run_evaluation(network, checkpoint["classes"], dataset, Path(args.output_dir), size=size, sigmas=args.sigmas,
                         shave=args.shave, y_only=args.luma, batch_size=args.batch_size, workers=args.workers,
-                        latency_setting=None if args.no_latency else _latency_setting(checkpoint, args.device, size),
+                        latency_setting=None if args.no_latency else _latency_setting(checkpoint, args.device, size // scale),
                         about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"], "data": data.name,
                                "split": args.split, "data_seed": checkpoint["seed"]}, how=how)
     except (ValueError, OSError) as error:
@@ -817,7 +839,7 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
     """
     from data import is_paired, make_loader, rank_and_world
     from latency import device_name
-    from models import count_macs, count_parameters, provenance, write_file, write_json
+    from models import count_macs, count_parameters, provenance, scale_of, write_file, write_json
 
     output_dir.mkdir(parents=True, exist_ok=True)  # fail before the work, not after
     device = how["device"]
@@ -830,8 +852,8 @@ def _run_evaluation(network: nn.Module, classes: list[str] | None, dataset, outp
     one_pass = network.network if isinstance(network, SelfEnsemble) else network
     metrics = {"format": EVAL_FORMAT, "version": EVAL_VERSION, "made": provenance(device_name(device), how["seed"]), **about,
                **measured,
-               "network": {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size),
-                           "size_px": size},
+               "network": {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size // scale_of(network)),
+                           "size_px": size // scale_of(network)},
                "latency": None}
     if latency_setting is not None:
         from latency import measure_network

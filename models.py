@@ -1062,6 +1062,11 @@ def channels_of(network: nn.Module) -> int:
     return getattr(network, "channels", 3)
 
 
+def scale_of(network: nn.Module) -> int:
+    """How many times larger than its input the image is that a network returns."""
+    return getattr(network, "scale", 1)
+
+
 def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Output:
     """The network's output, with boxes (B, D, 4) for those that look at places of an image."""
     return network(images, boxes) if boxes is not None and getattr(network, "takes_boxes", False) else network(images)

@@ -1013,11 +1013,13 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     joint = args.model == "superkernel" and not args.two_level
     device = prepare(args)
     flags = run_flags(args)
-    data, noise = data_module.data_from(args), data_module.noise_from(args)
+    data = data_module.data_from(args)
     space = latency.make_space(args.model, args.network, args.width, data.channels)
     if args.no_residual:
         space = replace(space, residual=False)
-    check_images(data, "den", data.channels)
+    scale = models.scale_of(space)
+    noise, size = data_module.noise_from(args, scale), data.size // scale  # of the input
+    check_images(data, "den", data.channels, scale)
     parts = data_module.split_dataset(data.train, 0.5, args.seed) if not joint else (data.train, data.train)
     batch_size, folder = share(args.batch_size), Path(args.output_dir)
     if min(len(part) for part in parts) < 2:
@@ -1025,17 +1027,17 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     lock_folder(folder)
     table = None
     if args.target:
-        setting = latency.this_setting(args.device, size=data.size, num_classes=0, batch=args.batch,
+        setting = latency.this_setting(args.device, size=size, num_classes=0, batch=args.batch,
                                        threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
         table = obtain_table(args, setting, state, lambda: latency.build_part_table(setting, space, seed=args.seed))
         if not isinstance(table, latency.PartTable) or table.space != space:
             raise ValueError(f"{args.table or 'The table of this run'} is for another space; make one with: "
                              f"{latency.table_command(setting, latency.space_flags(space))}")
-    costs = costs_of(space, target, table, data.size)
+    costs = costs_of(space, target, table, size)
     torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
     supernet = make_supernet(args, space)
     cheapest, dearest = supernet.cost_range(costs.parts, costs.rest)
-    print(f"The networks of this space take {cheapest:.4g} to {dearest:.4g} {costs.unit} for {data.size} px.")
+    print(f"The networks of this space take {cheapest:.4g} to {dearest:.4g} {costs.unit} for {size} px.")
     if target is not None and target < cheapest:
         raise ValueError(f"The target of {target:g} {costs.unit} is below that; this would work: "
                          f"{_with_target(argv, _round_up(1.05 * cheapest), '--target' if args.target else '--target-macs')}")
@@ -1121,7 +1123,8 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
         factor = min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25)
         costs = costs_of(costs.space, costs.target, costs.table.scaled(factor))
     network = trained or costs.space.network(design)
-    macs, parameters = models.count_macs(network, data.size), models.count_parameters(network)
+    size = data.size // models.scale_of(network)
+    macs, parameters = models.count_macs(network, size), models.count_parameters(network)
     made, table = models.provenance(latency.device_name(args.device), args.seed), costs.table
     record = models.design_record(args.model, design, made, data=args.data, data_root=args.data_root, size=data.size,
                                   images=data_module.image_flags(args), parameters=parameters, macs=macs,
@@ -1136,7 +1139,7 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
             "record": record, "classes": None, "size": data.size, "data": args.data, "seed": args.seed, "loss": "den",
             "made": made, "flags": run_flags(args), "epoch": len(rows), "network": trained.state_dict(), "ema": None})
     print(f"\n{supernet.describe(design)}\n")
-    print(f"{parameters:,} parameters, {macs / 1e6:,.1f} M multiply-accumulates at {data.size} px")
+    print(f"{parameters:,} parameters, {macs / 1e6:,.1f} M multiply-accumulates at {size} px")
     if table:
         print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
               f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")

@@ -276,11 +276,10 @@ class NoisyBatches:
             clean = data_module.to_float(clean, self.device)  # (B, C, H, W)
             if noisy is not None:
                 noisy = data_module.to_float(noisy, self.device)
-            elif self.noise:
-                sigma = self.noise.sample(len(clean), self.generator, self.device)
-                noisy = self.noise.add(clean, sigma, self.generator)
             else:
-                noisy = clean
+                noisy = data_module.shrink(clean, self.noise.scale)
+                if self.noise:
+                    noisy = self.noise.add(noisy, self.noise.sample(len(clean), self.generator, self.device), self.generator)
             yield noisy, clean, labels.to(self.device, non_blocking=True)
 
 
@@ -304,7 +303,7 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
     for images, labels in loader:
         labels, boxes = data_module.split_labels(labels, device)
         places = [rank + (count + i) * world for i in range(len(images))]  # of these images in the split
-        clean, noisy = evaluation.clean_and_noisy(images, places, device, noise=noise.kind)
+        clean, noisy = evaluation.clean_and_noisy(images, places, device, noise=noise.kind, scale=noise.scale)
         sigma = torch.tensor([noise.validation_sigma(place) for place in places], device=device)
         with autocast(device, amp):
             output = models.run(network, noisy(sigma), boxes)
@@ -541,8 +540,12 @@ def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -
     sys.exit(RESUME_ME if going else 130)
 
 
-def check_images(data: data_module.Data, loss: str, channels: int = 3) -> None:
-    """ValueError in one sentence where there is too little to train on, or a network of `channels` cannot take it."""
+def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: int = 1) -> None:
+    """ValueError in one sentence where there is too little to train on, or a network of `channels` that makes images `scale`
+    times larger cannot take it."""
+    if data.size % scale:
+        raise ValueError(f"For super-resolution x{scale} --size must be a multiple of {scale}, not {data.size}: it is that of the "
+                         "large image.")
     if data.channels != channels:
         mend = "give --grey" if channels == 1 else "leave out --grey"
         raise ValueError(f"The network takes images of {channels} channel{'s' * (channels > 1)}, and those of {data.name} "
@@ -698,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
         args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")
         args.data_root = args.data_root or record.get("data_root", "data")
         flags = run_flags(args)
-        data, noise = data_module.data_from(args), data_module.noise_from(args)
+        data = data_module.data_from(args)
         classes = data.classes
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(classes or []) or 1,
@@ -709,16 +712,17 @@ def main(argv: list[str] | None = None) -> None:
         if network.classifies and classes and record["num_classes"] != len(classes):
             raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                              f"{len(classes)}; search again with --data {args.data}.")
-        loss = choose_loss(network, classes is not None, args.loss)
-        check_images(data, loss, getattr(network, "channels", 3))
+        loss, scale = choose_loss(network, classes is not None, args.loss), models.scale_of(network)
+        noise = data_module.noise_from(args, scale)
+        check_images(data, loss, models.channels_of(network), scale)
         boxes = data_module.split_labels(torch.as_tensor(data.train[0][1])[None], "cpu")[1]
-        models.check_fits(network, record["model"], data.size, boxes)
+        models.check_fits(network, record["model"], data.size // scale, boxes)
         batch_size = share(args.batch_size)
         lock_folder(args.output_dir)
     except ValueError as error:
         parser.error(str(error))
     print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
-          f"{models.count_macs(network, data.size) / 1e6:.1f} M MACs at {data.size} px; {len(data.train):,} training and "
+          f"{models.count_macs(network, data.size // scale) / 1e6:.1f} M MACs at {data.size // scale} px; {len(data.train):,} training and "
           f"{len(data.val):,} validation images of {data.name}"
           + (", pairs with real noise" if data_module.is_paired(data.train) else "") + f"; loss {loss}")
     how = dict(seed=args.seed, workers=args.workers, device=device)
