@@ -1071,9 +1071,11 @@ def add_data_arguments(parser, training=True):
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:
         group.add_argument("--grey", action="store_true",
-                           help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks (default: RGB)")
+                           help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks "
+                           "(default: RGB)")
         group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
-                           help="random crops of each training image an epoch, of a folder without labels (default: %(default)s)")
+                           help="random crops of each training image an epoch, of a folder without labels "
+                           "(default: %(default)s)")
 
 
 def data_from(args):

@@ -708,7 +708,8 @@ def test_whether_there_is_noise_and_wrong_noise():
 
 
 def add_in_training(images, sigma):
-    return data.Noise(kind="poisson-gaussian").add(images, torch.full((len(images),), sigma), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return data.Noise(kind="poisson-gaussian").add(images, torch.full((len(images),), sigma), generator)
 
 
 def add_in_evaluation(images, sigma):
@@ -1020,6 +1021,7 @@ def test_everything_below_a_folder(tmp_path):
     images = data.load_everything(tmp_path)
     assert len(images.val) == 6 and images.classes is None and images.val[0][0].shape == (3, 15, 20)
     (tmp_path / "empty").mkdir()
-    for name, message in ((tmp_path / "empty", "holds no images"), (tmp_path / "absent", "no folder"), ("digits", "take one")):
+    for name, message in ((tmp_path / "empty", "holds no images"), (tmp_path / "absent", "no folder"),
+                          ("digits", "take one")):
         with pytest.raises(data.DataError, match=message):
             data.load_everything(name)

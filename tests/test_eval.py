@@ -751,7 +751,8 @@ def test_all_pictures_of_a_folder_and_the_training_folders_of_the_checkpoint(che
                                                "flags": {"train_folders": ["train", "test"]}})
 
     def images(*flags):
-        assert run("--checkpoint", tmp_path / "c.pt", "--sigmas", 0.1, "--no-latency", "--output-dir", tmp_path / "out", *flags) == 0
+        command = ("--checkpoint", tmp_path / "c.pt", "--sigmas", 0.1, "--no-latency", "--output-dir", tmp_path / "out")
+        assert run(*command, *flags) == 0
         return strict((tmp_path / "out" / "metrics.json").read_text())["images"]
     assert images() == 2  # a tenth of train and test was held back in the training
     assert images("--split", "all") == 24

@@ -348,9 +348,9 @@ def test_a_grey_network_trains_on_grey_images_and_on_no_others(tmp_path, monkeyp
 def test_flags_that_are_lists_survive_a_checkpoint(tmp_path, capsys):
     for name in ("train", "val", "more"):
         photos(tmp_path / "photos" / name)
-    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1", "--batch-size", "4",
-                "--output-dir", str(tmp_path / "run"), "--sigmas", "15/255", "0.2", "--train-folders", "train", "more", "--crops",
-                "2", "--noise", "poisson-gaussian"])
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1", "--batch-size",
+                "4", "--output-dir", str(tmp_path / "run"), "--sigmas", "15/255", "0.2", "--train-folders", "train", "more",
+                "--crops", "2", "--noise", "poisson-gaussian"])
     assert "44 training and 2 validation images" in capsys.readouterr().out  # two crops of 22
     flags = models.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
     assert flags["sigmas"] == [15 / 255, 0.2] and flags["train_folders"] == ["train", "more"]
