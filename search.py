@@ -392,17 +392,20 @@ class Restoration(Method):
     """A supernet that is run as a whole, superkernel or HiNAS: weights, structure, and the PSNR of validation images.
 
     With `joint` both are trained in one step on the same images (Mozejko 2020); else the structure takes a step of its own on
-    held-out images, after each weight step from epoch `warmup_epochs` on (HiNAS; "two-level" in Mozejko's section 7). `cost` is
-    a function of the supernet: its expected cost, a tensor; `cost_term` what of it is added to the structure's loss.
+    held-out images, after each weight step from epoch `warmup_epochs` on (HiNAS; "two-level" in Mozejko's section 7).
+
+    `cost` is a function of the supernet: its expected cost, a tensor. Above `target` its gradient is added to that of the
+    loss, `pressure` times as large. (A weight on the cost itself, as in TF-NAS, has no good value: by how much a denoising loss
+    changes with the structure differs by orders of magnitude between tasks, and is far below what a latency changes by.)
     """
 
     def __init__(self, supernet: nn.Module, weight_optimizer, arch_optimizer, schedule, *, device: torch.device, validate,
-                 denoising: str, joint: bool, warmup_epochs: int, cost, cost_term, target: float | None, seed: int, amp: str,
-                 temperature=None, keep_from: int = 0, grad_clip: float = 5.0):
+                 denoising: str, joint: bool, warmup_epochs: int, cost, target: float | None, pressure: float, seed: int,
+                 amp: str, temperature=None, keep_from: int = 0, grad_clip: float = 5.0):
         self.supernet, self.device, self.validate, self.denoising = supernet, device, validate, denoising
         self.weight_optimizer, self.arch_optimizer, self.schedule = weight_optimizer, arch_optimizer, schedule
         self.joint, self.warmup_epochs, self.keep_from = joint, warmup_epochs, keep_from
-        self.cost, self.cost_term, self.target = cost, cost_term, target
+        self.cost, self.target, self.pressure = cost, target, pressure
         self.seed, self.amp, self.grad_clip, self.temperature = seed, amp, grad_clip, temperature
         self.scalers = [torch.amp.GradScaler(device.type, enabled=amp == "float16") for _ in range(2)]
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
@@ -442,7 +445,9 @@ class Restoration(Method):
             output = self.supernet(noisy)
         loss, _ = task_loss(output, clean, labels, "den", denoising=self.denoising)
         self.supernet.zero_grad(set_to_none=True)
-        scaler.scale(loss + self.cost_term(self.cost(self.supernet)) if with_cost and self.cost_term else loss).backward()
+        scaler.scale(loss).backward()
+        if with_cost and self.target is not None:
+            self._press()
         buffers = self.supernet.buffers() if name == "weight_loss" else ()
         finite = self.guard.reduce(parameters, loss.detach(), buffers)
         scaler.unscale_(optimizer)
@@ -453,6 +458,19 @@ class Restoration(Method):
             scaler.step(optimizer)
         scaler.update()
         return {name: loss.item()} if taken else {}
+
+    def _press(self) -> None:
+        """Add the gradient of the expected cost to that of the structure, where the cost is above the target."""
+        cost = self.cost(self.supernet)
+        if cost.item() <= self.target:
+            return
+        used = [(parameter, gradient) for parameter, gradient in
+                zip(self.arch, torch.autograd.grad(cost, self.arch, allow_unused=True))
+                if gradient is not None and parameter.grad is not None]
+        own, others = (torch.stack([x.norm() for x in gradients]).norm()
+                       for gradients in zip(*((parameter.grad, gradient) for parameter, gradient in used)))
+        for parameter, gradient in used:
+            parameter.grad.add_(gradient * (self.pressure * own / others))
 
     def end_epoch(self) -> dict:
         held_out = self.validate(self.supernet)
@@ -714,7 +732,8 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--latency-loss", choices=LATENCY_LOSSES, default="hinge",
                       help="hinge: max(LAT / target - 1, 0); absolute: |LAT / target - 1| (default: %(default)s)")
     cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="LAMBDA",
-                      help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute)")
+                      help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute); of superkernel and hinas: how many "
+                           "times the loss's gradient that of the latency is, above the target (default: 1)")
     more = parser.add_argument_group("superkernel and hinas")
     more.add_argument("--network", metavar="NAME",
                       help=f"superkernel: {', '.join(superkernel.PRESETS)}; hinas: {', '.join(hinas.PRESETS)} (default: the first)")
@@ -1007,6 +1026,8 @@ def costs_of(space, target: float | None, table: latency.PartTable | None, size:
 def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
     """A superkernel or HiNAS search, from its images to its files."""
     start = time.perf_counter()
+    if args.strategy == "plain" and args.model != "superkernel":
+        raise ValueError("--strategy plain is for --model superkernel; take random.")
     if args.target is not None and (args.target_macs is not None or len(args.target) > 1):
         raise ValueError(f"--model {args.model} takes one --target, or one --target-macs, or none.")
     target = args.target[0] if args.target else args.target_macs
@@ -1020,7 +1041,10 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     scale = models.scale_of(space)
     noise, size = data_module.noise_from(args, scale), data.size // scale  # of the input
     check_images(data, "den", data.channels, scale)
-    parts = data_module.split_dataset(data.train, 0.5, args.seed) if not joint else (data.train, data.train)
+    parts = [data.train, data_module.twin(data.train)]
+    if not joint:
+        parts = [torch.utils.data.Subset(images, half)
+                 for images, half in zip(parts, data_module.split_dataset(data.train, 0.5, args.seed))]
     batch_size, folder = share(args.batch_size), Path(args.output_dir)
     if min(len(part) for part in parts) < 2:
         raise ValueError(f"{len(data.train)} training images are too few to split into weights and structure; give more.")
@@ -1048,7 +1072,7 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
         return
     how = dict(seed=args.seed, workers=args.workers, device=device)
     loaders = [data_module.make_loader(part, batch_size, shuffle=True, drop_last=True, **how)
-               for part in (parts[0], data_module.twin(parts[1]))]
+               for part in parts]
     val_loader = data_module.make_loader(data.val, batch_size, **how)
     supernet.to(device, memory_format=torch.channels_last)
     method = make_method(args, supernet, costs, steps=len(loaders[0]), joint=joint, device=device,
@@ -1099,10 +1123,10 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
         arch_optimizer = torch.optim.Adam(structure, args.arch_lr, weight_decay=1e-3)
         warmup = round(args.epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
         keep_from = round(0.6 * args.epochs)
-    term = None if costs.target is None else latency_loss(args.latency_loss, costs.target, args.latency_weight)
     return Restoration(supernet, weight_optimizer, arch_optimizer, schedule, device=device, validate=validate,
-                       denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, cost=costs.of_supernet, cost_term=term,
-                       target=costs.target, seed=args.seed, amp=args.amp, temperature=temperature, keep_from=keep_from)
+                       denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, cost=costs.of_supernet,
+                       target=costs.target, pressure=1.0 if args.latency_weight is None else args.latency_weight, seed=args.seed,
+                       amp=args.amp, temperature=temperature, keep_from=keep_from)
 
 
 def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path,
