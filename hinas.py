@@ -13,6 +13,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -794,10 +795,11 @@ PRESETS = {
 }
 
 
-def parts_of(design: Design) -> list[Part]:
+@lru_cache(maxsize=1024)
+def parts_of(design: Design) -> tuple[Part, ...]:
     """The searched parts of a design's network, in its order."""
     with torch.device("meta"):  # shapes only
-        return [part for part, _ in build(design).parts()]
+        return tuple(part for part, _ in build(design).parts())
 
 
 def random_nodes(nodes: int, rng: random.Random) -> tuple[tuple[Edge, Edge], ...]:

@@ -394,18 +394,18 @@ class Restoration(Method):
     With `joint` both are trained in one step on the same images (Mozejko 2020); else the structure takes a step of its own on
     held-out images, after each weight step from epoch `warmup_epochs` on (HiNAS; "two-level" in Mozejko's section 7).
 
-    `cost` is a function of the supernet: its expected cost, a tensor. Above `target` its gradient is added to that of the
-    loss, `pressure` times as large. (A weight on the cost itself, as in TF-NAS, has no good value: by how much a denoising loss
-    changes with the structure differs by orders of magnitude between tasks, and is far below what a latency changes by.)
+    While the likeliest network costs more than the target, the gradient of the expected cost is added to that of the loss,
+    `pressure` times as large. (A weight on the cost itself, as in TF-NAS, has no good value: by how much a denoising loss changes
+    with the structure differs by orders of magnitude between tasks, and is far below what a latency changes by.)
     """
 
     def __init__(self, supernet: nn.Module, weight_optimizer, arch_optimizer, schedule, *, device: torch.device, validate,
-                 denoising: str, joint: bool, warmup_epochs: int, cost, target: float | None, pressure: float, seed: int,
-                 amp: str, temperature=None, keep_from: int = 0, grad_clip: float = 5.0):
+                 denoising: str, joint: bool, warmup_epochs: int, costs: Costs, pressure: float, seed: int, amp: str,
+                 temperature=None, keep_from: int = 0, grad_clip: float = 5.0):
         self.supernet, self.device, self.validate, self.denoising = supernet, device, validate, denoising
         self.weight_optimizer, self.arch_optimizer, self.schedule = weight_optimizer, arch_optimizer, schedule
         self.joint, self.warmup_epochs, self.keep_from = joint, warmup_epochs, keep_from
-        self.cost, self.target, self.pressure = cost, target, pressure
+        self.costs, self.pressure = costs, pressure
         self.seed, self.amp, self.grad_clip, self.temperature = seed, amp, grad_clip, temperature
         self.scalers = [torch.amp.GradScaler(device.type, enabled=amp == "float16") for _ in range(2)]
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
@@ -446,7 +446,7 @@ class Restoration(Method):
         loss, _ = task_loss(output, clean, labels, "den", denoising=self.denoising)
         self.supernet.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
-        if with_cost and self.target is not None:
+        if with_cost and self.costs.target is not None and self.costs.of_likeliest(self.supernet) > self.costs.target:
             self._press()
         buffers = self.supernet.buffers() if name == "weight_loss" else ()
         finite = self.guard.reduce(parameters, loss.detach(), buffers)
@@ -460,12 +460,9 @@ class Restoration(Method):
         return {name: loss.item()} if taken else {}
 
     def _press(self) -> None:
-        """Add the gradient of the expected cost to that of the structure, where the cost is above the target."""
-        cost = self.cost(self.supernet)
-        if cost.item() <= self.target:
-            return
-        used = [(parameter, gradient) for parameter, gradient in
-                zip(self.arch, torch.autograd.grad(cost, self.arch, allow_unused=True))
+        """Add the gradient of the expected cost to that of the structure."""
+        gradients = torch.autograd.grad(self.costs.expected(self.supernet), self.arch, allow_unused=True)
+        used = [(parameter, gradient) for parameter, gradient in zip(self.arch, gradients)
                 if gradient is not None and parameter.grad is not None]
         own, others = (torch.stack([x.norm() for x in gradients]).norm()
                        for gradients in zip(*((parameter.grad, gradient) for parameter, gradient in used)))
@@ -475,9 +472,10 @@ class Restoration(Method):
     def end_epoch(self) -> dict:
         held_out = self.validate(self.supernet)
         with torch.no_grad():
-            cost = self.cost(self.supernet).item() if self.cost else None
+            expected = self.costs.expected(self.supernet).item()
         entropy = self.supernet.entropy()
-        return {"val_psnr_db": held_out["psnr_db"], "val_loss": held_out["loss"], "expected_cost": cost,
+        return {"val_psnr_db": held_out["psnr_db"], "val_loss": held_out["loss"], "expected_cost": expected,
+                "found_cost": self.costs.of_likeliest(self.supernet), "cost_unit": self.costs.unit,
                 "entropy_mean": entropy.mean().item(), "entropy": [round(value, 4) for value in entropy.tolist()],
                 "found": self.supernet.derive().to_dict()}
 
@@ -486,7 +484,7 @@ class Restoration(Method):
             return False
 
         def rank(row: dict) -> tuple:  # within the target first
-            met = self.target is None or row["expected_cost"] <= 1.02 * self.target
+            met = self.costs.target is None or row["found_cost"] <= self.costs.target
             return met, row["val_psnr_db"] if math.isfinite(row["val_psnr_db"]) else -math.inf
         return best is None or rank(row) > rank(best)
 
@@ -601,7 +599,7 @@ def format_row(row: dict, epochs: int) -> str:
         line += f"expected {row['expected_ms']:.2f} ms  "
     else:
         line += f"validation PSNR {row['val_psnr_db']:.2f} dB  "
-        line += "" if row["expected_cost"] is None else f"expected cost {row['expected_cost']:.4g}  "
+        line += f"likeliest network {row['found_cost']:.4g} {row['cost_unit']}  "
     return line + f"entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s"
 
 
@@ -1012,8 +1010,11 @@ class Costs:
     rest: float
     unit: str
 
-    def of_supernet(self, supernet: nn.Module) -> Tensor:
+    def expected(self, supernet: nn.Module) -> Tensor:
         return supernet.expected_cost(self.parts, self.rest)
+
+    def of_likeliest(self, supernet: nn.Module) -> float:
+        return self.space.cost(supernet.derive(), self.parts, self.rest)
 
 
 def costs_of(space, target: float | None, table: latency.PartTable | None, size: int = 0) -> Costs:
@@ -1124,8 +1125,8 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
         warmup = round(args.epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
         keep_from = round(0.6 * args.epochs)
     return Restoration(supernet, weight_optimizer, arch_optimizer, schedule, device=device, validate=validate,
-                       denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, cost=costs.of_supernet,
-                       target=costs.target, pressure=1.0 if args.latency_weight is None else args.latency_weight, seed=args.seed,
+                       denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, costs=costs,
+                       pressure=1.0 if args.latency_weight is None else args.latency_weight, seed=args.seed,
                        amp=args.amp, temperature=temperature, keep_from=keep_from)
 
 
