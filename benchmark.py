@@ -24,8 +24,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import hinas
 import latency
 import models
+import superkernel
 from data import whole
 from search import Searcher
 from train import AMP_DTYPES, autocast, charbonnier, prepare, task_loss, write_summary
@@ -215,20 +217,52 @@ def compare_memory(space: int, batch_size: int, sizes: list[int]) -> list[dict]:
     for size in sizes:
         supernet = models.SuperNet("cnas", space, 10).to("meta").train()
         images = torch.empty(batch_size, 3, size, size, device="meta")
-        plain = kept_gib(supernet, images)
+        plain = kept_gib(supernet, images, supernet.mixture(5.0))
         for weight in supernet.weight_parameters():
             weight.requires_grad_(False)
         for recompute in (False, True):
             for mixed in supernet.mixed:
                 mixed.recompute = recompute
-            ours = kept_gib(supernet, images)
+            ours = kept_gib(supernet, images, supernet.mixture(5.0))
             rows.append({"what": f"memory: alpha step, {size} px" + (", --recompute" if recompute else ""), "unit": "GiB",
                          "plain": plain, "ours": ours, "ratio": plain / ours})
     return rows
 
 
-def kept_gib(supernet: models.SuperNet, images: torch.Tensor) -> float:
-    """The tensors that the forward pass of a mixture saves for its backward pass, without the weights, GiB."""
+def compare_restoration_memory(batch_size: int = 4, size: int = 128) -> list[dict]:
+    """The same of superkernel.py beside the largest network of its space, and of hinas.py beside its supernet with unshared
+    cells (eq. 6)."""
+    rows = []
+    for name, space in superkernel.PRESETS.items():
+        images = torch.empty(batch_size, 3, size, size, device="meta")
+        plain = kept_gib(superkernel.build(space.largest_design()).to("meta"), images)
+        ours = kept_gib(superkernel.SuperNet(space).to("meta"), images)
+        rows.append({"what": f"memory: superkernel {name}, beside its largest network", "unit": "GiB", "plain": plain, "ours": ours,
+                     "ratio": plain / ours})
+    for name in ("denoise", "sr-x2"):
+        images = torch.empty(batch_size, 1, size // 2, size // 2, device="meta")
+        kept = [kept_gib(hinas.SuperNet(hinas.PRESETS[name], share_cells=shared).to("meta"), images) for shared in (False, True)]
+        rows.append({"what": f"memory: hinas {name}, cells shared", "unit": "GiB", "plain": kept[0], "ours": kept[1],
+                     "ratio": kept[0] / kept[1]})
+    return rows
+
+
+def compare_hinas(device: torch.device, seconds: float, batch_size: int = 8, size: int = 64) -> list[dict]:
+    """A step of the weights and one of the structure, of a HiNAS supernet with unshared cells and with shared ones."""
+    noisy, clean, _ = random_batch(batch_size, size, device, True)
+    steps = []
+    for shared in (False, True):
+        supernet = hinas.SuperNet(hinas.Space(channels=3), share_cells=shared).to(device, memory_format=torch.channels_last)
+
+        def step(supernet=supernet):
+            F.mse_loss(supernet(noisy).image, clean).backward()
+            supernet.zero_grad(set_to_none=True)
+        steps.append(step)
+    return [{"what": "hinas: training step, cells shared", "unit": "ms", **in_turn(*steps, device, seconds)}]
+
+
+def kept_gib(supernet: nn.Module, images: torch.Tensor, *choice) -> float:
+    """The tensors that a forward pass saves for its backward pass, without the weights, GiB."""
     kept = {weight.untyped_storage()._cdata: (None, 0) for weight in supernet.parameters()}
 
     def pack(tensor):
@@ -237,26 +271,14 @@ def kept_gib(supernet: models.SuperNet, images: torch.Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        supernet(images, supernet.mixture(5.0))
+        supernet(images, *choice)
     return sum(size for _, size in kept.values()) / 2**30
 
 
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory in MiB so far: what torch allocated on a GPU, or the resident size of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 def format_rows(rows: list[dict]) -> str:
-    lines = [f"{'':<50} {'plain':>10} {'ours':>10} {'ratio':>7}"]
+    lines = [f"{'':<60} {'plain':>10} {'ours':>10} {'ratio':>7}"]
     for row in rows:
-        lines.append(f"{row['what']:<50} {row['plain']:>10.2f} {row['ours']:>10.2f} {row['ratio']:>6.2f}x  {row['unit']}")
+        lines.append(f"{row['what']:<60} {row['plain']:>10.2f} {row['ours']:>10.2f} {row['ratio']:>6.2f}x  {row['unit']}")
     return "\n".join(lines)
 
 
@@ -306,13 +328,15 @@ def main(argv: list[str] | None = None) -> None:
         rows, table, saving = [], None, None
         if "search" in args.parts:
             rows += compare_search(args.space, args.batch_size, args.size, device, args.amp, args.seconds)
+            rows += compare_hinas(device, args.seconds)
         if "training" in args.parts:
             rows += compare_training(args.batch_size, args.size, device, args.amp, args.seconds)
             with tempfile.TemporaryDirectory(dir=Path(args.output).resolve().parent) as folder:  # the disk that runs are on
                 saving = measure_saving(rows[-1]["ours"], Path(folder))
-        memory = peak_memory_mib(device)
+        memory = latency.peak_memory_mib(device)
         if "memory" in args.parts:
             rows += compare_memory(args.space, args.batch_size, sorted({args.size, models.PAPER_SIZE}))
+            rows += compare_restoration_memory()
         if "inference" in args.parts:
             modes = args.modes or (["folded", "graph"] if device.type == "cuda" else ["folded"])
             rows += compare_inference(setting, modes, args.seconds)

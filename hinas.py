@@ -3,12 +3,18 @@
     supernet = SuperNet(Space())                     # train weight_parameters() and arch_parameters() in turn
     image, _ = build(supernet.derive())(torch.rand(1, 1, 64, 64))
 
+    python search.py --model hinas --data photos                          # searches; see search.py --help
+    python hinas.py --arch runs/search/arch.json --output network.svg     # a picture of what was found
+    python hinas.py --arch runs/search/arch.json --change R1 --output r1/arch.json
+
 Zhang, Li, Gong, Chen, Bai and Shen, "Memory-Efficient Hierarchical Neural Architecture Search for Image Restoration", 2020.
-Where the paper is silent a docstring says so, and what is done here. This file needs torch only and works when copied alone.
+Where the paper is silent a docstring says so, and what is done here. This file needs torch only and works when copied alone
+(its command line reads records, and needs models.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 from collections import Counter
@@ -965,3 +971,50 @@ def draw(design: Design) -> str:
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{page_width}" height="{y - 30:g}" '
                       f'viewBox="0 0 {page_width} {y - 30:g}">', f"<style>{style}</style>", f"<defs>{tip}</defs>",
                       '<rect width="100%" height="100%" fill="#fff"/>', *body, "</svg>", ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hinas.py", usage="python hinas.py [options]",
+        description="Draw a found network, or make another one out of it to compare it with.",
+        epilog="examples:\n  python hinas.py --arch runs/search/arch.json --output network.svg\n"
+               "  python hinas.py --change R2 --output runs/r2/arch.json\n  python hinas.py --change random --output runs/random/arch.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
+                        help="record of the network, from search.py --model hinas (default: %(default)s)")
+    parser.add_argument("--change", choices=("R1", "R2", "random"),
+                        help="write the record of a changed network: R1, two other convolutions; R2, also an edge from elsewhere "
+                             "(tables 6 and 7); random, other cells of about the same size (default: draw the network)")
+    parser.add_argument("--output", default="network.svg", metavar="FILE", help="picture or record to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the change (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    import models
+
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        record = models.load_record(args.arch)
+        if record["method"] != "hinas":
+            raise ValueError(f"{args.arch} is of {record['method']}; search one with: python search.py --model hinas")
+        design, rng = Design.from_dict(record["design"]), random.Random(args.seed)
+        if args.change is None:
+            models.write_file(args.output, lambda temporary: temporary.write_text(draw(design)))
+        else:
+            changed = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
+            kept = {name: value for name, value in record.items() if name not in ("latency", "parameters", "macs")}
+            models.write_json(args.output, {**kept, "made": models.provenance("none", args.seed),
+                                            "parameters": count_parameters(changed), "design": changed.to_dict()})
+            print(f"{count_parameters(design):,} parameters before, {count_parameters(changed):,} after")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -125,6 +125,18 @@ def _elapsed_ms(start, stop) -> float:
     return (stop - start) * 1e3 if isinstance(start, float) else start.elapsed_time(stop)
 
 
+def peak_memory_mib(device: torch.device | str) -> float | None:
+    """Peak memory in MiB so far: what torch allocated on a GPU, or the resident size of this process on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
 @dataclass(frozen=True)
 class Interleaved:
     """Several things timed in turn: each one's own times, and its time as a multiple of the first one's."""

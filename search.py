@@ -1163,12 +1163,16 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
         models.save_checkpoint(folder / "distilled.pt", {
             "record": record, "classes": None, "size": data.size, "data": args.data, "seed": args.seed, "loss": "den",
             "made": made, "flags": run_flags(args), "epoch": len(rows), "network": trained.state_dict(), "ema": None})
+    if args.model == "hinas":
+        models.write_file(folder / "network.svg", lambda temporary: temporary.write_text(hinas.draw(design)))
     print(f"\n{supernet.describe(design)}\n")
     print(f"{parameters:,} parameters, {macs / 1e6:,.1f} M multiply-accumulates at {size} px")
     if table:
         print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
               f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")
-    print(f"found in {time.perf_counter() - start:.0f} s: {path}")
+    seconds, memory = time.perf_counter() - start, latency.peak_memory_mib(args.device)
+    print(f"found in {seconds:.0f} s ({seconds / 3600:.2f} h)" + (f", peak memory {memory:,.0f} MiB" if memory else "") + f": {path}"
+          + (", network.svg" if args.model == "hinas" else ""))
     print("next:" + (f"\n  python eval.py --checkpoint {shlex.quote(str(folder / 'distilled.pt'))}" if trained and rows else "")
           + f"\n  python train.py --arch {shlex.quote(str(path))}")
 

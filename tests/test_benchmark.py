@@ -9,6 +9,7 @@ import benchmark
 import eval as evaluation
 import latency
 import models
+import superkernel
 from fake_table import quick_compare
 
 
@@ -30,6 +31,10 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
     memory = [rows[f"memory: alpha step, {size} px{how}"] for size in (32, 224) for how in ("", ", --recompute")]
     assert all(row["plain"] > row["ours"] > 0 for row in memory)
     assert memory[0]["ours"] * 49 == pytest.approx(memory[2]["ours"], rel=0.05)  # in proportion to the pixels
+    for name in superkernel.PRESETS:  # the paper's selling point: a supernet for the memory of its largest network
+        row = rows[f"memory: superkernel {name}, beside its largest network"]
+        assert row["plain"] <= row["ours"] <= 1.3 * row["plain"]
+    assert rows["memory: hinas denoise, cells shared"]["ratio"] > 1.5 and rows["hinas: training step, cells shared"]["ours"] > 0
     saving = content["saving"]
     assert 0 < saving["percent_of_epoch"] == pytest.approx(saving["seconds"] * rows["training: images"]["ours"] / 40)
     assert "checkpoints and log" in out

@@ -14,7 +14,7 @@ import models
 from fake_table import fake_table
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce")
+SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
 README = (ROOT / "README.md").read_text()
 REPRODUCE = (ROOT / "REPRODUCE.md").read_text()
 

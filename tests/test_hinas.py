@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 import hinas
+import models
 from hinas import Design, Edge, Layer, Part, Space, SuperNet
 
 ROOT = Path(hinas.__file__).parent
@@ -640,3 +641,20 @@ def test_the_file_works_alone_and_importing_it_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "(1, 1, 8, 8)\n" and done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["hinas.py"]
+
+
+def test_the_command_line_draws_and_changes_a_record(tmp_path, capsys):
+    design = SMALL.random_design(random.Random(4))
+    models.write_json(tmp_path / "arch.json", models.design_record("hinas", design, {}, parameters=1))
+    hinas.main(["--arch", str(tmp_path / "arch.json"), "--output", str(tmp_path / "n.svg")])
+    assert (tmp_path / "n.svg").read_text() == hinas.draw(design)
+    for change in ("R1", "R2", "random"):
+        hinas.main(["--arch", str(tmp_path / "arch.json"), "--change", change, "--output", str(tmp_path / f"{change}.json")])
+        record = models.load_record(tmp_path / f"{change}.json")
+        other = Design.from_dict(record["design"])
+        assert other != design and record["parameters"] == hinas.count_parameters(other)
+    assert "parameters before" in capsys.readouterr().out
+    models.write_json(tmp_path / "cnn.json", models.make_record(models.named_arch("cnas-k3-e3", 3), {}))
+    with pytest.raises(SystemExit) as stop:
+        hinas.main(["--arch", str(tmp_path / "cnn.json")])
+    assert stop.value.code == 2 and "is of tfnas" in capsys.readouterr().err
