@@ -275,16 +275,20 @@ class _Attention(nn.Module):
 
 
 class DnCNN(nn.Module):
-    """CDnCNN-B (Zhang et al. 2017): 20 convolutions of 64 channels, batch norm, ReLU; they find the noise in the image."""
+    """DnCNN (Zhang et al. 2017): convolutions of 64 channels, batch norm, ReLU, which find the noise in the image.
+
+    20 layers for colour (CDnCNN-B), 17 for grey images (DnCNN-S).
+    """
 
     denoises, classifies = True, False
 
-    def __init__(self, layers: int = 20, channels: int = 64):
+    def __init__(self, layers: int = 20, image_channels: int = 3):
         super().__init__()
+        self.channels, channels = image_channels, 64
         inner = [layer for _ in range(layers - 2) for layer in
                  (nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())]
-        self.layers = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), *inner,
-                                    nn.Conv2d(channels, 3, 3, padding=1))
+        self.layers = nn.Sequential(nn.Conv2d(image_channels, channels, 3, padding=1), nn.ReLU(), *inner,
+                                    nn.Conv2d(channels, image_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Output:
         return Output(x - self.layers(x), None)
@@ -341,6 +345,7 @@ BASELINES = {
     "lpienet-0.5x": Baseline(lambda _: LPIENet((8, 16, 32), (16, 8))),
     "lpienet": Baseline(lambda _: LPIENet((16, 32, 64), (32, 16))),
     "dncnn": Baseline(lambda _: DnCNN()),
+    "dncnn-grey": Baseline(lambda _: DnCNN(17, 1)),
 }
 
 UNET_NAME = re.compile(r"unet-b(\d{1,3})-d([1-8])-m(\d(?:\.\d)?)-c([1-9])(-mb)?")  # a UNet of any b, d, m, c

@@ -1,5 +1,6 @@
 """A latency table with made-up times, for tests that must not depend on the machine, and a quick way to make a real one."""
 
+import random
 from dataclasses import asdict
 
 import latency
@@ -26,6 +27,15 @@ def fake_table(space=4, size=32, num_classes=10, cost=None, min_width=models.MIN
             "fixed_ms": {"cnas": {**fixed, "head": 0.3}, "dnas": {**fixed, "decoder": 0.9},
                          "dcnas": {**fixed, "head": 0.3, "decoder": 0.9}},
             "operations": list(rows.values())}
+
+
+def fake_parts(space, size=16):
+    """A table in which every million multiply-accumulates takes a millisecond."""
+    costs, rest = latency.part_macs(space, size)
+    return {"format": latency.PARTS_FORMAT, "version": latency.VERSION, "made": {"torch": "none", "date": "never"},
+            "setting": vars(latency.this_setting("cpu", size=size, num_classes=0)), "space": space.identity(),
+            "reference": space.random_design(random.Random(0)).to_dict(), "reference_ms": 1.0, "correction": 1.0, "rest_ms": rest,
+            "parts": [{**part._asdict(), "ms": max(ms, 1e-6)} for part, ms in costs.items()]}
 
 
 def quick_compare(monkeypatch):

@@ -32,7 +32,8 @@ def test_flops_of_classifiers_by_hand(name, counted):
 
 @pytest.mark.parametrize("name, parameters", (
     ("lpienet-0.25x", 10_784), ("lpienet-0.5x", 36_252), ("lpienet", 133_652), ("efficientnet-v2-b0", 7_139_704),
-    ("efficientnet-v2-b1", 8_141_052), ("resnet18", 11_689_512), ("dncnn", 669_379)))
+    ("efficientnet-v2-b1", 8_141_052), ("resnet18", 11_689_512), ("dncnn", 669_379),
+    ("dncnn-grey", 640 + 15 * (64 * 64 * 9 + 128) + 577)))
 def test_parameters_are_the_published_ones(name, parameters):
     assert models.count_parameters(baselines.build_baseline(name, 1000)) == parameters
 
@@ -43,10 +44,11 @@ def test_every_baseline_takes_any_size_and_trains(name):
         pytest.skip("31 million parameters, and the code is that of the other UNets")
     torch.manual_seed(0)
     network = baselines.build_baseline(name, 7)
-    output = network(torch.rand(2, 3, 45, 61))
+    images = torch.rand(2, models.channels_of(network), 45, 61)
+    output = network(images)
     assert (output.image is not None) == network.denoises and (output.logits is not None) == network.classifies
     if network.denoises:
-        assert output.image.shape == (2, 3, 45, 61)
+        assert output.image.shape == images.shape
     if network.classifies:
         assert output.logits.shape == (2, 7)
     sum(part.square().mean() for part in output if part is not None).backward()

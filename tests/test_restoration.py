@@ -16,7 +16,7 @@ import models
 import search
 import superkernel
 import train
-from fake_table import quick_compare
+from fake_table import fake_parts, quick_compare
 
 SPACES = {"superkernel": superkernel.Space("skipinit", 3, 3), "hinas": hinas.Space(base_width=3, channels=3)}
 SMALL = ["--size", "16", "--batch-size", "4", "--epochs", "2", "--crops", "1", "--width", "3", "--threads", "1", "--device", "cpu",
@@ -38,15 +38,6 @@ def photos(tmp_path_factory):
 
 def run(*arguments):
     search.main([str(argument) for argument in arguments])
-
-
-def fake_parts(space, size=16):
-    """A table in which every million multiply-accumulates takes a millisecond."""
-    costs, rest = latency.part_macs(space, size)
-    return {"format": latency.PARTS_FORMAT, "version": latency.VERSION, "made": {"torch": "none", "date": "never"},
-            "setting": vars(latency.this_setting("cpu", size=size, num_classes=0)), "space": space.identity(),
-            "reference": space.random_design(random.Random(0)).to_dict(), "reference_ms": 1.0, "correction": 1.0, "rest_ms": rest,
-            "parts": [{**part._asdict(), "ms": max(ms, 1e-6)} for part, ms in costs.items()]}
 
 
 @pytest.mark.parametrize("flags, trained_there", (
