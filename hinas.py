@@ -159,6 +159,9 @@ class Frame(nn.Module):
         self.end = nn.Sequential(
             separable(HIGH_CHANNELS + LOW_CHANNELS, 128, 3, affine), separable(128, 128, 3, affine),
             nn.LeakyReLU(0.2), nn.Conv2d(128, self.channels * self.scale ** 2, 3, padding=1))
+        if self.residual:  # what is added begins at zero: from noise of its own making a short search does not come back
+            nn.init.zeros_(self.end[-1].weight)
+            nn.init.zeros_(self.end[-1].bias)
 
     def finish(self, x: Tensor, high: Tensor, low: Tensor) -> Output:
         """The image, from the input (B, C, H, W), (B, 128, H, W) and (B, nodes * base_width, H, W)."""

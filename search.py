@@ -840,7 +840,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     started = time.time()
     try:
-        parser.set_defaults(**RESTORATION.get(parser.parse_args(argv).model, {}))
+        first = parser.parse_args(argv)
+        parser.set_defaults(**RESTORATION.get(first.model, {}))
+        if first.model == "hinas" and (first.network or "").startswith("sr-"):
+            parser.set_defaults(sigma=0.0, batch_size=24)  # small images without noise, and as many as in the paper
         args, state = parse_or_resume(parser, argv, "search.pt", "step")
         run = search_restoration if args.model in RESTORATION else search_joint
         run(args, state, sys.argv[1:] if argv is None else argv)
@@ -1123,7 +1126,7 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weight_optimizer, args.epochs * steps, args.lr / 25)
         arch_optimizer = torch.optim.Adam(structure, args.arch_lr, weight_decay=1e-3)
         warmup = round(args.epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
-        keep_from = round(0.6 * args.epochs)
+        keep_from = int(0.6 * args.epochs)
     return Restoration(supernet, weight_optimizer, arch_optimizer, schedule, device=device, validate=validate,
                        denoising=args.denoising_loss, joint=joint, warmup_epochs=warmup, costs=costs,
                        pressure=1.0 if args.latency_weight is None else args.latency_weight, seed=args.seed,

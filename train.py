@@ -86,9 +86,14 @@ def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
     return 0.8 * charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
 
 
-def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6) -> Tensor:
-    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.4), finite for any image: SSIM, which can be 0 or less, from 1e-6."""
-    return F.mse_loss(image, clean) - weight * evaluation.ssim(image, clean).clamp(min=1e-6).log10().mean()
+def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6, floor: float = 0.01) -> Tensor:
+    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.4), finite for any image.
+
+    SSIM can be 0 or less; below `floor` the logarithm goes on as its tangent, so that there is a way back.
+    """
+    ssim = evaluation.ssim(image, clean)
+    log = ssim.clamp(min=floor).log10() + (ssim - floor).clamp(max=0) / (floor * math.log(10))
+    return F.mse_loss(image, clean) - weight * log.mean()
 
 
 DENOISING_LOSSES = {
@@ -543,6 +548,9 @@ def say_stopped(script: str, output_dir: str, checkpoint: str, started: float) -
 def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: int = 1) -> None:
     """ValueError in one sentence where there is too little to train on, or a network of `channels` that makes images `scale`
     times larger cannot take it."""
+    if scale > 1 and data_module.is_paired(data.train):
+        raise ValueError(f"{data.name} holds pairs of one size, noisy and clean, and the network makes images {scale} times larger; "
+                         "give a folder of clean images.")
     if data.size % scale:
         raise ValueError(f"For super-resolution x{scale} --size must be a multiple of {scale}, not {data.size}: it is that of the "
                          "large image.")

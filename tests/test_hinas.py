@@ -35,7 +35,7 @@ def random_supernet(space=SMALL, seed=0, **more):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches
     with torch.no_grad():
-        for parameter in supernet.arch_parameters():
+        for parameter in (*supernet.arch_parameters(), *supernet.end[-1].parameters()):  # a residual begins at zero
             parameter.normal_()
         for _ in range(2):
             supernet(torch.rand(2, space.channels, 9, 8))
