@@ -46,7 +46,7 @@ LATENCY_LOSSES = {
 RESTORATION = {
     "superkernel": {"size": 128, "batch_size": 4, "epochs": 20, "crops": 20, "lr": 1e-3, "sigma": 55 / 255,
                     "denoising_loss": "charbonnier", "temperature": 1.0, "patience": 30},
-    "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 0.025, "arch_lr": 1e-3, "sigma": 70 / 255,
+    "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 2e-3, "arch_lr": 1e-3, "sigma": 70 / 255,
               "denoising_loss": "log-ssim"},
 }
 MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target before the widths are corrected
@@ -753,6 +753,9 @@ def build_parser() -> argparse.ArgumentParser:
     more.add_argument("--cells", choices=("shared", "unshared"), default="shared",
                       help="of hinas: one cell for the widths that come before it (eq. 5), or one for each (eq. 6; default: "
                            "%(default)s)")
+    more.add_argument("--optimizer", choices=("adam", "sgd"), default="adam",
+                      help="of hinas, for the weights: adam learns sooner; sgd is the paper's, with --lr 0.025 (default: "
+                           "%(default)s)")
     more.add_argument("--one-cell", action="store_true",
                       help="of hinas: the same operations in the cells of all layers (default: each layer its own)")
     more.add_argument("--no-residual", action="store_true",
@@ -773,7 +776,8 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
                         help="images per step (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), default=5e-2, metavar="LR",
-                        help="learning rate of the weights, SGD with a cosine (default: %(default)s; the papers: 0.02)")
+                        help="learning rate of the weights, SGD with a cosine (default: %(default)s; the papers: 0.02; superkernel 0.001, "
+                             "its paper 2e-5; hinas 0.002)")
     recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
                         help="learning rate of alpha, Adam (default: %(default)s)")
     recipe.add_argument("--recompute", action="store_true",
@@ -1020,6 +1024,19 @@ class Costs:
         return self.space.cost(supernet.derive(), self.parts, self.rest)
 
 
+def obtain_costs(args: argparse.Namespace, state: dict | None, space, size: int) -> Costs:
+    """The costs of a space for inputs of `size`: by a table where there is a --target in ms, else multiply-accumulates."""
+    if not args.target:
+        return costs_of(space, args.target_macs, None, size)
+    setting = latency.this_setting(args.device, size=size, num_classes=0, batch=args.batch, threads=args.latency_threads,
+                                   dtype=args.dtype, mode=args.mode)
+    table = obtain_table(args, setting, state, lambda: latency.build_part_table(setting, space, seed=args.seed))
+    if not isinstance(table, latency.PartTable) or table.space != space:
+        raise ValueError(f"{args.table or 'The table of this run'} is for another space; make one with: "
+                         f"{latency.table_command(setting, latency.space_flags(space))}")
+    return costs_of(space, args.target[0], table)
+
+
 def costs_of(space, target: float | None, table: latency.PartTable | None, size: int = 0) -> Costs:
     """The costs of a space's parts by a table, or counted in multiply-accumulates for an image of `size`."""
     if table is not None:
@@ -1034,7 +1051,6 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
         raise ValueError("--strategy plain is for --model superkernel; take random.")
     if args.target is not None and (args.target_macs is not None or len(args.target) > 1):
         raise ValueError(f"--model {args.model} takes one --target, or one --target-macs, or none.")
-    target = args.target[0] if args.target else args.target_macs
     joint = args.model == "superkernel" and not args.two_level
     device = prepare(args)
     flags = run_flags(args)
@@ -1053,21 +1069,13 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     if min(len(part) for part in parts) < 2:
         raise ValueError(f"{len(data.train)} training images are too few to split into weights and structure; give more.")
     lock_folder(folder)
-    table = None
-    if args.target:
-        setting = latency.this_setting(args.device, size=size, num_classes=0, batch=args.batch,
-                                       threads=args.latency_threads, dtype=args.dtype, mode=args.mode)
-        table = obtain_table(args, setting, state, lambda: latency.build_part_table(setting, space, seed=args.seed))
-        if not isinstance(table, latency.PartTable) or table.space != space:
-            raise ValueError(f"{args.table or 'The table of this run'} is for another space; make one with: "
-                             f"{latency.table_command(setting, latency.space_flags(space))}")
-    costs = costs_of(space, target, table, size)
+    costs = obtain_costs(args, state, space, size)
     torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
     supernet = make_supernet(args, space)
     cheapest, dearest = supernet.cost_range(costs.parts, costs.rest)
     print(f"The networks of this space take {cheapest:.4g} to {dearest:.4g} {costs.unit} for {size} px.")
-    if target is not None and target < cheapest:
-        raise ValueError(f"The target of {target:g} {costs.unit} is below that; this would work: "
+    if costs.target is not None and costs.target < cheapest:
+        raise ValueError(f"The target of {costs.target:g} {costs.unit} is below that; this would work: "
                          f"{_with_target(argv, _round_up(1.05 * cheapest), '--target' if args.target else '--target-macs')}")
     if args.strategy != "gradient":
         rng = random.Random(args.seed)
@@ -1075,8 +1083,7 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
         finish_restoration(args, data, supernet, costs, folder, start, None)
         return
     how = dict(seed=args.seed, workers=args.workers, device=device)
-    loaders = [data_module.make_loader(part, batch_size, shuffle=True, drop_last=True, **how)
-               for part in parts]
+    loaders = [data_module.make_loader(part, batch_size, shuffle=True, drop_last=True, **how) for part in parts]
     val_loader = data_module.make_loader(data.val, batch_size, **how)
     supernet.to(device, memory_format=torch.channels_last)
     method = make_method(args, supernet, costs, steps=len(loaders[0]), joint=joint, device=device,
@@ -1087,7 +1094,7 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
           + f", {len(data.val):,} for validation; at most {args.epochs} epochs of {len(loaders[0]):,} steps; supernet of "
           f"{models.count_parameters(supernet):,} parameters.")
     batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
-    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=table and table.content,
+    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=costs.table and costs.table.content,
                   nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
     best = models.read_checkpoint(folder / "supernet.pt", device)
     supernet.load_state_dict(best["supernet"])
@@ -1106,8 +1113,9 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
                 validate) -> Restoration:
     """How a supernet is trained.
 
-    superkernel: Adam for both, at constant rates (Mozejko 2020, 5.1). HiNAS (Zhang 2020, 4.1): SGD with a cosine down to 1/25
-    of its rate for the weights; Adam for the structure, from a fifth of the epochs on; the best supernet after three fifths.
+    superkernel: Adam for both, at constant rates (Mozejko 2020, 5.1). HiNAS (Zhang 2020, 4.1): a cosine down to 1/25 of its rate
+    for the weights, with SGD in the paper; Adam for the structure, from a fifth of the epochs on; the best supernet after three
+    fifths.
     """
     weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
     arch_optimizer, warmup, keep_from, temperature = None, args.warmup_epochs or 0, 0, None
@@ -1122,7 +1130,10 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
         def temperature(epoch: int) -> float:
             return args.temperature * decay ** epoch
     else:
-        weight_optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=3e-4, fused=True)
+        if args.optimizer == "sgd":
+            weight_optimizer = torch.optim.SGD(weights, args.lr, 0.9, weight_decay=3e-4, fused=True)
+        else:
+            weight_optimizer = torch.optim.Adam(weights, args.lr, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weight_optimizer, args.epochs * steps, args.lr / 25)
         arch_optimizer = torch.optim.Adam(structure, args.arch_lr, weight_decay=1e-3)
         warmup = round(args.epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
@@ -1156,6 +1167,7 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
     made, table = models.provenance(latency.device_name(args.device), args.seed), costs.table
     record = models.design_record(args.model, design, made, data=args.data, data_root=args.data_root, size=data.size,
                                   images=data_module.image_flags(args), parameters=parameters, macs=macs,
+                                  decisions=[{"entropy": round(value, 4)} for value in supernet.entropy().tolist()],
                                   **({"latency": {**result, "table_hash": table.hash, "setting": vars(table.setting)}} if table
                                      else {}))
     path = folder / "arch.json"
@@ -1173,6 +1185,10 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
     if table:
         print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
               f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")
+    weak = [value > 0.95 for value in supernet.entropy().tolist()]
+    if rows and sum(weak) > len(weak) / 2:
+        print(f"note: {sum(weak)} of {len(weak)} decisions stayed open (entropy above 0.95): the choice there is weak. More epochs "
+              "or images, or a higher --arch-lr, decide more.")
     seconds, memory = time.perf_counter() - start, latency.peak_memory_mib(args.device)
     print(f"found in {seconds:.0f} s ({seconds / 3600:.2f} h)" + (f", peak memory {memory:,.0f} MiB" if memory else "") + f": {path}"
           + (", network.svg" if args.model == "hinas" else ""))

@@ -63,8 +63,7 @@ RECIPES = {
         "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},
     # The networks of the other searches, in minutes on a CPU; each is the default for what its search found.
     "superkernel": {"epochs": 20, "batch_size": 4, "optimizer": "adam", "lr": 1e-3, "denoising_loss": "charbonnier"},
-    "hinas": {"epochs": 20, "batch_size": 24, "optimizer": "sgd", "lr": 0.05, "weight_decay": 3e-4,
-              "denoising_loss": "log-ssim"},
+    "hinas": {"epochs": 20, "batch_size": 24, "optimizer": "adam", "lr": 2e-3, "denoising_loss": "log-ssim"},
 }
 
 
