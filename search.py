@@ -56,6 +56,23 @@ MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target bef
 # The supernet's two steps
 
 
+def take_step(name: str, loss: Tensor, parameters: list, optimizer, scaler, guard: Guard, grad_clip: float, where: str,
+              buffers=()) -> dict[str, float]:
+    """After backward: the optimizer's step, with gradients averaged over the processes, if the loss and they are finite.
+
+    Returns the loss by its name, or nothing where the step was skipped.
+    """
+    finite = guard.reduce(parameters, loss, buffers)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+    finite = finite and (scaler.is_enabled() or math.isfinite(norm))
+    taken = guard.judge(finite, where, optimizer.param_groups[0]["lr"])
+    if taken:
+        scaler.step(optimizer)
+    scaler.update()
+    return {name: loss.item()} if taken else {}
+
+
 class Searcher:
     """The supernet with its two optimizers: one step for the weights, one for the architecture.
 
@@ -106,16 +123,7 @@ class Searcher:
         return self._step("weight_loss", total / (2 if bi_sampling else 1), self.weights, self.weight_optimizer, self.scaler, where)
 
     def _step(self, name: str, loss: Tensor, parameters: list, optimizer, scaler, where: str) -> dict[str, float]:
-        """The optimizer's step, with gradients averaged over the processes, if the loss and they are finite."""
-        finite = self.guard.reduce(parameters, loss)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
-        finite = finite and (scaler.is_enabled() or math.isfinite(norm))
-        taken = self.guard.judge(finite, where, optimizer.param_groups[0]["lr"])
-        if taken:
-            scaler.step(optimizer)
-        scaler.update()
-        return {name: loss.item()} if taken else {}
+        return take_step(name, loss, parameters, optimizer, scaler, self.guard, self.grad_clip, where)
 
     def arch_step(self, batch, temperature: float, latency_term=None, where: str = "this step") -> dict[str, float]:
         """One step of alpha: every operation, summed with Gumbel-softmax weights, plus the latency term."""
@@ -449,15 +457,7 @@ class Restoration(Method):
         if with_cost and self.costs.target is not None and self.costs.of_likeliest(self.supernet) > self.costs.target:
             self._press()
         buffers = self.supernet.buffers() if name == "weight_loss" else ()
-        finite = self.guard.reduce(parameters, loss.detach(), buffers)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
-        finite = finite and (scaler.is_enabled() or math.isfinite(norm))
-        taken = self.guard.judge(finite, where, optimizer.param_groups[0]["lr"])
-        if taken:
-            scaler.step(optimizer)
-        scaler.update()
-        return {name: loss.item()} if taken else {}
+        return take_step(name, loss.detach(), parameters, optimizer, scaler, self.guard, self.grad_clip, where, buffers)
 
     def _press(self) -> None:
         """Add the gradient of the expected cost to that of the structure."""
