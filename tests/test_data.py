@@ -1,4 +1,6 @@
 """data.py: scenes, noise, splits, image files, folders, loaders, command line; CPU, no network."""
+import argparse
+import json
 import os
 import shutil
 import struct
@@ -1025,3 +1027,14 @@ def test_everything_below_a_folder(tmp_path):
                           ("digits", "take one")):
         with pytest.raises(data.DataError, match=message):
             data.load_everything(name)
+
+
+def test_what_a_record_holds_of_images_comes_back_as_flags():
+    parser = argparse.ArgumentParser()
+    data.add_data_arguments(parser)
+    data.add_noise_arguments(parser)
+    args = parser.parse_args(["--grey", "--crops", "3", "--train-folders", "a", "b", "--sigmas", "25/255", "0.1"])
+    kept = json.loads(json.dumps(data.image_flags(args)))
+    again = parser.parse_args(data.as_command_line(kept))
+    assert data.image_flags(again) == data.image_flags(args) and again.sigmas == [25 / 255, 0.1]
+    assert data.as_command_line({"resume": "x", "grey": False, "crops": None}) == [] == data.as_command_line("nonsense")
