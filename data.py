@@ -183,6 +183,8 @@ class Noise:
             raise ValueError(f"the noise {self.kind!r} is unknown; known are {', '.join(NOISES)}")
         if min(self.sigma_max, *self.sigmas, self.levels) < 0:
             raise ValueError("sigmas and levels must not be negative")
+        if self.levels == 1:
+            raise ValueError("a single noise level, evenly spaced, would be 0: give --sigmas instead of --sigma-levels 1")
 
     def __bool__(self):
         """Whether there is any noise."""
@@ -660,7 +662,7 @@ class Pictures(Dataset):
         self.transform, self.seed, self.mode = transform or v2.PILToTensor(), seed, MODES[channels]
         self.whole = transform is None  # images keep their own sizes, so they cannot share a batch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see it change
-        self.decoded, self.decoded_bytes = {}, 0
+        self.decoded, self.decoded_bytes = {}, [0]  # shared by twins, the count too
 
     def __len__(self):
         return len(self.targets)
@@ -685,9 +687,9 @@ class Pictures(Dataset):
                 raise DataError(f"the noisy image {files[1]} has {other_width} x {other_height} pixels and its clean one "
                                 f"{width} x {height}: make them alike or remove both")
             worker, size = get_worker_info(), sum(len(image.getbands()) * image.width * image.height for image in images)
-            if self.decoded_bytes + size <= CACHE_BYTES // (worker.num_workers if worker else 1):
+            if self.decoded_bytes[0] + size <= CACHE_BYTES // (worker.num_workers if worker else 1):
                 self.decoded[index] = images
-                self.decoded_bytes += size
+                self.decoded_bytes[0] += size
         return list(images)
 
 
@@ -855,8 +857,6 @@ def _load_folder(name, size, seed, train_images, val_images, augment, channels, 
     folder = _existing(name)
     parts = _find_parts(folder, train_folders)
     classes = parts["train"].classes
-    if classes is not None and crops > 1:
-        raise DataError(f"--crops is for folders without labels, and {folder} holds class folders: leave it out")
     if "val" not in parts:
         kept, held = stratified_split(parts["train"].targets, 0.9, seed)
         if not held:
@@ -869,7 +869,7 @@ def _load_folder(name, size, seed, train_images, val_images, augment, channels, 
         part = parts[split].take(_choose(parts[split].targets, count, seed))
         return Pictures(part.paths, part.targets, _transform(size, classes is not None, augment), seed, channels,
                         part.noisy, crops)
-    return (dataset("train", train_images, augment, crops), dataset("val", val_images, False),
+    return (dataset("train", train_images, augment, crops if classes is None else 1), dataset("val", val_images, False),
             dataset("test", None, False), classes)
 
 
@@ -893,7 +893,7 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
         raise DataError(f"the image size must be at least 8 pixels, not {size}")
     test, classes, channels = None, [str(digit) for digit in range(10)], 1 if grey else 3
     if load is not None:
-        for flag, given in (("--grey", grey), ("--crops", crops > 1), ("--train-folders", train_folders)):
+        for flag, given in (("--grey", grey), ("--train-folders", train_folders)):
             if given:
                 raise DataError(f"{flag} is for image folders, and {name} is drawn: leave it out")
         train, val = load(root, size, seed, train_images, val_images)
@@ -1074,7 +1074,7 @@ def add_data_arguments(parser, training=True):
                            help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks "
                            "(default: RGB)")
         group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
-                           help="random crops of each training image an epoch, of a folder without labels "
+                           help="random crops of each training image an epoch, of a folder without labels; others come once "
                            "(default: %(default)s)")
 
 
@@ -1110,6 +1110,14 @@ IMAGE_FLAGS = ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels
 def image_flags(args):
     """What flags say of images and noise, as a record keeps it, so that the training sees what the search saw."""
     return {name: getattr(args, name) for name in IMAGE_FLAGS}
+
+
+def without_what_changed(images, words, same_data):
+    """The images of a record without what other flags on a command line (its words) take the place of."""
+    given = {word.split("=")[0] for word in words}
+    dropped = {"sigmas"} if given & {"--sigma", "--sigma-levels"} else set()
+    dropped |= set() if same_data else {"crops", "train_folders"}
+    return {name: value for name, value in images.items() if name not in dropped} if isinstance(images, dict) else images
 
 
 def as_command_line(images):

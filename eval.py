@@ -741,7 +741,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from data import check_protocol, join_processes, load_data, load_everything, split_labels
+    from data import SCENES, check_protocol, join_processes, load_data, load_everything, split_labels
     from latency import check_device
     from models import channels_of, check_fits, load_checkpoint, scale_of
 
@@ -772,6 +772,8 @@ def main(argv: list[str] | None = None) -> None:
                                   about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
             sys.exit(1 if failures else 0)
         name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
+        if grey and name in SCENES:
+            raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give an image folder with --data.")
         if args.split == "all":
             data = load_everything(name, size=size, grey=grey)
         else:
@@ -810,8 +812,14 @@ def _latency_setting(checkpoint: dict, device: str, size: int):
 
 def _check_data(network: nn.Module, classes: list[str] | None, data, dataset, args: argparse.Namespace) -> None:
     """ValueError where the network cannot be measured on the data, or not in the way that is asked for."""
+    from data import is_paired
+    from models import scale_of
+
     if dataset is None:
         raise ValueError(f"The data {data.name} has no {args.split} split; use --split val.")
+    if scale_of(network) > 1 and is_paired(dataset):
+        raise ValueError(f"{data.name} holds pairs of one size, noisy and clean, and the network makes images larger; give a folder "
+                         "of clean images.")
     if args.luma and data.channels != 3:
         raise ValueError("--luma is of colour images, and the network is for grey ones: leave it out.")
     if not network.classifies:

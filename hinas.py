@@ -440,7 +440,7 @@ class SuperNet(Frame):
     def fit(self, costs: dict[Part, float], rest: float, target: float) -> Design:
         """The likeliest network within a target cost: of each path of widths, with operations exchanged until it is met.
 
-        Each exchange is the one that loses the least log probability per cost. ValueError when no network is that cheap.
+        Each exchange is the one that loses the least log probability per cost. The cheapest where none is within the target.
         """
         steps, found = self.log_steps(), []
         for path in self.space.paths():
@@ -466,11 +466,8 @@ class SuperNet(Frame):
                 _, place, name, loss, gain = min(exchanges)
                 design = _with_edge(design, place, replace(_edge(design, place), operation=name))
                 present, score = present - gain, score - loss
-            if present <= target:
-                found.append((score, len(found), design))
-        if not found:
-            raise ValueError(f"No network of this space costs {target:g} or less.")
-        return max(found)[2]
+            found.append((present <= target, score if present <= target else -present, len(found), design))
+        return max(found)[3]
 
     def found(self, costs: dict[Part, float], rest: float, target: float | None) -> tuple[Design, None]:
         """The likeliest design, within a target cost unless that is None; its network is trained from the beginning."""
@@ -822,29 +819,30 @@ def random_nodes(nodes: int, rng: random.Random) -> tuple[tuple[Edge, Edge], ...
 
 
 def perturb(design: Design, strength: str, rng: random.Random) -> Design:
-    """A found design with changes of strength "R1" or "R2" (tables 6 and 7).
+    """A found design with two changes of the kind "R1" or "R2" (section 4.2.4, tables 6 and 7).
 
-    R1: two convolutions of the network become others, R2: these and one edge more, which starts elsewhere. The
-    paper shows its changes in pictures only; here they are drawn, uniformly. ValueError where a design has no such change.
+    R1: two convolutions become others. R2: two edges start elsewhere. The paper shows its changes in pictures only; here they are
+    drawn, uniformly, and two is our choice. ValueError where a design has no such change.
     """
     if strength not in ("R1", "R2"):
         raise ValueError(f"There is no perturbation {strength!r}; possible: R1, R2.")
-    places = _places(design)
-    convolutions = [place for place in places if _edge(design, place).operation != "skip"]
-    movable = [place for place in places if place[1] > 0]  # node 0 has two sources and takes both
-    if len(convolutions) < 2 or strength == "R2" and not movable:
+    # Node 0 has two sources and takes both; of any other node one edge can move.
+    places = [place for place in _places(design) if (_edge(design, place).operation != "skip" if strength == "R1" else place[1] > 0)]
+    if len({place[:2] for place in places} if strength == "R2" else places) < 2:
         raise ValueError("The design has too few convolutions or nodes to be perturbed.")
-    changed = rng.sample(convolutions, 2)
+    changed = rng.sample(places, 2)
+    while strength == "R2" and changed[0][:2] == changed[1][:2]:
+        changed = rng.sample(places, 2)
     for place in changed:
         edge = _edge(design, place)
-        others = [name for name in OPERATIONS if name not in (edge.operation, "skip")]
-        design = _with_edge(design, place, replace(edge, operation=rng.choice(others)))
-    if strength == "R2":
-        place = rng.choice([place for place in movable if place not in changed] or movable)
-        layer, node, _ = place
-        taken = {edge.source for edge in design.layers[layer].nodes[node]}
-        source = rng.choice([source for source in range(node + 2) if source not in taken])
-        design = _with_edge(design, place, replace(_edge(design, place), source=source))
+        if strength == "R1":
+            others = [name for name in OPERATIONS if name not in (edge.operation, "skip")]
+            design = _with_edge(design, place, replace(edge, operation=rng.choice(others)))
+        else:
+            layer, node, _ = place
+            taken = {other.source for other in design.layers[layer].nodes[node]}
+            free = [source for source in range(node + 2) if source not in taken]
+            design = _with_edge(design, place, replace(edge, source=rng.choice(free)))
     return design
 
 
@@ -989,9 +987,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
                         help="record of the network, from search.py --model hinas (default: %(default)s)")
     parser.add_argument("--change", choices=("R1", "R2", "random"),
-                        help="write the record of a changed network: R1, two other convolutions; R2, also an edge from elsewhere "
-                             "(tables 6 and 7); random, other cells of about the same size (default: draw the network)")
-    parser.add_argument("--output", default="network.svg", metavar="FILE", help="picture or record to write (default: %(default)s)")
+                        help="write the record of a changed network: R1, two other convolutions; R2, two edges from elsewhere "
+                             "(tables 6 and 7, as we take them); random, other cells of about the same size (default: draw the network)")
+    parser.add_argument("--output", metavar="FILE", help="picture or record to write (default of a picture: network.svg)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the change (default: %(default)s)")
     return parser
 
@@ -1001,6 +999,9 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.output is None and args.change:
+        parser.error("name the record to write with --output FILE.")
+    args.output = args.output or "network.svg"
     try:
         record = models.load_record(args.arch)
         if record["method"] != "hinas":

@@ -736,7 +736,7 @@ def build_part_table(setting: Setting, space, *, rounds: int = 2, seed: int = 0)
                                 "uncertainty": result["uncertainty_percent"]}}
 
 
-def part_macs(space, size: int, seed: int = 0) -> tuple[dict, float]:
+def part_macs(space, size: int) -> tuple[dict, float]:
     """Multiply-accumulates of each part of a space's networks for one image of size x size, and of all else, in millions.
 
     Counted in the convolutions of networks that together hold every part, on meta tensors: nothing is computed.
@@ -744,7 +744,7 @@ def part_macs(space, size: int, seed: int = 0) -> tuple[dict, float]:
     import random
 
     costs: dict = {}
-    for design in space.carriers(random.Random(seed), 1):
+    for design in space.carriers(random.Random(0), 1):
         network = space.network(design).to("meta").eval()
         counted: dict[nn.Module, float] = {}
 
@@ -812,6 +812,11 @@ def compare(table: LatencyTable | PartTable, arch, *, seconds: float = 5.0) -> d
             "bursts": timing.count, "runs": burst * timing.count, "slowdown": reference_time.median_ms / table.reference_ms,
             "error_percent": 100 * (predicted / (times.ratios[1] * table.reference_ms) - 1),
             "uncertainty_percent": 100 * times.uncertainty[1]}
+
+
+def corrected(table: LatencyTable | PartTable, result: dict) -> LatencyTable | PartTable:
+    """A table scaled by what `compare` measured; not far, lest a burst of noise lead astray."""
+    return table.scaled(min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25))
 
 
 def check(table: LatencyTable | PartTable, count: int, seed: int = 1000) -> dict:

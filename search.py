@@ -18,8 +18,10 @@ import json
 import math
 import random
 import shlex
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +56,18 @@ MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target bef
 
 # ---------------------------------------------------------------------------------------------------------------
 # The supernet's two steps
+
+
+@contextmanager
+def frozen(parameters: list):
+    """Within it no gradients of these parameters are computed: they would be much of the work, and thrown away."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def take_step(name: str, loss: Tensor, parameters: list, optimizer, scaler, guard: Guard, grad_clip: float, where: str,
@@ -127,16 +141,11 @@ class Searcher:
 
     def arch_step(self, batch, temperature: float, latency_term=None, where: str = "this step") -> dict[str, float]:
         """One step of alpha: every operation, summed with Gumbel-softmax weights, plus the latency term."""
-        for weight in self.weights:
-            weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
-        try:
+        with frozen(self.weights):
             loss = self._loss(self._begin(batch), batch, self.supernet.mixture(temperature, self.generator))
             total = loss if latency_term is None else loss + latency_term()
             self.arch_optimizer.zero_grad(set_to_none=True)
             self.arch_scaler.scale(total).backward()
-        finally:
-            for weight in self.weights:
-                weight.requires_grad_(True)
         values = self._step("arch_loss", loss.detach(), self.arch, self.arch_optimizer, self.arch_scaler, where)
         self.supernet.normalize_()
         return values
@@ -434,17 +443,13 @@ class Restoration(Method):
         # The samples of a step, the same on all processes.
         torch.manual_seed(data_module.mix(self.seed, self.epoch, step))
         self.guard.remember(self.supernet)
-        values = self._step("weight_loss", batch, self.weights + self.arch if self.joint else self.weights, self.weight_optimizer,
-                            self.scalers[0], self.joint, where)
+        with frozen([] if self.joint else self.arch):
+            values = self._step("weight_loss", batch, self.weights + self.arch if self.joint else self.weights,
+                                self.weight_optimizer, self.scalers[0], self.joint, where)
         self.schedule.step()
         if not self.joint and not self.warm:
-            for weight in self.weights:
-                weight.requires_grad_(False)  # their gradients would be most of the work, and thrown away
-            try:
+            with frozen(self.weights):
                 values |= self._step("arch_loss", held_out.next(), self.arch, self.arch_optimizer, self.scalers[1], True, where)
-            finally:
-                for weight in self.weights:
-                    weight.requires_grad_(True)
         return values
 
     def _step(self, name: str, batch, parameters: list, optimizer, scaler, with_cost: bool, where: str) -> dict[str, float]:
@@ -456,8 +461,8 @@ class Restoration(Method):
         scaler.scale(loss).backward()
         if with_cost and self.costs.target is not None and self.costs.of_likeliest(self.supernet) > self.costs.target:
             self._press()
-        buffers = self.supernet.buffers() if name == "weight_loss" else ()
-        return take_step(name, loss.detach(), parameters, optimizer, scaler, self.guard, self.grad_clip, where, buffers)
+        return take_step(name, loss.detach(), parameters, optimizer, scaler, self.guard, self.grad_clip, where,
+                         self.supernet.buffers())
 
     def _press(self) -> None:
         """Add the gradient of the expected cost to that of the structure."""
@@ -466,7 +471,7 @@ class Restoration(Method):
                 if gradient is not None and parameter.grad is not None]
         own, others = (torch.stack([x.norm() for x in gradients]).norm()
                        for gradients in zip(*((parameter.grad, gradient) for parameter, gradient in used)))
-        for parameter, gradient in used:
+        for parameter, gradient in used if others > 0 else ():
             parameter.grad.add_(gradient * (self.pressure * own / others))
 
     def end_epoch(self) -> dict:
@@ -624,9 +629,7 @@ def derive(supernet: models.SuperNet, budget: Budget, pressure: bool, correct: b
         met = abs(result["measured_ms"] / budget.target_ms - 1) <= MEASURE_TOLERANCE
         if met or not pressure or not correct or attempt == rounds - 1:
             return arch, result
-        # A burst of noise must not lead far astray.
-        factor = min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25)
-        budget.table = budget.table.scaled(factor)
+        budget.table = latency.corrected(budget.table, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -844,11 +847,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     started = time.time()
     try:
-        first = parser.parse_args(argv)
-        parser.set_defaults(**RESTORATION.get(first.model, {}))
-        if first.model == "hinas" and (first.network or "").startswith("sr-"):
-            parser.set_defaults(sigma=0.0, batch_size=24)  # small images without noise, and as many as in the paper
-        args, state = parse_or_resume(parser, argv, "search.pt", "step")
+        set_method_defaults(parser, argv)
+        args, state = parse_or_resume(parser, argv, "search.pt", "searcher")
+        check_flags(parser, args)
         run = search_restoration if args.model in RESTORATION else search_joint
         run(args, state, sys.argv[1:] if argv is None else argv)
     except ValueError as error:
@@ -859,13 +860,42 @@ def main(argv: list[str] | None = None) -> None:
         say_stopped("search.py", getattr(stop, "folder", args.output_dir), "search.pt", started)
 
 
+def set_method_defaults(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Give the flags the defaults of the method that is named, before they are parsed or printed."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model")
+    early.add_argument("--network", default="")
+    named, _ = early.parse_known_args(argv)
+    parser.set_defaults(**RESTORATION.get(named.model, {}))
+    if named.model == "hinas" and named.network.startswith("sr-"):
+        # Small images without noise, as many as in the paper, of a size that can be divided.
+        parser.set_defaults(sigma=0.0, batch_size=24, size=66 if named.network == "sr-x3" else 64)
+
+
+# Flags that mean something to some models only.
+FLAGS_OF = {
+    models.MODELS: ("space", "depth", "search_images", "search_loss", "min_width", "latency_loss", "warmup"),
+    ("superkernel", "hinas"): ("network", "width", "target_macs", "denoising_loss", "patience"),
+    ("superkernel",): ("structure", "form", "two_level"),
+    ("hinas",): ("search_width", "cells", "one_cell", "no_residual", "optimizer"),
+}
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """ValueError in one sentence for a flag that the model has no use for."""
+    for possible, names in FLAGS_OF.items():
+        for name in names if args.model not in possible else ():
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --model {', '.join(possible)}, not for {args.model}; leave it "
+                                 "out.")
+    if args.model in RESTORATION and args.table and not args.target:
+        raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
+
+
 def search_joint(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
     """C-NAS, D-NAS or DC-NAS: the searches of all targets, and their comparison."""
     if args.target is None:
         raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
-    for flag in ("target_macs", "network", "width"):
-        if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag.replace('_', '-')} is for --model {' and '.join(RESTORATION)}; leave it out.")
     if args.strategy == "plain":
         raise ValueError("--strategy plain is for --model superkernel; take random.")
     device = prepare(args)
@@ -1056,6 +1086,7 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     flags = run_flags(args)
     data = data_module.data_from(args)
     space = latency.make_space(args.model, args.network, args.width, data.channels)
+    table_space = space  # a residual costs nothing
     if args.no_residual:
         space = replace(space, residual=False)
     scale = models.scale_of(space)
@@ -1067,9 +1098,13 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
                  for images, half in zip(parts, data_module.split_dataset(data.train, 0.5, args.seed))]
     batch_size, folder = share(args.batch_size), Path(args.output_dir)
     if min(len(part) for part in parts) < 2:
-        raise ValueError(f"{len(data.train)} training images are too few to split into weights and structure; give more.")
+        raise ValueError(f"{len(data.train)} training images are too few for a search; give more.")
     lock_folder(folder)
-    costs = obtain_costs(args, state, space, size)
+    if state is not None and data_module.rank_and_world()[0] == 0:
+        before = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        if before.resolve() != folder.resolve() and (before / "supernet.pt").exists():  # the best so far, into the new folder
+            models.write_file(folder / "supernet.pt", lambda temporary: shutil.copy(before / "supernet.pt", temporary))
+    costs = obtain_costs(args, state, table_space, size)
     torch.manual_seed(args.seed)  # whether or not a table was made: the same weights
     supernet = make_supernet(args, space)
     cheapest, dearest = supernet.cost_range(costs.parts, costs.rest)
@@ -1080,7 +1115,8 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     if args.strategy != "gradient":
         rng = random.Random(args.seed)
         supernet.set_design(space.random_design(rng) if args.strategy == "random" else space.plain_design())
-        finish_restoration(args, data, supernet, costs, folder, start, None)
+        if data_module.rank_and_world()[0] == 0:
+            finish_restoration(args, data, supernet, costs, folder, start, None)
         return
     how = dict(seed=args.seed, workers=args.workers, device=device)
     loaders = [data_module.make_loader(part, batch_size, shuffle=True, drop_last=True, **how) for part in parts]
@@ -1096,6 +1132,8 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
     rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=costs.table and costs.table.content,
                   nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
+    if data_module.rank_and_world()[0] > 0:  # what follows is for the one that writes
+        return
     best = models.read_checkpoint(folder / "supernet.pt", device)
     supernet.load_state_dict(best["supernet"])
     print(f"The supernet was best after epoch {best['epoch']}.")
@@ -1147,8 +1185,6 @@ def make_method(args: argparse.Namespace, supernet: nn.Module, costs: Costs, *, 
 def finish_restoration(args: argparse.Namespace, data: data_module.Data, supernet: nn.Module, costs: Costs, folder: Path,
                        start: float, rows: list[dict] | None) -> None:
     """Derive the network within the target, write its files, print it."""
-    if data_module.rank_and_world()[0] > 0:  # the others have the same supernet, and nothing to write
-        return
     supernet.cpu()
     result: dict = {}
     for attempt in range(3):
@@ -1158,9 +1194,7 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
         result = {"target_ms": costs.target, **latency.compare(costs.table, design)}
         if result["measured_ms"] <= (1 + MEASURE_TOLERANCE) * costs.target or args.table or attempt == 2:
             break
-        # A burst of noise must not lead far astray.
-        factor = min(max(result["measured_ms"] / result["predicted_ms"], 0.8), 1.25)
-        costs = costs_of(costs.space, costs.target, costs.table.scaled(factor))
+        costs = costs_of(costs.space, costs.target, latency.corrected(costs.table, result))
     network = trained or costs.space.network(design)
     size = data.size // models.scale_of(network)
     macs, parameters = models.count_macs(network, size), models.count_parameters(network)
@@ -1172,6 +1206,8 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
                                      else {}))
     path = folder / "arch.json"
     models.write_json(path, record)
+    for name in ("distilled.pt", "network.svg"):  # of another run, if there are any
+        (folder / name).unlink(missing_ok=True)
     if table:
         models.write_json(folder / "latency.json", table.content)
     if trained is not None and rows:
@@ -1185,6 +1221,8 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
     if table:
         print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
               f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")
+    if costs.target is not None and costs.space.cost(design, costs.parts, costs.rest) > costs.target * (1 + 1e-6):
+        print(f"note: no network was found within the target of {costs.target:g} {costs.unit}; this is the nearest.")
     weak = [value > 0.95 for value in supernet.entropy().tolist()]
     if rows and sum(weak) > len(weak) / 2:
         print(f"note: {sum(weak)} of {len(weak)} decisions stayed open (entropy above 0.95): the choice there is weak. More epochs "

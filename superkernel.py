@@ -299,12 +299,12 @@ class SuperConv2d(nn.Module):
         filters = filters or (conv.out_channels,)
         size = kernel_sizes[-1]
         if (conv.kernel_size != (size, size) or filters[-1] != conv.out_channels or conv.groups != 1
-                or conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1] or conv.padding not in ((size // 2,) * 2, "same")):
+                or conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1] or conv.padding not in ((size // 2,) * 2, "same") or conv.padding_mode != "zeros"):
             raise ValueError(f"A superkernel of sizes {kernel_sizes} and {filters} filters cannot stand for {conv}: it needs one "
-                             "group, no dilation, padding of half the kernel, and the convolution's own size as the largest.")
+                             "group, no dilation, padding of half the kernel with zeros, and the convolution's own size as the largest.")
         layer = cls(conv.in_channels, kernel_sizes, filters, stride=conv.stride[0], bias=conv.bias is not None, **how)
         layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.to(conv.weight.device)
+        return layer.to(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         draw = Sample(self.temperature) if self.training and self.temperature is not None else Likeliest()
@@ -736,10 +736,9 @@ class SuperNet(nn.Module):
         return Design(self.space, tuple(zip(layers[::2], layers[1::2])))
 
     def fit(self, costs: dict[Part, float], rest: float, target: float) -> list[Choice]:
-        """The slices of a network within a target cost: the likeliest ones, exchanged until it is met.
+        """The slices of a network within a target cost: the likeliest ones, exchanged until it is met, or none is cheaper.
 
-        Each exchange is the one that loses the least log probability per cost. ValueError when no network of the space is
-        that cheap.
+        Each exchange is the one that loses the least log probability per cost.
         """
         choices, layers, tables = self.choices(), self.superkernels(), CostTables(self.space, costs)
         levels = self.space.block_levels()
@@ -764,8 +763,7 @@ class SuperNet(nn.Module):
                             exchanges[block].append((loss / (present[block] - cost), block, place, choice, cost))
             best = min((exchange for found in exchanges.values() for exchange in found), default=None)
             if best is None:
-                raise ValueError(f"No network of this space costs {target:g} or less; the cheapest one found has "
-                                 f"{rest + sum(present):.4g}.")
+                break
             _, block, place, choice, cost = best
             choices[2 * block + place], present[block] = choice, cost
             del exchanges[block]

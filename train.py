@@ -558,7 +558,7 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
         raise ValueError(f"The network takes images of {channels} channel{'s' * (channels > 1)}, and those of {data.name} "
                          f"are read with {data.channels}: {mend}, or take another network.")
     if len(data.train) < 2:
-        raise ValueError(f"{data.name} has {len(data.train)} training image; batch norm needs at least 2.")
+        raise ValueError(f"{data.name} has {len(data.train)} training image; give at least 2.")
     if loss != "cls" and data.size < evaluation.WINDOW:
         raise ValueError(f"--size {data.size} is too small for the denoising loss: SSIM needs {evaluation.WINDOW} pixels.")
 
@@ -571,7 +571,7 @@ def vary(record: dict, model: str | None = None, decoder: str | None = None, wid
     if model is None and decoder is None and widen is None:
         return record
     if record["method"] != "tfnas":
-        raise ValueError(f"--train-as, --decoder and --widen are for searched networks, not for {record['model']}.")
+        raise ValueError(f"--train-as, --decoder and --widen are for C-NAS, D-NAS and DC-NAS, not for {record['model']}.")
     arch = models.Arch.from_dict(record)
     if model not in (None, "dnas") and not arch.classifies:
         raise ValueError("The record is of a dnas, which has no classifier; it cannot be trained as another model.")
@@ -699,10 +699,11 @@ def main(argv: list[str] | None = None) -> None:
         first, words, record = parser.parse_args(argv), sys.argv[1:] if argv is None else argv, {}
         if first.model is None and first.resume is None:  # what the search saw comes first, so that flags can change it
             record = models.load_record(first.arch)
-            words = [*data_module.as_command_line(record.get("images")), *words]
+            images = data_module.without_what_changed(record.get("images"), words, first.data in (None, record.get("data")))
+            words = [*data_module.as_command_line(images), *words]
         recipe = first.recipe or (record["method"] if record.get("method") in RECIPES else "short")
         parser.set_defaults(**RECIPES[recipe], recipe=recipe)
-        args, state = parse_or_resume(parser, words, "last.pt", "step")
+        args, state = parse_or_resume(parser, words, "last.pt", "network")
         device = prepare(args)
         record = record if state is None else state["record"]
         args.data, args.size = args.data or record.get("data", "digits"), args.size or record.get("size")

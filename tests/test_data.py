@@ -828,8 +828,7 @@ def test_grey_folders(tmp_path, labelled):
     assert len(set(Image.open(tmp_path / "preview.png").convert("RGB").tobytes())) > 100
 
 
-@pytest.mark.parametrize("options, flag", [({"grey": True}, "--grey"), ({"crops": 2}, "--crops"),
-                                           ({"train_folders": ["a"]}, "--train-folders")])
+@pytest.mark.parametrize("options, flag", [({"grey": True}, "--grey"), ({"train_folders": ["a"]}, "--train-folders")])
 def test_what_is_for_folders_is_refused_for_scenes(options, flag):
     with pytest.raises(data.DataError, match=f"{flag} is for image folders, and mnist-pairs is drawn"):
         data.load_data("mnist-pairs", **options)
@@ -953,10 +952,19 @@ def test_several_crops_of_an_image_are_different_and_follow_the_epoch(tmp_path):
         often[36]
 
 
-def test_crops_of_labelled_folders_are_refused(tmp_path):
+def test_labelled_and_drawn_images_come_once_whatever_the_crops(tmp_path):
     make(tmp_path, "a", "b")
-    with pytest.raises(data.DataError, match="--crops is for folders without labels"):
-        data.load_data(str(tmp_path), crops=2)
+    for name in (str(tmp_path), "digits"):
+        one, two = (data.load_data(name, size=16, train_images=4, val_images=2, crops=crops).train for crops in (1, 2))
+        assert len(one) == len(two)
+
+
+def test_twins_share_the_room_for_decoded_images(tmp_path, monkeypatch):
+    make(tmp_path, *(f"{n}" for n in range(2)))
+    train = data.load_data(str(tmp_path), size=16).train
+    one, other = train, data.twin(train)
+    one[0]
+    assert other.decoded_bytes[0] == one.decoded_bytes[0] > 0
 
 
 def test_unlabelled_images_come_in_all_eight_positions(tmp_path):
@@ -1037,4 +1045,8 @@ def test_what_a_record_holds_of_images_comes_back_as_flags():
     kept = json.loads(json.dumps(data.image_flags(args)))
     again = parser.parse_args(data.as_command_line(kept))
     assert data.image_flags(again) == data.image_flags(args) and again.sigmas == [25 / 255, 0.1]
+    kept["sigma"] = 0.3
+    assert "sigmas" not in data.without_what_changed(kept, ["--sigma=0.5"], True)
+    assert set(kept) - set(data.without_what_changed(kept, [], False)) == {"crops", "train_folders"}
+    assert data.without_what_changed(kept, ["--epochs", "3"], True) == kept
     assert data.as_command_line({"resume": "x", "grey": False, "crops": None}) == [] == data.as_command_line("nonsense")

@@ -140,6 +140,15 @@ def test_two_processes_that_are_stopped_go_on_with_the_same_weights(tmp_path):
         assert abs(one["train_loss"] - other["train_loss"]) < 1e-6 and one["val_loss"] == other["val_loss"]
 
 
+def test_a_search_of_denoisers_by_two_processes(tmp_path):
+    """In a fresh folder, with batch norms: it ends, and going on from its middle gives the same supernet."""
+    command = [ROOT / "search.py", "--model", "hinas", "--search-width", "2", "--width", "3", "--size", "16", "--train-images", "32",
+               "--val-images", "3", "--epochs", "2", "--batch-size", "4", "--warmup-epochs", "0", "--device", "cpu", "--threads", "1"]
+    run = torchrun(*command, "--output-dir", "new", folder=tmp_path)
+    assert run.returncode == 0 and run.stdout.count("found in") == 1, run.stderr
+    assert models.load_record(tmp_path / "new/arch.json")["method"] == "hinas"
+
+
 def test_validation_in_training_counts_every_image_once():
     """What the processes add up is what one sums alone: of 21 images 11 and 10."""
     digits = data.load_data("digits", size=32, train_images=4, val_images=21)

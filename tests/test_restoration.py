@@ -19,10 +19,10 @@ import train
 from fake_table import fake_parts, quick_compare
 
 SPACES = {"superkernel": superkernel.Space("skipinit", 3, 3), "hinas": hinas.Space(base_width=3, channels=3)}
-SMALL = ["--size", "16", "--batch-size", "4", "--epochs", "2", "--crops", "1", "--width", "3", "--threads", "1", "--device", "cpu",
+SMALL = ["--size", "16", "--batch-size", "4", "--epochs", "2", "--width", "3", "--threads", "1", "--device", "cpu",
          "--sigmas", "25/255"]
-HINAS = ["--model", "hinas", "--search-width", "2", *SMALL]
-SUPERKERNEL = ["--model", "superkernel", *SMALL]
+HINAS = ["--model", "hinas", "--search-width", "2", "--crops", "1", *SMALL]
+SUPERKERNEL = ["--model", "superkernel", "--crops", "1", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,50 @@ def test_pressure_of_a_target_moves_the_structure(photos, tmp_path):
     assert rows["priced"][-1] < 0.9 * rows["free"][-1] and rows["priced"][-1] < rows["priced"][0]
 
 
+def test_a_finished_search_goes_on_into_another_folder(photos, tmp_path):
+    run(*SUPERKERNEL, "--data", photos, "--output-dir", tmp_path / "a")
+    run("--resume", tmp_path / "a", "--output-dir", tmp_path / "b")
+    one, other = (models.load_record(tmp_path / name / "arch.json")["design"] for name in "ab")
+    assert one == other
+    run(*SUPERKERNEL, "--data", photos, "--strategy", "random", "--output-dir", tmp_path / "b")
+    assert not (tmp_path / "b/distilled.pt").exists()  # its weights are of another network
+
+
+@pytest.mark.parametrize("flags", (SUPERKERNEL, HINAS))
+def test_a_machine_slower_than_its_table_still_gets_a_network(flags, photos, tmp_path, monkeypatch, capsys):
+    """What is measured is 1.2 times what was predicted, and the target as near to the cheapest as the program itself proposes."""
+    space = SPACES[flags[1]]
+    content = fake_parts(space)
+    monkeypatch.setattr(latency, "build_part_table", lambda *_, **__: content)
+    monkeypatch.setattr(latency, "compare", lambda table, design: {
+        "predicted_ms": table.predict_ms(design), "measured_ms": 1.2 * latency.PartTable(content).predict_ms(design), "p10_ms": 1.0,
+        "p90_ms": 1.0, "slowdown": 1.0, "bursts": 1})
+    supernet = hinas.SuperNet(space, 2) if flags is HINAS else superkernel.SuperNet(space)
+    table = latency.PartTable(content)
+    target = 1.05 * supernet.cost_range(table.costs, table.rest_ms)[0]
+    run(*flags, "--data", photos, "--target", target, "--output-dir", tmp_path)
+    assert "this is the nearest" in capsys.readouterr().out
+    record = models.load_record(tmp_path / "arch.json")
+    assert record["latency"]["measured_ms"] > target
+
+
+@pytest.mark.parametrize("model", ("superkernel", "hinas"))
+def test_drawn_digits_and_class_folders_do_too(model, tmp_path, capsys):
+    run("--model", model, *SMALL, "--epochs", "1", "--train-images", "16", "--val-images", "2", "--output-dir", tmp_path)
+    assert models.load_record(tmp_path / "arch.json")["data"] == "digits"
+    with pytest.raises(SystemExit):
+        run("--model", model, "--help")
+    assert "(default: 20; the" in " ".join(capsys.readouterr().out.split())  # the epochs of this method, not those of TF-NAS
+
+
+def test_flags_of_a_training_take_the_place_of_those_of_the_search(photos, tmp_path):
+    run(*SUPERKERNEL, "--data", photos, "--strategy", "plain", "--output-dir", tmp_path)
+    train.main(["--arch", str(tmp_path / "arch.json"), "--sigma", "0.5", "--epochs", "1", "--threads", "1", "--device", "cpu",
+                "--output-dir", str(tmp_path / "train")])
+    flags = models.read_checkpoint(tmp_path / "train/last.pt")["flags"]
+    assert flags["sigma"] == 0.5 and flags["sigmas"] is None
+
+
 @pytest.mark.parametrize("strategy", ("random", "plain"))
 def test_networks_to_compare_with(strategy, photos, tmp_path):
     run(*SUPERKERNEL, "--strategy", strategy, "--data", photos, "--output-dir", tmp_path)
@@ -180,8 +224,9 @@ def test_a_real_table_of_parts_predicts_this_machine(space, tmp_path, monkeypatc
     assert "all else" in capsys.readouterr().out
     table = latency.load_table(tmp_path / "t.json")
     assert set(table.costs) >= space.possible_parts() and table.content["check"]["networks"] == 5
-    row = latency.compare(table, space.random_design(random.Random(9)), seconds=1.0)
-    assert abs(row["error_percent"]) < 60  # a busy machine; the error of a quiet one is in the README
+    rows = [latency.compare(table, space.random_design(random.Random(seed))) for seed in range(5)]
+    # In turn with a reference network, so that a busy machine matters little; a table of other parts would be far off.
+    assert sorted(abs(row["error_percent"]) for row in rows)[2] < 25
     record = models.design_record(space.identity()["method"], space.random_design(random.Random(1)), {})
     models.write_json(tmp_path / "arch.json", record)
     latency.main(["--table", str(tmp_path / "t.json"), "--arch", str(tmp_path / "arch.json")])
@@ -218,9 +263,12 @@ def test_a_damaged_table_is_refused_in_one_sentence(content):
     ([*SUPERKERNEL, "--network", "denoise"], "possible: skipinit-1"),
     ([*SUPERKERNEL, "--target", "1,2"], "one --target"),
     ([*SUPERKERNEL, "--target", "1", "--target-macs", "2"], "one --target"),
-    ([*HINAS, "--network", "sr-x3"], "multiple of 3"),
+    ([*HINAS, "--network", "sr-x3"], "multiple of 3"),  # of 16
     ([*HINAS, "--strategy", "plain"], "plain is for"),
     (["--target", "5", "--width", "3"], "leave it out"),
+    ([*SUPERKERNEL, "--search-images", "clean"], "leave it out"),
+    ([*HINAS, "--structure", "filterwise"], "leave it out"),
+    ([*HINAS, "--table", "t.json"], "leave the table out"),
     (["--target", "5", "--strategy", "plain"], "take random"),
 ))
 def test_wrong_usage_ends_in_one_sentence(arguments, word, photos, tmp_path, capsys):

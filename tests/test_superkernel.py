@@ -58,7 +58,7 @@ def test_a_decided_superkernel_is_the_sliced_convolution_in_value_and_gradient(k
     choice = some_choice(layer)
     layer.structure.set_choice(choice, 60.0)
     layer.temperature = 0.05  # of a sample, which a logit of 60 decides
-    size, kept = 3, list(choice.kept)
+    kept = list(choice.kept)
     weight = layer.weight.detach()[kept][:, :, 1:4, 1:4].clone().requires_grad_()
     bias = layer.bias.detach()[kept].clone().requires_grad_()
     x = torch.randn(2, 2, 7, 6, dtype=torch.float64)
@@ -75,7 +75,6 @@ def test_a_decided_superkernel_is_the_sliced_convolution_in_value_and_gradient(k
     outside = layer.weight.grad.clone()
     outside[kept, :, 1:4, 1:4] = 0
     assert outside.abs().max() < 1e-12  # what is not in the slice is not trained
-    assert size == layer.kernel_sizes[choice.kernel]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,8 +162,10 @@ def test_any_convolution_becomes_a_superkernel_and_back():
     expected = network(x)
     network[0] = network[0].distill(same_width=True)
     torch.testing.assert_close(network(x), expected)
+    double = SuperConv2d.from_conv(nn.Conv2d(2, 4, 3, padding=1).double(), (1, 3))
+    assert double(torch.rand(1, 2, 5, 5, dtype=torch.float64)).dtype == torch.float64
     for conv in (nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, padding=2, dilation=2),
-                 nn.Conv2d(4, 8, 5, padding=2)):
+                 nn.Conv2d(4, 8, 5, padding=2), nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")):
         with pytest.raises(ValueError, match="cannot stand for"):
             SuperConv2d.from_conv(conv, (1, 3))
 
@@ -248,7 +249,6 @@ def test_expected_macs_are_the_mean_of_samples_and_differentiable(kind):
     expected = supernet.expected_cost(costs, rest)
     assert expected.item() == pytest.approx(total / count, rel=0.04)
     expected.backward()
-    parameter = supernet.superkernels()[1].structure.logits()[0]
     leaf = next(iter(supernet.superkernels()[1].structure.parameters()))
     step = 1e-2
     with torch.no_grad():
@@ -257,7 +257,6 @@ def test_expected_macs_are_the_mean_of_samples_and_differentiable(kind):
         leaf.flatten()[0] -= 2 * step
         down = supernet.expected_cost(costs, rest).item()
     assert leaf.grad.flatten()[0].item() == pytest.approx((up - down) / (2 * step), rel=0.05)
-    assert len(parameter) > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,8 +273,8 @@ def test_a_fit_meets_the_target_and_loses_little_probability(kind):
     changed = [a != b for a, b in zip(choices, supernet.choices())]
     assert 0 < sum(changed) < len(changed)
     assert supernet.fit(costs, rest, high) == supernet.choices()
-    with pytest.raises(ValueError, match="cheapest"):
-        supernet.fit(costs, rest, 0.9 * low)
+    cheapest = supernet.derive(supernet.fit(costs, rest, 0.9 * low))  # what there is no network for gets the cheapest
+    assert space.cost(cheapest, costs, rest) == pytest.approx(low, rel=1e-5)
 
 
 def test_the_number_of_superkernels_is_that_of_the_paper():
