@@ -190,8 +190,8 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
                          "noise_seed": seed if protocol == "own" and not real else None,
                          "output": "clamped to [0, 1], rounded to 8 bit",
                          "scale": scale,
-                         "input": "as in its file" if real else f"bicubic x{scale}" if scale > 1 else "clipped to [0, 1], not rounded" if clip else
-                                  "not clipped, not rounded",
+                         "input": ("as in its file" if real else f"bicubic x{scale}" if scale > 1 else
+                                   "clipped to [0, 1], not rounded" if clip else "not clipped, not rounded"),
                          "psnr": "per image, then the mean; inf where two images are equal",
                          "ssim": "Gaussian 11x11, sigma 1.5, valid region; per image, then the mean"},
             "levels": records,

@@ -493,10 +493,11 @@ class SuperNet(Frame):
         lines = [f"{'layer':>5} {'width':>5}  {'node':>4}  operation <- source"]
         for number, layer in enumerate(design.layers):
             for index, node in enumerate(layer.nodes):
-                names = [("the layer before", "the layer two before")[edge.source] if edge.source < 2 else f"node {edge.source - 2}"
+                names = [("the layer before", "the layer two before", *(f"node {n}" for n in range(index)))[edge.source]
                          for edge in node]
                 text = "   ".join(f"{edge.operation:<5} <- {name:<20}" for edge, name in zip(node, names))
-                lines.append(f"{number if index == 0 else '':>5} {layer.width if index == 0 else '':>5}  {index:>4}  {text}".rstrip())
+                head = f"{number:>5} {layer.width:>5}" if index == 0 else " " * 11
+                lines.append(f"{head}  {index:>4}  {text}".rstrip())
         return "\n".join(lines)
 
     @torch.no_grad()
@@ -827,7 +828,8 @@ def perturb(design: Design, strength: str, rng: random.Random) -> Design:
     if strength not in ("R1", "R2"):
         raise ValueError(f"There is no perturbation {strength!r}; possible: R1, R2.")
     # Node 0 has two sources and takes both; of any other node one edge can move.
-    places = [place for place in _places(design) if (_edge(design, place).operation != "skip" if strength == "R1" else place[1] > 0)]
+    places = [place for place in _places(design)
+              if (_edge(design, place).operation != "skip" if strength == "R1" else place[1] > 0)]
     if len({place[:2] for place in places} if strength == "R2" else places) < 2:
         raise ValueError("The design has too few convolutions or nodes to be perturbed.")
     changed = rng.sample(places, 2)
@@ -982,13 +984,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hinas.py", usage="python hinas.py [options]",
         description="Draw a found network, or make another one out of it to compare it with.",
         epilog="examples:\n  python hinas.py --arch runs/search/arch.json --output network.svg\n"
-               "  python hinas.py --change R2 --output runs/r2/arch.json\n  python hinas.py --change random --output runs/random/arch.json",
+               "  python hinas.py --change R2 --output runs/r2/arch.json\n"
+               "  python hinas.py --change random --output runs/random/arch.json",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
                         help="record of the network, from search.py --model hinas (default: %(default)s)")
     parser.add_argument("--change", choices=("R1", "R2", "random"),
                         help="write the record of a changed network: R1, two other convolutions; R2, two edges from elsewhere "
-                             "(tables 6 and 7, as we take them); random, other cells of about the same size (default: draw the network)")
+                             "(tables 6 and 7, as we take them); random, other cells of about the same size (default: draw the "
+                             "network)")
     parser.add_argument("--output", metavar="FILE", help="picture or record to write (default of a picture: network.svg)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the change (default: %(default)s)")
     return parser

@@ -279,8 +279,8 @@ class LatencyTable:
 
     `operations` is a list of records with the fields of KEY_FIELDS, `mid_channels` (ascending) and `ms` (positive, never
     decreasing); widths between them are interpolated linearly. `fixed_ms[model]` holds stem, stage 2, decoder, head and
-    the rest of a "cnas", "dnas" or "dcnas"; the rest alone may be negative (see `_add_what_is_shared`). All are multiplied by `correction`, which is 1 unless a
-    search has set it to what it measured on whole networks.
+    the rest of a "cnas", "dnas" or "dcnas"; the rest alone may be negative (see
+    `_add_what_is_shared`). All are multiplied by `correction`, which is 1 unless a search has set it to what it measured on whole networks.
     """
 
     def __init__(self, content: dict):
@@ -611,7 +611,7 @@ def read_space(identity: dict):
 
 
 def make_space(method: str, network: str | None, width: int | None, channels: int):
-    """The space of a preset (None: the first) of a method's file at a width (None: the preset's); ValueError for an unknown one."""
+    """The space of a preset (None: the first) of a method's file, at a width (None: its own); ValueError for an unknown one."""
     presets = importlib.import_module(method).PRESETS
     if (network or next(iter(presets))) not in presets:
         raise ValueError(f"There is no --network {network} of {method}; possible: {', '.join(presets)}.")
@@ -730,7 +730,8 @@ def build_part_table(setting: Setting, space, *, rounds: int = 2, seed: int = 0)
                "parts": [{**part._asdict(), "ms": round(t.median_ms, 6), "p10_ms": round(t.p10_ms, 6),
                           "p90_ms": round(t.p90_ms, 6)} for part, t in timings.items()]}
     table = PartTable(content)
-    content["rest_ms"] = round(statistics.median(whole * reference_ms - table.predict_ms(design) for design, _, whole in runs), 6)
+    left = [whole * reference_ms - table.predict_ms(design) for design, _, whole in runs]
+    content["rest_ms"] = round(statistics.median(left), 6)
     result = check(PartTable(content), count=5 * rounds, seed=seed + 2)
     return content | {"check": {"networks": len(result["networks"]), **result["error_percent"],
                                 "uncertainty": result["uncertainty_percent"]}}

@@ -35,8 +35,8 @@ import latency
 import models
 import superkernel
 from data import number, whole
-from train import (DENOISING_LOSSES, Guard, NoisyBatches, Stopped, TrainingError, add_run_arguments, autocast, bar, check_images, lock_folder,
-                   make_folder, parse_or_resume, prepare, run_flags, say_stopped, share, sum_over_processes, task_loss,
+from train import (DENOISING_LOSSES, Guard, NoisyBatches, Stopped, TrainingError, add_run_arguments, autocast, bar, check_images,
+                   lock_folder, make_folder, parse_or_resume, prepare, run_flags, say_stopped, share, sum_over_processes, task_loss,
                    validate)
 
 LATENCY_LOSSES = {
@@ -91,8 +91,8 @@ class Searcher:
     """The supernet with its two optimizers: one step for the weights, one for the architecture.
 
     The supernet is anything with weight_parameters(), arch_parameters(), sample_path(), other_path(), mixture(),
-    normalize_(), begin(images) and finish(begun, choice, height, width). Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5. alpha: Adam,
-    betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
+    normalize_(), begin(images) and finish(begun, choice, height, width). Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5.
+    alpha: Adam, betas (0.5, 0.999), weight decay 5e-4 (Markhorst 2024 and TF-NAS).
     """
 
     def __init__(self, supernet: nn.Module, *, device: torch.device, lr: float, arch_lr: float, loss: str, seed: int,
@@ -177,7 +177,8 @@ class Budget:
     """What a target latency means for a supernet: the table's value of every candidate, in the exported model.
 
     `model` is what is exported; the parts that only the supernet has cost nothing (the tail of a C-NAS supernet that is
-    exported as a D-NAS), and those of a "dcnas-seq" that are there twice cost twice. `target_ms` is for the whole exported network per batch, in the table's setting.
+    exported as a D-NAS), and those of a "dcnas-seq" that are there twice cost twice. `target_ms` is for the whole exported
+    network per batch, in the table's setting.
     """
 
     def __init__(self, table: latency.LatencyTable, supernet: models.SuperNet, model: str, target_ms: float):
@@ -376,8 +377,8 @@ class TFNAS(Method):
             path=self.supernet.largest_path() if self.warm and self.warmup == "inherit" else None)
         self.schedule.step()
         if not self.warm and step % 2 == 1:
-            values |= self.searcher.arch_step(held_out.next(), self.tau,
-                                              (lambda: self.latency_term(self.expected_ms())) if self.pressure else None, where=where)
+            term = (lambda: self.latency_term(self.expected_ms())) if self.pressure else None
+            values |= self.searcher.arch_step(held_out.next(), self.tau, term, where=where)
         return values
 
     def end_epoch(self) -> dict:
@@ -562,7 +563,8 @@ def search(method: Method, weight_batches: NoisyBatches, arch_batches: NoisyBatc
             if method.better(rows[-1], best):
                 best = rows[-1]
                 if data_module.rank_and_world()[0] == 0:
-                    models.save_checkpoint(output_dir / "supernet.pt", {"epoch": epoch + 1, "supernet": method.supernet.state_dict()})
+                    models.save_checkpoint(output_dir / "supernet.pt",
+                                           {"epoch": epoch + 1, "supernet": method.supernet.state_dict()})
             first, sums = 0, {}
             guard.save(lambda: save(0))
             if data_module.rank_and_world()[0] == 0:
@@ -733,11 +735,12 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--latency-loss", choices=LATENCY_LOSSES, default="hinge",
                       help="hinge: max(LAT / target - 1, 0); absolute: |LAT / target - 1| (default: %(default)s)")
     cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="LAMBDA",
-                      help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute); of superkernel and hinas: how many "
-                           "times the loss's gradient that of the latency is, above the target (default: 1)")
+                      help="weight of the latency loss (default: 0.5 for hinge, 0.1 for absolute); of superkernel and hinas: how "
+                           "many times the loss's gradient that of the latency is, above the target (default: 1)")
     more = parser.add_argument_group("superkernel and hinas")
     more.add_argument("--network", metavar="NAME",
-                      help=f"superkernel: {', '.join(superkernel.PRESETS)}; hinas: {', '.join(hinas.PRESETS)} (default: the first)")
+                      help=f"superkernel: {', '.join(superkernel.PRESETS)}; hinas: {', '.join(hinas.PRESETS)} (default: the "
+                           "first)")
     more.add_argument("--width", type=whole(1, 1024), metavar="N",
                       help="base width of the network in channels, to make it smaller or larger (default: the paper's)")
     more.add_argument("--target-macs", type=number(1e-6, 1e9), metavar="M",
@@ -745,7 +748,7 @@ def build_parser() -> argparse.ArgumentParser:
     more.add_argument("--denoising-loss", choices=DENOISING_LOSSES,
                       help="(default: charbonnier for superkernel, log-ssim, which is MSE + 0.6 log10(1 / SSIM), for hinas)")
     more.add_argument("--patience", type=whole(0), default=0, metavar="N",
-                      help="stop after N epochs without a better validation PSNR; 0: never (default: 30 for superkernel, else 0)")
+                      help="stop after N epochs without a better validation PSNR; 0: never (default: %(default)s)")
     more.add_argument("--structure", choices=superkernel.STRUCTURES, default="joint",
                       help="of superkernel: the distribution over kernel sizes and filters (default: %(default)s)")
     more.add_argument("--form", choices=superkernel.FORMS, default="full",
@@ -779,8 +782,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
                         help="images per step (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), default=5e-2, metavar="LR",
-                        help="learning rate of the weights, SGD with a cosine (default: %(default)s; the papers: 0.02; superkernel 0.001, "
-                             "its paper 2e-5; hinas 0.002)")
+                        help="learning rate of the weights (default: %(default)s; the papers: 0.02, superkernel 2e-5, hinas 0.025)")
     recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
                         help="learning rate of alpha, Adam (default: %(default)s)")
     recipe.add_argument("--recompute", action="store_true",
@@ -810,7 +812,8 @@ def search_plan(model: str, search_loss: str | None, labelled: bool) -> tuple[st
         raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, or give a folder "
                          "with one folder per class in train/ and val/.")
     loss = search_loss or ("cls" if labelled else "den")
-    allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dcnas-seq": ("cls",), "dnas": ("cls", "den") if labelled else ("den",)}[model]
+    allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dcnas-seq": ("cls",),
+               "dnas": ("cls", "den") if labelled else ("den",)}[model]
     if loss not in allowed:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; "
                          f"possible: {', '.join(allowed)}.")
@@ -1008,7 +1011,8 @@ def finish(args: argparse.Namespace, data: data_module.Data, supernet: models.Su
         budget.table = latency.LatencyTable(content)
     path, picture, setting = folder / "arch.json", folder / "alpha.png", budget.table.setting
     record = models.make_record(arch, models.provenance(setting.device, args.seed),
-                                decisions=decisions(supernet), latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
+                                decisions=decisions(supernet),
+                                latency={**result, "table_hash": budget.table.hash, "setting": vars(setting)},
                                 data=args.data, data_root=args.data_root, size=data.size)
     first = data_module.rank_and_world()[0] == 0
     if first:
@@ -1123,15 +1127,15 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     val_loader = data_module.make_loader(data.val, batch_size, **how)
     supernet.to(device, memory_format=torch.channels_last)
     method = make_method(args, supernet, costs, steps=len(loaders[0]), joint=joint, device=device,
-                         validate=lambda network: validate(network, val_loader, loss="den", device=device, noise=noise, amp=args.amp,
-                                                           denoising=args.denoising_loss))
+                         validate=lambda network: validate(network, val_loader, loss="den", device=device, noise=noise,
+                                                           amp=args.amp, denoising=args.denoising_loss))
     print(f"Searching {args.model} on images of {data.name}: {len(parts[0]):,} for the weights"
           + (f", {len(parts[1]):,} for the structure" if not joint else " and the structure")
           + f", {len(data.val):,} for validation; at most {args.epochs} epochs of {len(loaders[0]):,} steps; supernet of "
           f"{models.count_parameters(supernet):,} parameters.")
     batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
-    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags, table=costs.table and costs.table.content,
-                  nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
+    rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags,
+                  table=costs.table and costs.table.content, nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
     if data_module.rank_and_world()[0] > 0:  # what follows is for the one that writes
         return
     best = models.read_checkpoint(folder / "supernet.pt", device)

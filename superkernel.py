@@ -299,9 +299,11 @@ class SuperConv2d(nn.Module):
         filters = filters or (conv.out_channels,)
         size = kernel_sizes[-1]
         if (conv.kernel_size != (size, size) or filters[-1] != conv.out_channels or conv.groups != 1
-                or conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1] or conv.padding not in ((size // 2,) * 2, "same") or conv.padding_mode != "zeros"):
+                or conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1] or conv.padding_mode != "zeros"
+                or conv.padding not in ((size // 2,) * 2, "same")):
             raise ValueError(f"A superkernel of sizes {kernel_sizes} and {filters} filters cannot stand for {conv}: it needs one "
-                             "group, no dilation, padding of half the kernel with zeros, and the convolution's own size as the largest.")
+                             "group, no dilation, padding of half the kernel with zeros, and the convolution's own size as the "
+                             "largest.")
         layer = cls(conv.in_channels, kernel_sizes, filters, stride=conv.stride[0], bias=conv.bias is not None, **how)
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.to(conv.weight)
@@ -389,8 +391,8 @@ FAMILIES = {
 class Space:
     """A family at a width: the space that is searched.
 
-    `base_width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by side ("attention");
-    `channels` of the image: 1, 3, 4 (packed raw) or any.
+    `base_width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by side
+    ("attention"); `channels` of the image: 1, 3, 4 (packed raw) or any.
     """
 
     family: str = "skipinit"
@@ -813,7 +815,8 @@ class SuperNet(nn.Module):
     def set_design(self, design: Design, logit: float = 30.0) -> None:
         """Make a design all but certain, the first filters of each superkernel being those that it keeps."""
         for layer, wanted in zip(self.superkernels(), (layer for block in design.blocks for layer in block)):
-            layer.structure.set_choice(Choice(layer.kernel_sizes.index(wanted.kernel_size), tuple(range(wanted.filters))), logit)
+            choice = Choice(layer.kernel_sizes.index(wanted.kernel_size), tuple(range(wanted.filters)))
+            layer.structure.set_choice(choice, logit)
 
 
 def entropy_of(structure: Structure) -> float:

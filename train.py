@@ -347,9 +347,9 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; returns the best epoch's row.
 
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
-    go on from, which is also written every `save_minutes` and when the run is asked to stop (see Guard). Gradients are clipped by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for
-    the decoder are small, since the denoising loss is, and in a short training colours are not learned at all: AdamW is the
-    default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays. Raises
+    go on from, which is also written every `save_minutes` and when the run is asked to stop (see Guard). Gradients are clipped
+    by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for the decoder are small, since the
+    denoising loss is, and in a short training colours are not learned at all: AdamW is the default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays. Raises
     Stopped after SIGTERM or SIGINT. With several processes the loaders hold each one's share (data.Order), gradients are
     averaged, and so are the statistics of batch norms, each process's of its own images; the first process writes.
     """
@@ -730,8 +730,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(f"{record['model']}: {models.count_parameters(network):,} parameters, "
-          f"{models.count_macs(network, data.size // scale) / 1e6:.1f} M MACs at {data.size // scale} px; {len(data.train):,} training and "
-          f"{len(data.val):,} validation images of {data.name}"
+          f"{models.count_macs(network, data.size // scale) / 1e6:.1f} M MACs at {data.size // scale} px; "
+          f"{len(data.train):,} training and {len(data.val):,} validation images of {data.name}"
           + (", pairs with real noise" if data_module.is_paired(data.train) else "") + f"; loss {loss}")
     how = dict(seed=args.seed, workers=args.workers, device=device)
     loaders = (data_module.make_loader(data.train, batch_size, shuffle=True, drop_last=True, **how),

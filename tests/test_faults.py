@@ -323,7 +323,8 @@ def fuzz(folder, count, seed):
     parts = fake_parts(superkernel.Space("skipinit", 3, 1))
     for number in range(count):
         for name, loader, content in (("arch.json", lambda p: models.build_network(models.load_record(p)), designs[number % 2]),
-                                      ("parts.json", lambda p: latency.load_table(p).reference_network(), parts), ("arch.json", lambda p: models.build_network(models.load_record(p)), arch),
+                                      ("parts.json", lambda p: latency.load_table(p).reference_network(), parts),
+                                      ("arch.json", lambda p: models.build_network(models.load_record(p)), arch),
                                       ("latency.json", lambda p: latency.load_table(p).predict_ms(
                                           models.named_arch("dcnas-k3-e3", 10)), table),
                                       ("c.pt", models.load_checkpoint, None)):
