@@ -147,14 +147,14 @@ def evaluate(network: nn.Module, loader, *, sigmas=SIGMAS, device: torch.device 
     from tqdm import tqdm
 
     from data import NOISES, is_paired, rank_and_world, split_labels
-    from models import run
+    from models import run, scale_of
 
     rank, world = rank_and_world()
     sigmas = ("real",) if is_paired(getattr(loader, "dataset", None)) else sigmas
     was_training = network.training
     network.eval()
     levels = [defaultdict(list) for _ in sigmas]  # per level: name -> one value per image
-    count, num_classes, channels, scale = 0, None, 3, getattr(network, "scale", 1)
+    count, num_classes, channels, scale = 0, None, 3, scale_of(network)
     try:
         for images, labels in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             places = [rank + (count + i) * world for i in range(len(images))]
@@ -278,12 +278,14 @@ class SelfEnsemble(nn.Module):
     """
 
     def __init__(self, network: nn.Module):
+        from models import scale_of
+
         super().__init__()
         if not network.denoises:
             raise ValueError("The network only classifies, so there are no images to average: leave --self-ensemble out.")
         self.network = network
         self.denoises, self.classifies, self.channels = True, network.classifies, getattr(network, "channels", 3)
-        self.takes_boxes, self.scale = getattr(network, "takes_boxes", False), getattr(network, "scale", 1)
+        self.takes_boxes, self.scale = getattr(network, "takes_boxes", False), scale_of(network)
         self.train(network.training)
 
     @staticmethod
@@ -412,10 +414,10 @@ def save_grid(path: str | Path, network: nn.Module, dataset, *, sigmas=(0.1, 0.2
     from PIL import Image, ImageDraw, ImageFont
 
     from data import split_labels
-    from models import run, write_file
+    from models import run, scale_of, write_file
 
     font = ImageFont.load_default(size=14)
-    rows, scale = [], getattr(network, "scale", 1)
+    rows, scale = [], scale_of(network)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     for number, sigma in enumerate(sigmas):
         index = order[number % len(order)]
@@ -524,7 +526,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     from torchvision.ops import SqueezeExcitation
 
     from data import to_float
-    from models import ENCODER_STRIDE
+    from models import ENCODER_STRIDE, scale_of
 
     if isinstance(network, SelfEnsemble):
         total: Tensor | int = 0
@@ -536,7 +538,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     if hasattr(network, "decoder"):
         network.classifies = False
     height, width = image.shape[-2:]
-    scale, stride = getattr(network, "scale", 1), getattr(network, "multiple", ENCODER_STRIDE)
+    scale, stride = scale_of(network), getattr(network, "multiple", ENCODER_STRIDE)
     places = [(max(0, y - margin), min(height, y + core + margin), max(0, x - margin), min(width, x + core + margin), y, x)
               for y in range(0, height, core) for x in range(0, width, core)]
 
@@ -772,11 +774,12 @@ def main(argv: list[str] | None = None) -> None:
                                   about={"checkpoint": args.checkpoint, "epoch": checkpoint["epoch"]})
             sys.exit(1 if failures else 0)
         name = checkpoint["data"] if args.data == FROM_CHECKPOINT else args.data
-        if grey and name in SCENES:
-            raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give an image folder with --data.")
         if args.split == "all":
             data = load_everything(name, size=size, grey=grey)
         else:
+            if grey and name in SCENES:
+                raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give an image folder with "
+                                 "--data.")
             root = args.data_root if args.data_root is not None else flags.get("data_root", "data")
             folders = args.train_folders or (flags.get("train_folders") if name == checkpoint["data"] else None)
             data = load_data(name, root=root, size=size, seed=checkpoint["seed"], augment=False,

@@ -1063,8 +1063,9 @@ def channels_of(network: nn.Module) -> int:
 
 
 def scale_of(network: nn.Module) -> int:
-    """How many times larger than its input the image is that a network returns."""
-    return getattr(network, "scale", 1)
+    """How many times larger than its input the image is that a network returns: its `scale`, if that is a whole number."""
+    scale = getattr(network, "scale", 1)  # a network may have a parameter of this name
+    return scale if isinstance(scale, int) else 1
 
 
 def run(network: nn.Module, images: Tensor, boxes: Tensor | None = None) -> Output:

@@ -151,7 +151,7 @@ def test_a_model_added_in_one_line_is_in_every_harness(tmp_path, monkeypatch, ca
     (["--model", "resnet18", "--data", "digit-pairs"], "classifies whole images"),
     (["--model", "nonsense"], "there is no model 'nonsense'"),
     (["--model", "unet-s", "--loss", "cls"], "does not fit this network"),
-    (["--model", "unet-s", "--decoder", "mb"], "are for searched networks"),
+    (["--model", "unet-s", "--decoder", "mb"], "are for C-NAS"),
     (["--model", "conv-s", "--size", "11"], None),
     (["--model", "unet-b8-d8-m2-c2", "--size", "16"], None),
     (["--model", "dnas-k3-e3", "--train-as", "cnas"], "has no classifier"),

@@ -713,7 +713,7 @@ def test_a_grey_network_on_colour_images_is_measured_in_grey(grey, tmp_path, cap
 @pytest.mark.parametrize("words, sentence", [
     (["--luma"], "--luma is of colour images"),
     (["--noise-protocol", "literature"], "take --noise gaussian"),
-    (["--data", "digits", "--split", "val"], "--grey is for image folders"),
+    (["--data", "digits", "--split", "val"], "takes grey images, and digits is drawn"),
     (["--shave", "16"], "--shave 16 leaves nothing"),
     (["--split", "all", "--data", "digits"], "take one split"),
 ])
