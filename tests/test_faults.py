@@ -4,6 +4,7 @@
     python -m pytest tests/test_faults.py --slow     # 50 kills over search and training, thousands of damaged files
 """
 
+import contextlib
 import json
 import os
 import random
@@ -109,6 +110,42 @@ def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
         runs += 1
     with capsys.disabled():
         print(f"\n{name}: {kills} kills over {runs} runs, 0 lost")
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, capsys):
+    """kill -9 of torchrun and both of its processes at random moments; the run ends as one that was left alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
+               *SMALL, "--train-images", "640", "--epochs", "3", "--threads", "1", "--save-minutes", "0.002", "--output-dir"]
+
+    def begin(name, *more):
+        return subprocess.Popen([*command, str(tmp_path / name), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env=ENVIRONMENT)
+
+    assert (process := begin("whole")).communicate() and process.returncode == 0
+    rng, kills = random.Random(5), 0
+    while True:
+        resumable = (tmp_path / "part/last.pt").exists()
+        process = begin("part", *(["--resume", str(tmp_path / "part")] if resumable else []))
+        if kills < 5:
+            since, checkpoint = time.time(), tmp_path / "part/last.pt"
+            while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime > since):
+                time.sleep(0.05)  # until it has begun to write
+            time.sleep(rng.uniform(0.0, 0.5))
+            if process.poll() is None:
+                kills += 1
+                for entry in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's processes have sessions of their own
+                    with contextlib.suppress(OSError):
+                        if str(tmp_path / "part").encode() in entry.read_bytes():
+                            os.kill(int(entry.parent.name), signal.SIGKILL)
+        output = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, output
+    whole, part = (models.read_checkpoint(tmp_path / name / "last.pt")["network"] for name in ("whole", "part"))
+    assert kills >= 3 and all(torch.equal(value, part[name]) for name, value in whole.items())
+    with capsys.disabled():
+        print(f"\ntwo processes: {kills} kills, 0 lost")
 
 
 def test_a_signal_ends_the_step_and_says_how_to_go_on(commands, tmp_path):
