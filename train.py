@@ -506,10 +506,10 @@ def run_flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("resume", "output_dir")}
 
 
-def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str, needed: str) -> tuple:
+def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: str, *needed: str) -> tuple:
     """Parse the flags; with --resume the stopped run's are the defaults. Returns (args, the checkpoint or None).
 
-    ValueError in one sentence when there is nothing to go on from (`needed` is what `checkpoint` must hold), or when a flag
+    ValueError in one sentence when there is nothing to go on from (`needed` is what `checkpoint` must hold besides), or when a flag
     is given that would make it another run.
     """
     args = parser.parse_args(argv)
@@ -518,7 +518,7 @@ def parse_or_resume(parser: argparse.ArgumentParser, argv: list[str] | None, che
     path = Path(args.resume)
     path = path / checkpoint if path.is_dir() else path
     state = models.read_checkpoint(path)
-    if "flags" not in state or needed not in state:
+    if not {"flags", "step", *needed} <= set(state):
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
     parser.set_defaults(**{**state["flags"], "output_dir": str(path.parent)})
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ import torch
 import hinas
 import latency
 import models
+import search
 import superkernel
 import train
 from fake_table import fake_parts, fake_table
@@ -202,6 +203,10 @@ def test_a_checkpoint_of_an_older_version_ends_in_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", str(tmp_path)])
     assert stopped.value.code == 2 and "not a last.pt that a run can go on from" in capsys.readouterr().err
+    models.save_checkpoint(tmp_path / "search.pt", {"flags": {}, "step": 0, "optimizer": {}})  # of a training
+    with pytest.raises(SystemExit) as stopped:
+        search.main(["--resume", str(tmp_path)])
+    assert stopped.value.code == 2 and "not a search.pt that a run can go on from" in capsys.readouterr().err
 
 
 def test_a_signal_to_the_whole_job_with_workers_is_saved(tmp_path):
