@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,18 +10,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Those that start processes take half of the time. `python -m pytest` alone runs them beside the others, in a second process;
+# with any argument everything runs in one.
+STARTING_PROCESSES = ("test_cli.py", "test_distributed.py", "test_faults.py", "test_reproduce.py", "test_search.py")
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what takes many minutes, and nothing else")
+    parser.addoption("--half", choices=("0", "1"), help="only the files of one of the two processes")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many minutes; run with --slow")
+    config.second = None
+    if not config.invocation_params.args and (os.cpu_count() or 1) > 1:
+        config.option.half = "0"
+        config.second = subprocess.Popen([sys.executable, "-m", "pytest", "--half", "1"], cwd=config.rootpath, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def pytest_collection_modifyitems(config, items):
+    half = config.getoption("--half")
+    if half:
+        items[:] = [item for item in items if (item.path.name in STARTING_PROCESSES) == (half == "1")]
     wanted = config.getoption("--slow")
     skip = pytest.mark.skip(reason="slow: run with --slow" if not wanted else "only the slow ones were asked for")
     for item in items:
         if ("slow" in item.keywords) != wanted:
             item.add_marker(skip)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.second is not None:
+        session.config.second_output, _ = session.config.second.communicate()
+        if session.config.second.returncode != 0:
+            session.exitstatus = exitstatus or session.config.second.returncode
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.second is not None:
+        terminalreporter.section("the other process")
+        terminalreporter.write(config.second_output)
+
+
+def pytest_unconfigure(config):
+    if getattr(config, "second", None) is not None and config.second.poll() is None:
+        config.second.terminate()

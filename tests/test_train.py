@@ -376,7 +376,6 @@ def test_a_run_of_before_these_flags_can_be_resumed(tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     (["--grey"], "--grey is for image folders"),
-    (["--crops", "2"], "--crops is for image folders"),
     (["--train-folders", "a"], "--train-folders is for image folders"),
     (["--sigmas", "11"], "from 0 to 10, not 11"),
     (["--sigma", "25/0"], "invalid number value"),
