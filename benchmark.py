@@ -247,7 +247,7 @@ def compare_restoration_memory(batch_size: int = 4, size: int = 128) -> list[dic
     return rows
 
 
-def compare_hinas(device: torch.device, seconds: float, batch_size: int = 8, size: int = 64) -> list[dict]:
+def compare_hinas(device: torch.device, seconds: float, batch_size: int = 2, size: int = 32) -> list[dict]:
     """A step of the weights and one of the structure, of a HiNAS supernet with unshared cells and with shared ones."""
     noisy, clean, _ = random_batch(batch_size, size, device, True)
     steps = []
