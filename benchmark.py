@@ -29,7 +29,7 @@ import latency
 import models
 import superkernel
 from data import whole
-from search import Searcher
+from search import Searcher, frozen
 from train import AMP_DTYPES, autocast, charbonnier, prepare, task_loss, write_summary
 
 FORMAT, VERSION = "joint-benchmark", 1
@@ -218,12 +218,11 @@ def compare_memory(space: int, batch_size: int, sizes: list[int]) -> list[dict]:
         supernet = models.SuperNet("cnas", space, 10).to("meta").train()
         images = torch.empty(batch_size, 3, size, size, device="meta")
         plain = kept_gib(supernet, images, supernet.mixture(5.0))
-        for weight in supernet.weight_parameters():
-            weight.requires_grad_(False)
         for recompute in (False, True):
             for mixed in supernet.mixed:
                 mixed.recompute = recompute
-            ours = kept_gib(supernet, images, supernet.mixture(5.0))
+            with frozen(supernet.weight_parameters()):
+                ours = kept_gib(supernet, images, supernet.mixture(5.0))
             rows.append({"what": f"memory: alpha step, {size} px" + (", --recompute" if recompute else ""), "unit": "GiB",
                          "plain": plain, "ours": ours, "ratio": plain / ours})
     return rows
@@ -248,7 +247,7 @@ def compare_restoration_memory(batch_size: int = 4, size: int = 128) -> list[dic
 
 
 def compare_hinas(device: torch.device, seconds: float, batch_size: int = 2, size: int = 32) -> list[dict]:
-    """A step of the weights and one of the structure, of a HiNAS supernet with unshared cells and with shared ones."""
+    """A pass forward and back of a HiNAS supernet, with unshared cells and with shared ones."""
     noisy, clean, _ = random_batch(batch_size, size, device, True)
     steps = []
     for shared in (False, True):

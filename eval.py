@@ -278,13 +278,13 @@ class SelfEnsemble(nn.Module):
     """
 
     def __init__(self, network: nn.Module):
-        from models import scale_of
+        from models import channels_of, scale_of
 
         super().__init__()
         if not network.denoises:
             raise ValueError("The network only classifies, so there are no images to average: leave --self-ensemble out.")
         self.network = network
-        self.denoises, self.classifies, self.channels = True, network.classifies, getattr(network, "channels", 3)
+        self.denoises, self.classifies, self.channels = True, network.classifies, channels_of(network)
         self.takes_boxes, self.scale = getattr(network, "takes_boxes", False), scale_of(network)
         self.train(network.training)
 
@@ -594,7 +594,7 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
     from tqdm import tqdm
 
     from data import MODES, load_image, to_float
-    from models import write_file
+    from models import channels_of, write_file
 
     output_dir = Path(output_dir)
     pictures, failures = [], []
@@ -602,7 +602,7 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
                     disable=None if len(paths) > 1 else True)
     for index, (path, name) in enumerate(progress):
         try:
-            mode = MODES[getattr(network, "channels", 3)]
+            mode = MODES[channels_of(network)]
             pixels = pil_to_tensor(load_image(path).convert(mode))[None]  # (1, C, H, W) uint8
             height, width = pixels.shape[-2:]
             # A large one stays in 8 bit and on the CPU as a whole. (Group norms would see a tile, not the picture.)

@@ -891,6 +891,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --model {', '.join(possible)}, not for {args.model}; leave it "
                                  "out.")
+    if args.strategy == "plain" and args.model != "superkernel":
+        raise ValueError("--strategy plain is for --model superkernel; take random.")
     if args.model in RESTORATION and args.table and not args.target:
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
 
@@ -899,8 +901,6 @@ def search_joint(args: argparse.Namespace, state: dict | None, argv: list[str]) 
     """C-NAS, D-NAS or DC-NAS: the searches of all targets, and their comparison."""
     if args.target is None:
         raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
-    if args.strategy == "plain":
-        raise ValueError("--strategy plain is for --model superkernel; take random.")
     device = prepare(args)
     flags = run_flags(args)
     data = data_module.data_from(args)
@@ -1081,8 +1081,6 @@ def costs_of(space, target: float | None, table: latency.PartTable | None, size:
 def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
     """A superkernel or HiNAS search, from its images to its files."""
     start = time.perf_counter()
-    if args.strategy == "plain" and args.model != "superkernel":
-        raise ValueError("--strategy plain is for --model superkernel; take random.")
     if args.target is not None and (args.target_macs is not None or len(args.target) > 1):
         raise ValueError(f"--model {args.model} takes one --target, or one --target-macs, or none.")
     joint = args.model == "superkernel" and not args.two_level
