@@ -304,7 +304,7 @@ class LatencyTable:
         except KeyError as error:
             raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The latency table is not valid: {error}.") from None
+            raise ValueError(f"The latency table is not valid: {' '.join(str(error).split())}.") from None
 
     def scaled(self, factor: float) -> LatencyTable:
         """The same table with all times multiplied."""
@@ -653,7 +653,7 @@ class PartTable:
         except KeyError as error:
             raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The latency table is not valid: {str(error).rstrip('.')}.") from None
+            raise ValueError(f"The latency table is not valid: {' '.join(str(error).split()).rstrip('.')}.") from None
 
     def scaled(self, factor: float) -> PartTable:
         """The same table with all times multiplied."""

@@ -20,7 +20,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import subprocess
@@ -1004,7 +1003,7 @@ def load_record(path: str | Path) -> dict:
     try:
         build_network(record)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None  # a name in it may have a line break
     return record
 
 
@@ -1125,7 +1124,7 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise ValueError(f"There is no checkpoint at {path}; train one with: python train.py")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged file can make the unpickler raise anything, though it runs nothing
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason[:120]}).") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
