@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import baselines
+import data
 import models
 from models import Arch, MBConv, Network, SuperNet, make_arch, named_arch
 
@@ -199,6 +200,41 @@ def test_normalisation_is_inside_the_network():
     network.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(torch.full((1, 3, 8, 8), 0.485))
     assert seen[0][0, 0].abs().max() < 1e-6
+
+
+def test_half_of_the_variance_of_fresh_kernels_is_in_their_mean():
+    for k in (3, 5):
+        conv = torch.nn.Conv2d(64, 64, k)
+        before = conv.weight.var().item()
+        models.begin_smooth(conv)
+        assert conv.weight.var().item() == pytest.approx(before, rel=0.03)
+        assert conv.weight.mean((2, 3)).var().item() == pytest.approx(before / 2, rel=0.08)
+    for network in (Network(named_arch("dcnas-k5-e3", 10)), SuperNet("dcnas", num_classes=10)):
+        for name, weight in network.named_parameters():
+            if weight.dim() == 4 and weight.shape[-1] in (3, 5) and len(weight) * weight.shape[1] >= 500:
+                assert (weight.mean((2, 3)).var() / weight.var()).item() == pytest.approx(0.5, abs=0.1), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fresh_decoder_passes_on_colours_that_noise_hides(seed, monkeypatch):
+    clean = torch.stack([image for image, _ in data.load_data("digits", train_images=1, val_images=64).val]).float() / 255
+    noisy = clean + torch.rand(64, 1, 1, 1) * torch.randn(clean.shape)
+    colours = torch.nn.functional.avg_pool2d(clean - clean.mean(1, keepdim=True), 2).permute(0, 2, 3, 1).reshape(-1, 3)
+
+    def found():
+        """The share of the colours' variance that a linear map of the decoder's last features finds."""
+        torch.manual_seed(seed)
+        network, features = Network(named_arch("dcnas-k3-e6", 10)), []
+        network.decoder.levels[-1].convs.register_forward_hook(lambda module, args, out: features.append(out))
+        with torch.no_grad():
+            network(noisy)
+        x = features[0].permute(0, 2, 3, 1).flatten(0, 2)
+        x = torch.cat((x, torch.ones(len(x), 1)), 1)
+        rest = colours - x @ torch.linalg.lstsq(x, colours).solution
+        return 1 - (rest.square().sum() / colours.square().sum()).item()
+    smooth = found()
+    monkeypatch.setattr(models, "begin_smooth", lambda network: None)
+    assert smooth > 0.05 and smooth > 4 * found()
 
 
 def test_drop_connect_grows_with_depth_and_is_off_in_eval():
