@@ -331,7 +331,6 @@ class ElasticMBConv(nn.Module):
         _, width = width_range(operation, position.in_channels, min_width)
         full = MBConv(position.in_channels, width, position.out_channels, operation.kernel_size, position.stride,
                       operation.se_channels(position.in_channels), position.activation)
-        begin_smooth(full)
         self.expand_weight = full.expand[0].weight  # (mid, in, 1, 1)
         self.depthwise_weight = full.depthwise[0].weight  # (mid, 1, k, k)
         self.project_weight = full.project[0].weight  # (out, mid, 1, 1)
@@ -508,7 +507,8 @@ def begin_smooth(network: nn.Module) -> None:
 
     Not in the papers. A kernel of independent weights passes on no more of a smooth image than of white noise, and after a few
     such layers what the noise hides is gone: of the colours of the default data, a linear map of the last features of a
-    fresh decoder finds at most 1 % of the variance, and after this 7 to 24 %. Training then learns them at once, and else by luck.
+    fresh decoder finds at most 1 % of the variance, and 7 to 24 % after this. Training then learns them at once, and else by
+    luck. Classification wants the opposite: a supernet whose blocks all began like this did not learn to classify.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
@@ -555,7 +555,8 @@ class Network(nn.Module):
                         if arch.denoises else None)
         self.head = (Head(arch.blocks[-1].out_channels, arch.head_channels, arch.num_classes, dropout, norm_layer)
                      if arch.classifies else None)
-        begin_smooth(self)
+        if arch.denoises:  # what the image goes through at the size of stage 2
+            begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder]))
 
     def blocks(self) -> list[nn.Module]:
         """The blocks in the order of `arch.blocks`."""
