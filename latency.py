@@ -279,8 +279,8 @@ class LatencyTable:
 
     `operations` is a list of records with the fields of KEY_FIELDS, `mid_channels` (ascending) and `ms` (positive, never
     decreasing); widths between them are interpolated linearly. `fixed_ms[model]` holds stem, stage 2, decoder, head and
-    the rest of a "cnas", "dnas" or "dcnas"; the rest alone may be negative (see
-    `_add_what_is_shared`). All are multiplied by `correction`, which is 1 unless a search has set it to what it measured on whole networks.
+    the rest of a "cnas", "dnas" or "dcnas"; the rest alone may be negative (see `_add_what_is_shared`). All are multiplied by
+    `correction`, which is 1 unless a search has set it to what it measured on whole networks.
     """
 
     def __init__(self, content: dict):

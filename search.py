@@ -1133,7 +1133,8 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
           f"{models.count_parameters(supernet):,} parameters.")
     batches = [NoisyBatches(loader, device, noise, args.seed + part) for part, loader in enumerate(loaders)]
     rows = search(method, *batches, epochs=args.epochs, output_dir=folder, flags=flags,
-                  table=costs.table and costs.table.content, nonfinite=args.nonfinite, save_minutes=args.save_minutes, patience=args.patience, state=state)
+                  table=costs.table and costs.table.content, nonfinite=args.nonfinite,
+                  save_minutes=args.save_minutes, patience=args.patience, state=state)
     if data_module.rank_and_world()[0] > 0:  # what follows is for the one that writes
         return
     best = models.read_checkpoint(folder / "supernet.pt", device)

@@ -349,9 +349,10 @@ def train(network: nn.Module, train_loader, val_loader, *, loss: str, epochs: in
     `about` (record, classes, size, data, ...) goes into the checkpoints as it is. `state` is the content of a last.pt to
     go on from, which is also written every `save_minutes` and when the run is asked to stop (see Guard). Gradients are clipped
     by norm; see `make_schedule`. The papers train with SGD for 250 epochs; its steps for the decoder are small, since the
-    denoising loss is, and in a short training colours are not learned at all: AdamW is the default. Raises TrainingError, naming the step, when the loss is not finite; what was written before stays. Raises
-    Stopped after SIGTERM or SIGINT. With several processes the loaders hold each one's share (data.Order), gradients are
-    averaged, and so are the statistics of batch norms, each process's of its own images; the first process writes.
+    denoising loss is, so that AdamW is the default. Raises TrainingError, naming the step, when the loss is not finite; what
+    was written before stays. Raises Stopped after SIGTERM or SIGINT. With several processes the loaders hold each one's share
+    (data.Order), gradients are averaged, and so are the statistics of batch norms, each process's of its own images; the first
+    process writes.
     """
     make_optimizer, default_lr, default_decay = OPTIMIZERS[optimizer]
     output_dir = Path(output_dir)
