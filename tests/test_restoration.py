@@ -343,5 +343,14 @@ def test_the_loss_of_hinas_is_finite_for_any_image():
     whole, mse = (torch.autograd.grad(f(unlike, image.detach()), unlike)[0] for f in (train.log_ssim, torch.nn.functional.mse_loss))
     assert (whole - mse).norm() > 0.1 * mse.norm()
     shifted = (image + 0.1).detach()
-    ssim = evaluation.ssim(shifted, image).item()
+    mirrored = [torch.nn.functional.pad(each, (5, 5, 5, 5), "reflect") for each in (shifted, image)]
+    ssim = evaluation.ssim(*mirrored).item()
     assert train.log_ssim(shifted, image).item() == pytest.approx(0.01 + 0.6 * np.log10(1 / ssim), rel=1e-4)
+
+
+def test_the_loss_of_hinas_sees_the_border_as_well_as_the_middle():
+    clean = torch.rand(8, 1, 1, 1).expand(8, 1, 32, 32)
+    noisy = (clean + 0.2 * torch.randn(clean.shape)).requires_grad_()
+    pull = torch.autograd.grad(train.log_ssim(noisy, clean), noisy)[0].square().mean((0, 1)).sqrt()
+    border = torch.cat((pull[0], pull[-1], pull[:, 0], pull[:, -1])).mean()
+    assert 0.5 < border / pull[8:-8, 8:-8].mean() < 2
