@@ -1224,6 +1224,8 @@ def finish_restoration(args: argparse.Namespace, data: data_module.Data, superne
     if table:
         print(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured {result['measured_ms']:.3f} ms per "
               f"batch of {table.setting.batch} (10-90 %: {result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {table.setting.device}")
+        for line in explain(result, pressure=result["measured_ms"] > costs.target):
+            print(line)
     if costs.target is not None and costs.space.cost(design, costs.parts, costs.rest) > costs.target * (1 + 1e-6):
         print(f"note: no network was found within the target of {costs.target:g} {costs.unit}; this is the nearest.")
     weak = [value > 0.95 for value in supernet.entropy().tolist()]
