@@ -621,7 +621,10 @@ def test_the_self_ensemble_in_tiles_is_that_of_the_whole_picture(model):
     ensemble = evaluation.SelfEnsemble(network.eval())
     picture = smooth_picture(200, 290)
     with torch.inference_mode():
-        whole = ensemble(data.to_float(picture, "cpu")).image.clamp(0, 1)
+        image = data.to_float(picture, "cpu")
+        turned = [ensemble.turn_back(network(ensemble.turn(image, way)).image, way) for way in range(8)]
+        assert torch.allclose(ensemble(image).image, sum(turned) / 8, atol=1e-5)
+        whole = sum(each.clamp(0, 1) for each in turned) / 8  # of 8-bit images, which hold nothing else
     tiled = evaluation.denoise_tiled(ensemble, picture, core=128, margin=256).float() / 255
     assert (tiled - whole).abs().max() < 1.01 / 255  # eight images in 8 bit, and their mean
     if model == "lopsided":  # the others, untrained, give much the same from every side
