@@ -274,6 +274,17 @@ def _key(block) -> tuple:
 KEY_FIELDS = ("stage", "in_channels", "out_channels", "kernel_size", "stride", "se_channels", "activation")
 
 
+@contextmanager
+def reading_a_table():
+    """Whatever its content makes fail within is a ValueError of one sentence."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The latency table is not valid: {' '.join(str(error).split()).rstrip('.')}.") from None
+
+
 class LatencyTable:
     """Latencies of the parts of a network: `predict_ms(arch)` adds them up.
 
@@ -286,7 +297,7 @@ class LatencyTable:
     def __init__(self, content: dict):
         """From the JSON object of a table file; raises ValueError in one sentence when something in it is wrong."""
         self.content = content
-        try:
+        with reading_a_table():
             self.setting = Setting(**content["setting"])
             self.fixed_ms = {model: {part: (_number if part == "rest" else _positive)(ms) for part, ms in parts.items()}
                              for model, parts in content["fixed_ms"].items()}
@@ -301,10 +312,6 @@ class LatencyTable:
                 if not widths or len(widths) != len(ms) or not rising or sorted(ms) != ms:
                     raise ValueError("widths and times must be lists of the same length that do not decrease")
                 self.curves[tuple(row[field] for field in KEY_FIELDS)] = (widths, ms)
-        except KeyError as error:
-            raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The latency table is not valid: {' '.join(str(error).split())}.") from None
 
     def scaled(self, factor: float) -> LatencyTable:
         """The same table with all times multiplied."""
@@ -638,7 +645,7 @@ class PartTable:
     def __init__(self, content: dict):
         """From the JSON object of a table file; raises ValueError in one sentence when something in it is wrong."""
         self.content = content
-        try:
+        with reading_a_table():
             self.setting = Setting(**content["setting"])
             self.module, self.space = read_space(content["space"])
             self.reference_ms, self.correction = _positive(content["reference_ms"]), _positive(content["correction"])
@@ -650,10 +657,6 @@ class PartTable:
             missing = self.space.possible_parts() - set(self.costs)
             if missing:
                 raise ValueError(f"{len(missing)} parts are missing, {next(iter(missing))} among them")
-        except KeyError as error:
-            raise ValueError(f"The latency table is not valid: the field {error} is missing.") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The latency table is not valid: {' '.join(str(error).split()).rstrip('.')}.") from None
 
     def scaled(self, factor: float) -> PartTable:
         """The same table with all times multiplied."""

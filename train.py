@@ -90,7 +90,7 @@ def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6, floor: float = 0
 
     SSIM can be 0 or less; below `floor` the logarithm goes on as its tangent, so that there is a way back. The SSIM is that of
     images mirrored at their borders: whole windows alone hardly see the outermost pixels, and as the SSIM is most of this
-    loss, those stayed noisy (six to ten times the error of the rest, 0.3 to 0.4 dB of BSDS500's images at sigma 50).
+    loss, those stayed noisy (six to ten times the error of the rest, 0.3 to 0.4 dB of four images of BSDS500 at sigma 50).
     """
     ssim = evaluation.ssim(*(F.pad(each, (evaluation.WINDOW // 2,) * 4, "reflect") for each in (image, clean)))
     log = ssim.clamp(min=floor).log10() + (ssim - floor).clamp(max=0) / (floor * math.log(10))
