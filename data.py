@@ -10,6 +10,7 @@ or as there two white ones, on a constant grey background from [0.1, 0.3]; sigma
 Signal-dependent noise, and folders of pictures with real noise beside clean ones, are there too.
 """
 import argparse
+import atexit
 import copy
 import datetime
 import functools
@@ -86,6 +87,8 @@ def join_processes(device):
         torch.cuda.set_device(device)
     # The others wait while the first one times a device, which can take longer than the default of ten minutes.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if not cuda:  # else Python may end before gloo's threads, and abort; NCCL's end would wait for processes that may have failed
+        atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device

@@ -97,6 +97,18 @@ def test_two_processes_equal_one_that_averages_two_half_batches(tmp_path):
             torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_processes_leave_before_python_ends(tmp_path):
+    """With the group still there, one exit in seven aborted in gloo's threads ("terminate called", signal 6)."""
+    script = ("import atexit, sys; sys.path.insert(0, sys.argv[1]); import data; from torch import distributed\n"
+              "atexit.register(lambda: print('left:', not distributed.is_initialized(), flush=True))\n"  # runs last
+              "data.join_processes('cpu'); assert distributed.is_initialized()\n"
+              "sys.exit(3)\n")
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    run = subprocess.run([sys.executable, "-c", script, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                         env=environment)
+    assert (run.returncode, run.stdout) == (3, "left: True\n"), run.stderr
+
+
 SMALL = ["--size", "32", "--train-images", "96", "--val-images", "21", "--epochs", "2", "--batch-size", "16", "--device", "cpu"]
 
 
