@@ -674,7 +674,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "mse (default: %(default)s)")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=25, metavar="N",
                         help="passes over the images; the papers train 250 (default: %(default)s)")
-    recipe.add_argument("--batch-size", type=whole(2, 65536), default=64, metavar="N",
+    recipe.add_argument("--batch-size", type=whole(2, 65536), default=16, metavar="N",
                         help="images per step (default: %(default)s; the papers: 512)")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw",
                         help="adamw learns sooner; sgd (momentum 0.9) is the papers', for long trainings (default: %(default)s)")
