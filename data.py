@@ -1069,13 +1069,14 @@ def add_data_arguments(parser, training=True):
                        help="number of validation images (default: 1000 drawn digits, 5000 mnist-pairs, else all)")
     group.add_argument("--train-folders", nargs="+", metavar="NAME",
                        help="folders in --data whose images are for training, all together, a tenth of them held back for "
-                       "validation instead of a val folder (default: train, and val where there is one)")
+                       "validation instead of a val folder (default: train, and val where there is one; together for "
+                       "a denoiser of search.py --model hinas)")
     group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
                        help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:
-        group.add_argument("--grey", action="store_true",
+        group.add_argument("--grey", action=argparse.BooleanOptionalAction, default=False,
                            help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks "
-                           "(default: RGB)")
+                           "(default: RGB; grey for a denoiser of search.py --model hinas)")
         group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
                            help="random crops of each training image an epoch, of a folder without labels; others come once "
                            "(default: %(default)s)")

@@ -366,6 +366,10 @@ class SuperNet(Frame):
     def _alpha(self, number: int) -> Tensor:
         return self.alpha[number if self.layerwise else 0]
 
+    def _alike(self, number: int) -> list[int]:
+        """The layers whose cells have the operations of a layer's."""
+        return [number] if self.layerwise else list(range(self.space.layers))
+
     def entropy(self) -> Tensor:
         """Entropy of each searched decision divided by its maximum: 1 undecided, 0 decided. Operations, then widths."""
         log_p = F.log_softmax(self.alpha.detach(), 2).flatten(0, 1)
@@ -429,7 +433,8 @@ class SuperNet(Frame):
             totals = []
             for path in self.space.paths():
                 widths = [self.space.widths_of(number)[index] for number, index in enumerate(path)]
-                names = [best(OPERATIONS, key=lambda name: costs[Part(name, width, width)]) for width in widths]
+                names = [best(OPERATIONS, key=lambda name: sum(costs[Part(name, widths[each], widths[each])] for each in alike))
+                         for alike in map(self._alike, range(len(widths)))]
                 totals.append(self.space.cost(self.space.design(tuple(
                     Layer(width, tuple((Edge(0, name), Edge(1, name)) for _ in range(self.space.nodes)))
                     for width, name in zip(widths, names))), costs, rest))
@@ -440,7 +445,8 @@ class SuperNet(Frame):
     def fit(self, costs: dict[Part, float], rest: float, target: float) -> Design:
         """The likeliest network within a target cost: of each path of widths, with operations exchanged until it is met.
 
-        Each exchange is the one that loses the least log probability per cost. The cheapest where none is within the target.
+        Each exchange is the one that loses the least log probability per cost; where all layers share one alpha, it is made in
+        all of them. The cheapest where none is within the target.
         """
         steps, found = self.log_steps(), []
         for path in self.space.paths():
@@ -454,17 +460,22 @@ class SuperNet(Frame):
             while present > target:
                 exchanges = []
                 for place in _places(design):
-                    edge, width = _edge(design, place), design.layers[place[0]].width
+                    alike = self._alike(place[0])
+                    if place[0] != alike[0]:
+                        continue
+                    edge, widths = _edge(design, place), [design.layers[layer].width for layer in alike]
                     log_p = F.log_softmax(self._alpha(place[0])[edges_of(place[1]).start + edge.source].detach(), 0).tolist()
                     for number, name in enumerate(OPERATIONS):
-                        gain = costs[Part(edge.operation, width, width)] - costs[Part(name, width, width)]
+                        gain = sum(costs[Part(edge.operation, width, width)] - costs[Part(name, width, width)] for width in widths)
                         if gain > 1e-9:
                             loss = log_p[CHOICES.index(edge.operation)] - log_p[number]
                             exchanges.append((loss / gain, place, name, loss, gain))
                 if not exchanges:
                     break
                 _, place, name, loss, gain = min(exchanges)
-                design = _with_edge(design, place, replace(_edge(design, place), operation=name))
+                for layer in self._alike(place[0]):
+                    here = (layer, *place[1:])
+                    design = _with_edge(design, here, replace(_edge(design, here), operation=name))
                 present, score = present - gain, score - loss
             found.append((present <= target, score if present <= target else -present, len(found), design))
         return max(found)[3]
@@ -1015,7 +1026,7 @@ def main(argv: list[str] | None = None) -> None:
             models.write_file(args.output, lambda temporary: temporary.write_text(draw(design)))
         else:
             changed = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
-            kept = {name: value for name, value in record.items() if name not in ("latency", "parameters", "macs")}
+            kept = {name: value for name, value in record.items() if name not in ("latency", "parameters", "macs", "decisions")}
             models.write_json(args.output, {**kept, "made": models.provenance("none", args.seed),
                                             "parameters": count_parameters(changed), "design": changed.to_dict()})
             print(f"{count_parameters(design):,} parameters before, {count_parameters(changed):,} after")

@@ -49,7 +49,7 @@ RESTORATION = {
     "superkernel": {"size": 128, "batch_size": 4, "epochs": 20, "crops": 20, "lr": 1e-3, "sigma": 55 / 255,
                     "denoising_loss": "charbonnier", "temperature": 1.0, "patience": 30},
     "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 2e-3, "arch_lr": 1e-3, "sigma": 70 / 255,
-              "denoising_loss": "log-ssim"},
+              "denoising_loss": "log-ssim"},  # see also set_method_defaults
 }
 MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target before the widths are corrected
 
@@ -476,7 +476,8 @@ class Restoration(Method):
             parameter.grad.add_(gradient * (self.pressure * own / others))
 
     def end_epoch(self) -> dict:
-        held_out = self.validate(self.supernet)
+        # What cannot be the best one is not worth the time, as in the paper (4.1).
+        held_out = self.validate(self.supernet) if self.epoch >= self.keep_from else {"psnr_db": None, "loss": None}
         with torch.no_grad():
             expected = self.costs.expected(self.supernet).item()
         entropy = self.supernet.entropy()
@@ -519,13 +520,14 @@ def search(method: Method, weight_batches: NoisyBatches, arch_batches: NoisyBatc
     """
     output_dir = Path(output_dir)
     rows: list[dict] = []
-    first, sums, best = 0, {}, None
+    first, sums, best, seconds = 0, {}, None, 0.0
     steps = len(weight_batches)
     with Guard(nonfinite, save_minutes) as guard:
         method.watch(guard)
         if state is not None:
             method.load_state_dict(state["searcher"])
             rows, first, sums, best = state["rows"], state["step"], state["sums"], state["best"]
+            seconds = state.get("seconds", 0.0)
             if data_module.rank_and_world()[0] > 0:
                 sums = {name: [0.0, 0] for name in sums}
 
@@ -539,13 +541,13 @@ def search(method: Method, weight_batches: NoisyBatches, arch_batches: NoisyBatc
                 return
             models.save_checkpoint(output_dir / "search.pt", {
                 "searcher": method.state_dict(), "rows": rows, "best": best, "step": step, "sums": sums, "flags": flags,
-                "table": table})
+                "table": table, "seconds": time.perf_counter() - start if step else 0.0})
 
         for epoch in range(len(rows), epochs):
             if patience and best is not None and len(rows) - best["epoch"] >= patience:
                 print(f"No epoch was better than epoch {best['epoch']} for {patience} epochs: the search ends.")
                 break
-            start = time.perf_counter()
+            start = time.perf_counter() - seconds  # of this epoch, before the run was stopped
             method.begin_epoch(epoch, first)
             held_out = HeldOut(arch_batches, epoch, method.held_out_before(first))
             progress = bar(weight_batches.epoch(epoch, first), f"search {epoch + 1}/{epochs}", steps, first, "step")
@@ -565,12 +567,17 @@ def search(method: Method, weight_batches: NoisyBatches, arch_batches: NoisyBatc
                 if data_module.rank_and_world()[0] == 0:
                     models.save_checkpoint(output_dir / "supernet.pt",
                                            {"epoch": epoch + 1, "supernet": method.supernet.state_dict()})
-            first, sums = 0, {}
+            first, sums, seconds = 0, {}, 0.0
             guard.save(lambda: save(0))
             if data_module.rank_and_world()[0] == 0:
                 write_log(output_dir / "log.jsonl", rows)
             tqdm.write(format_row(rows[-1], epochs))
     return rows
+
+
+def seconds_before(state: dict | None) -> float:
+    """How long a run searched before it was stopped, from the content of its search.pt."""
+    return 0.0 if state is None else sum(row["seconds"] for row in state["rows"]) + state.get("seconds", 0.0)
 
 
 class HeldOut:
@@ -605,7 +612,7 @@ def format_row(row: dict, epochs: int) -> str:
     if "expected_ms" in row:
         line += f"expected {row['expected_ms']:.2f} ms  "
     else:
-        line += f"validation PSNR {row['val_psnr_db']:.2f} dB  "
+        line += f"validation PSNR {row['val_psnr_db']:.2f} dB  " if row["val_psnr_db"] is not None else ""
         line += f"likeliest network {row['found_cost']:.4g} {row['cost_unit']}  "
     return line + f"entropy {row['entropy_mean']:.3f}  {row['seconds']:.0f} s"
 
@@ -693,7 +700,7 @@ def plot_alpha(rows: list[dict], operations: list[str], path: Path) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="search.py", usage="python search.py --target MS [options]  (--help lists them)",
+        prog="search.py", allow_abbrev=False, usage="python search.py --target MS [options]  (--help lists them)",
         description="Search a network that denoises and classifies within a latency.",
         epilog="examples:\n  python search.py --target 12\n"
                "  python search.py --target 6 --data mnist --output-dir runs/mnist\n"
@@ -866,13 +873,21 @@ def main(argv: list[str] | None = None) -> None:
 def set_method_defaults(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
     """Give the flags the defaults of the method that is named, before they are parsed or printed."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model")
-    early.add_argument("--network", default="")
+    for flag in ("--model", "--network", "--data", "--sigma", "--sigma-levels"):
+        early.add_argument(flag)
     named, _ = early.parse_known_args(argv)
     parser.set_defaults(**RESTORATION.get(named.model, {}))
-    if named.model == "hinas" and named.network.startswith("sr-"):
+    if named.model != "hinas":
+        return
+    if (named.network or "").startswith("sr-"):
         # Small images without noise, as many as in the paper, of a size that can be divided.
         parser.set_defaults(sigma=0.0, batch_size=24, size=66 if named.network == "sr-x3" else 64)
+        return
+    if named.sigma is None and named.sigma_levels is None:  # the paper's section 4.1, as are the next two
+        parser.set_defaults(sigmas=[30 / 255, 50 / 255, 70 / 255])
+    if named.data is not None and named.data not in data_module.SCENES:
+        folders = ["train", "val"] if all((Path(named.data) / name).is_dir() for name in ("train", "val")) else None
+        parser.set_defaults(grey=True, train_folders=folders)
 
 
 # Flags that mean something to some models only.
@@ -881,6 +896,8 @@ FLAGS_OF = {
     ("superkernel", "hinas"): ("network", "width", "target_macs", "denoising_loss", "patience"),
     ("superkernel",): ("structure", "form", "two_level"),
     ("hinas",): ("search_width", "cells", "one_cell", "no_residual", "optimizer"),
+    (*models.MODELS, "superkernel"): ("temperature", "temperature_decay"),
+    (*models.MODELS, "hinas"): ("recompute",),
 }
 
 
@@ -972,7 +989,7 @@ def _command_for(args: argparse.Namespace, setting: latency.Setting) -> str:
 def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: models.SuperNet, budget: Budget, loss: str,
          pressure: bool, device: torch.device, folder: Path, flags: dict, state: dict | None, batch_size: int) -> tuple:
     """One search from its images to its files; prints what it found. Returns (path of arch.json, latencies, network)."""
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds_before(state)
     if not pressure:
         print(f"The target of {budget.target_ms:g} ms is above that: every network meets it, and the search goes on without "
               "pressure on the latency.")
@@ -1080,7 +1097,7 @@ def costs_of(space, target: float | None, table: latency.PartTable | None, size:
 
 def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[str]) -> None:
     """A superkernel or HiNAS search, from its images to its files."""
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds_before(state)
     if args.target is not None and (args.target_macs is not None or len(args.target) > 1):
         raise ValueError(f"--model {args.model} takes one --target, or one --target-macs, or none.")
     joint = args.model == "superkernel" and not args.two_level
@@ -1114,6 +1131,9 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
     if costs.target is not None and costs.target < cheapest:
         raise ValueError(f"The target of {costs.target:g} {costs.unit} is below that; this would work: "
                          f"{_with_target(argv, _round_up(1.05 * cheapest), '--target' if args.target else '--target-macs')}")
+    if costs.target is not None and costs.target >= dearest:
+        print(f"The target of {costs.target:g} {costs.unit} is above that: every network meets it, and the search goes on without "
+              "pressure on the cost.")
     if args.strategy != "gradient":
         rng = random.Random(args.seed)
         supernet.set_design(space.random_design(rng) if args.strategy == "random" else space.plain_design())

@@ -639,7 +639,7 @@ def share(batch_size: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py", usage="python train.py [options]  (--help lists them)",
+        prog="train.py", allow_abbrev=False, usage="python train.py [options]  (--help lists them)",
         description="Train a found or named network to denoise and classify.",
         epilog="examples:\n  python train.py\n  python train.py --arch runs/search/arch.json --data mnist --epochs 5\n"
                "  python train.py --model dcnas-k3-e3 --data photos --epochs 250 --batch-size 512 --size 224",

@@ -402,6 +402,17 @@ def costs_of_everything(space, seed=0):
     return {part: rng.uniform(0.1, 1.0) * part.out_channels for part in sorted(space.possible_parts())}, 2.0
 
 
+def test_a_fit_of_one_cell_for_all_layers_keeps_one():
+    supernet = random_supernet(SMALL, layerwise=False)
+    costs, rest = costs_of_everything(SMALL)
+    low, high = supernet.cost_range(costs, rest)
+    found = [supernet.fit(costs, rest, target * (1 + 1e-9)) for target in (low, (low + high) / 2, high)]
+    for design in found:
+        assert all(layer.nodes == design.layers[0].nodes for layer in design.layers)
+    assert SMALL.cost(found[0], costs, rest) == pytest.approx(low) and found[2] == supernet.derive() != found[0]
+    assert SMALL.cost(found[1], costs, rest) <= (low + high) / 2 * (1 + 1e-6)
+
+
 def test_a_fit_meets_the_target():
     space = Space(layers=2, nodes=1, base_width=4)
     supernet = random_supernet(space)
