@@ -1,4 +1,5 @@
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Those that start processes take half of the time. `python -m pytest` alone runs them beside the others, in a second process;
 # with any argument everything runs in one.
 STARTING_PROCESSES = ("test_cli.py", "test_distributed.py", "test_faults.py", "test_reproduce.py", "test_search.py")
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test begins with the same random state, whatever ran before it."""
+    import numpy as np
+    import torch
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_addoption(parser):

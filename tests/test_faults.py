@@ -167,6 +167,7 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second begins
     second = start(command, tmp_path / "run")
     _, error = second.communicate(timeout=120)
     assert second.returncode == 2 and "Another run is writing into" in error and len(error.strip().splitlines()) <= 2

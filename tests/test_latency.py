@@ -21,13 +21,17 @@ from fake_table import fake_table, quick_compare
 ROOT = Path(latency.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def built():
+def build():
     """A real table of this machine, as small as it gets."""
     setting = latency.this_setting("cpu", size=32, num_classes=3)
     with pytest.MonkeyPatch.context() as patch:
         quick_compare(patch)
         return latency.build_table(setting, space=4, min_width=models.MIN_WIDTH, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def built():
+    return build()
 
 
 def test_timing_is_the_median_with_its_spread():
@@ -80,12 +84,11 @@ def test_a_built_table_is_positive_never_decreasing_and_covers_the_space(built):
 
 def test_a_built_table_predicts_this_machine(built):
     """A loose bound, since other work may run here: far off means that the method broke, not the machine."""
-    table = latency.LatencyTable(built)
     errors = []
-    for _ in range(5):
-        row = latency.compare(table, models.named_arch("dcnas-k3-e6", 3), seconds=0.1)
-        errors.append(row["error_percent"])
-        if abs(errors[-1]) < 40:
+    for attempt in range(3):
+        table = latency.LatencyTable(build() if attempt else built)
+        errors += [latency.compare(table, models.named_arch("dcnas-k3-e6", 3), seconds=0.1)["error_percent"] for _ in range(2)]
+        if min(map(abs, errors[-2:])) < 40:
             return
     raise AssertionError(errors)
 

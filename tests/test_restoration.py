@@ -224,13 +224,18 @@ def test_the_search_ends_when_nothing_gets_better(photos, tmp_path, capsys):
 def test_a_real_table_of_parts_predicts_this_machine(space, tmp_path, monkeypatch, capsys):
     quick_compare(monkeypatch)
     flags = ["--method", space.identity()["method"], "--width", "3", "--size", "16", "--rounds", "1"]
-    latency.main([*flags, "--output", str(tmp_path / "t.json")])
-    assert "all else" in capsys.readouterr().out
-    table = latency.load_table(tmp_path / "t.json")
-    assert set(table.costs) >= space.possible_parts() and table.content["check"]["networks"] == 5
-    rows = [latency.compare(table, space.random_design(random.Random(seed))) for seed in range(5)]
-    # In turn with a reference network, so that a busy machine matters little; a table of other parts would be far off.
-    assert sorted(abs(row["error_percent"]) for row in rows)[2] < 25
+    errors = []
+    for attempt in range(3):  # other work may spoil a table while it is made
+        latency.main([*flags, "--output", str(tmp_path / "t.json")])
+        assert "all else" in capsys.readouterr().out
+        table = latency.load_table(tmp_path / "t.json")
+        assert set(table.costs) >= space.possible_parts() and table.content["check"]["networks"] == 5
+        rows = [latency.compare(table, space.random_design(random.Random(seed))) for seed in range(5)]
+        # In turn with a reference network, so that a busy machine matters little; a table of other parts would be far off.
+        errors.append(sorted(abs(row["error_percent"]) for row in rows)[2])
+        if errors[-1] < 25:
+            break
+    assert errors[-1] < 25, errors
     record = models.design_record(space.identity()["method"], space.random_design(random.Random(1)), {})
     models.write_json(tmp_path / "arch.json", record)
     latency.main(["--table", str(tmp_path / "t.json"), "--arch", str(tmp_path / "arch.json")])
