@@ -47,7 +47,7 @@ AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 OPTIMIZERS = {
     # name: (function of parameters, lr, weight decay; default lr; default weight decay)
-    "adamw": (lambda parameters, lr, decay: torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True), 3e-3, 1e-2),
+    "adamw": (lambda parameters, lr, decay: torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True), 1.5e-3, 1e-2),
     "adam": (lambda parameters, lr, decay: torch.optim.Adam(parameters, lr, weight_decay=decay, fused=True), 1e-3, 0.0),
     "sgd": (lambda parameters, lr, decay: torch.optim.SGD(parameters, lr, 0.9, weight_decay=decay, fused=True), 0.15, 1e-5),
 }
@@ -679,7 +679,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw",
                         help="adamw learns sooner; sgd (momentum 0.9) is the papers', for long trainings (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), metavar="LR",
-                        help="peak learning rate (default: 0.003 for adamw, 0.001 for adam, 0.15 for sgd; the papers: 0.2 at "
+                        help="peak learning rate (default: 0.0015 for adamw, 0.001 for adam, 0.15 for sgd; the papers: 0.2 at "
                              "batch size 512)")
     recipe.add_argument("--schedule", choices=SCHEDULES, default="cosine",
                         help="learning rate: warm-up and cosine, or less on each plateau (default: %(default)s)")
