@@ -51,6 +51,7 @@ RESTORATION = {
     "hinas": {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 2e-3, "arch_lr": 1e-3, "sigma": 70 / 255,
               "denoising_loss": "log-ssim"},  # see also set_method_defaults
 }
+NO_PRESSURE = "The target of {:g} {} is above that: every network meets it, and the search goes on without pressure on the {}."
 MEASURE_TOLERANCE = 0.03  # measured latency may be this far from the target before the widths are corrected
 
 
@@ -487,7 +488,7 @@ class Restoration(Method):
                 "found": self.supernet.derive().to_dict()}
 
     def better(self, row: dict, best: dict | None) -> bool:
-        if row["epoch"] <= self.keep_from:
+        if row["val_psnr_db"] is None:
             return False
 
         def rank(row: dict) -> tuple:  # within the target first
@@ -855,13 +856,14 @@ def obtain_table(args: argparse.Namespace, setting: latency.Setting, state: dict
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
     started = time.time()
     try:
         set_method_defaults(parser, argv)
         args, state = parse_or_resume(parser, argv, "search.pt", "searcher")
         check_flags(parser, args)
         run = search_restoration if args.model in RESTORATION else search_joint
-        run(args, state, sys.argv[1:] if argv is None else argv)
+        run(args, state, argv)
     except ValueError as error:
         parser.error(str(error))
     except (TrainingError, OSError) as error:
@@ -870,24 +872,24 @@ def main(argv: list[str] | None = None) -> None:
         say_stopped("search.py", getattr(stop, "folder", args.output_dir), "search.pt", started)
 
 
-def set_method_defaults(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+def set_method_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Give the flags the defaults of the method that is named, before they are parsed or printed."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--model", "--network", "--data", "--sigma", "--sigma-levels"):
-        early.add_argument(flag)
+    for flag in ("--model", "--network", "--data"):
+        early.add_argument(flag, default="")
     named, _ = early.parse_known_args(argv)
     parser.set_defaults(**RESTORATION.get(named.model, {}))
     if named.model != "hinas":
         return
-    if (named.network or "").startswith("sr-"):
+    if named.network.startswith("sr-"):
         # Small images without noise, as many as in the paper, of a size that can be divided.
         parser.set_defaults(sigma=0.0, batch_size=24, size=66 if named.network == "sr-x3" else 64)
         return
-    if named.sigma is None and named.sigma_levels is None:  # the paper's section 4.1, as are the next two
-        parser.set_defaults(sigmas=[30 / 255, 50 / 255, 70 / 255])
-    if named.data is not None and named.data not in data_module.SCENES:
-        folders = ["train", "val"] if all((Path(named.data) / name).is_dir() for name in ("train", "val")) else None
-        parser.set_defaults(grey=True, train_folders=folders)
+    images = {"sigmas": [30 / 255, 50 / 255, 70 / 255]}  # the paper's section 4.1, as are the next two
+    if named.data and named.data not in data_module.SCENES:
+        folders = ["train", "val"]
+        images |= {"grey": True, "train_folders": folders if all((Path(named.data) / name).is_dir() for name in folders) else None}
+    parser.set_defaults(**data_module.without_what_changed(images, argv, same_data=True))
 
 
 # Flags that mean something to some models only.
@@ -991,8 +993,7 @@ def find(args: argparse.Namespace, data: data_module.Data, parts, supernet: mode
     """One search from its images to its files; prints what it found. Returns (path of arch.json, latencies, network)."""
     start = time.perf_counter() - seconds_before(state)
     if not pressure:
-        print(f"The target of {budget.target_ms:g} ms is above that: every network meets it, and the search goes on without "
-              "pressure on the latency.")
+        print(NO_PRESSURE.format(budget.target_ms, "ms", "latency"))
     how = dict(seed=args.seed, workers=args.workers, device=device, shuffle=True, drop_last=True)
     loaders = [data_module.make_loader(torch.utils.data.Subset(images, part), batch_size, **how)
                for images, part in zip((data.train, data_module.twin(data.train)), parts)]
@@ -1132,8 +1133,7 @@ def search_restoration(args: argparse.Namespace, state: dict | None, argv: list[
         raise ValueError(f"The target of {costs.target:g} {costs.unit} is below that; this would work: "
                          f"{_with_target(argv, _round_up(1.05 * cheapest), '--target' if args.target else '--target-macs')}")
     if costs.target is not None and costs.target >= dearest:
-        print(f"The target of {costs.target:g} {costs.unit} is above that: every network meets it, and the search goes on without "
-              "pressure on the cost.")
+        print(NO_PRESSURE.format(costs.target, costs.unit, "cost"))
     if args.strategy != "gradient":
         rng = random.Random(args.seed)
         supernet.set_design(space.random_design(rng) if args.strategy == "random" else space.plain_design())
