@@ -1,180 +1,108 @@
 """Images for joint denoising and classification: drawn digits, MNIST scenes, image folders, noise, loaders.
 
-    python data.py --data digits --output preview.png     # look at the images and their noisy versions
-    python data.py --data path/to/images --size 128       # check that a folder of your own is understood
+    python data.py --data digits --output preview.png  # look at the images and their noisy versions
+    python data.py --data path/to/images --size 128    # check that your own folder is understood
 
-Reads the image files of a folder (or MNIST), writes nothing but the preview. Everything random comes from a
-seed: the same seed gives the same images, splits, order, crops and noise. Works when copied alone into
-another project (torch, torchvision, numpy, Pillow). Scenes and noise follow Markhorst 2024: a coloured digit,
-or as there two white ones, on a constant grey background from [0.1, 0.3]; sigma ~ U[0, 1] per image, not clipped.
-Signal-dependent noise, and folders of pictures with real noise beside clean ones, are there too.
-"""
+Reads image files (or MNIST), writes the preview; everything random follows a seed. Works when copied alone.
+Scenes and noise follow Markhorst 2024: a coloured digit, or as in it two white ones, on grey from [0.1, 0.3];
+sigma ~ U[0, 1], not clipped. The splits share no image: train, val (to choose by) and test (to report)."""
 import argparse
-import atexit
 import copy
-import datetime
 import functools
 import os
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets, utils
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 MAX_PIXELS = 200_000_000  # a larger image is more likely a mistake (or an attack) than a photograph
-CACHE_BYTES = 2 * 2**30  # decoded images kept in memory
+CACHE_BYTES = 2 * 2**30  # decoded images kept in memory, by all workers of a loader together
 DIGIT = 28  # pixels, height and width of a digit of MNIST
 SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
-LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes, "
-           "or, without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR; or, for real noise, in "
-           "each of these, instead of images, noisy/ and clean/ with the same file names, or x_noisy.png beside x_clean.png")
-# Files of a pair differ in one word of their names: that of the noisy one, that of the clean one.
-PAIR_WORDS = (("real", "mean"), ("noisy", "clean"), ("noisy", "gt"))
+SPLITS = ("train", "val", "test")
+LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes; "
+           "without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR; for real noise, "
+           "instead of images noisy/ and clean/ with the same file names, or x_noisy.png beside x_clean.png")
+PAIR_WORDS = (("mean", "real"), ("clean", "noisy"), ("gt", "noisy"))  # in the names of clean and noisy files
+CLASS_FILES = ("classes.txt", "labels.txt", "class_names.txt")
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels; L is ITU-R 601 luma, (299 R + 587 G + 114 B) / 1000
+# Pillow keeps the high byte of 16-bit colours; read in the other byte order they give the low one
+LOW_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
+             for order, other in zip("BLN", "LBB" if sys.byteorder == "little" else "LBL")}
 
 
 class DataError(ValueError):
     """A mistake in the user's data, told in one sentence."""
-
-    def __init__(self, message):
-        # A worker process of a loader wraps the sentence in its traceback; keep the sentence.
+    def __init__(self, message):  # a worker process of a loader wraps the sentence in its traceback
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+
+def _refuse(wrong, message):
+    if wrong:
+        raise DataError(message)
 
 
 @dataclass
 class Data:
-    """Datasets of one source: dataset[i] -> (uint8 (C, H, W), label or -1); dataset.targets is a list.
-
-    Of pairs (clean, noisy) the images are uint8 (2, C, H, W), see split_pair.
-    """
+    """Datasets of one source: dataset[i] -> (uint8 (C, H, W), or (2, C, H, W) for pairs; label or -1)."""
     name: str
     train: Dataset | None
-    val: Dataset
-    test: Dataset | None
-    classes: list[str] | None  # None: no labels, fit for denoisers only
+    val: Dataset | None
+    test: Dataset
+    classes: list[str] | None  # None: no labels, for denoisers only
     size: int  # side of the training images in pixels
     channels: int = 3
+    sources: dict[str, str] = field(default_factory=dict)  # where the images of each split come from
 
 
-def mix(*numbers):
+def mix_seeds(*numbers):
     """One well mixed seed in [0, 2**63) from several integers."""
     sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
-# --- Processes ----------------------------------------------------------------------------------------------
-
-def join_processes(device):
-    """Join the processes that torchrun started, if it did; returns the device of this one (NCCL on CUDA, gloo on CPUs).
-
-    All but the first print nothing.
-    """
-    if "LOCAL_RANK" not in os.environ or "MASTER_ADDR" not in os.environ or dist.is_initialized():
-        return device
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # The others wait while the first one times a device, which can take longer than the default of ten minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    if not cuda:  # else Python may end before gloo's threads, and abort; NCCL's end would wait for processes that may have failed
-        atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def rank_and_world():
-    """The number of this process and how many there are: (0, 1) without torchrun."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
-
-
-def from_first(make):
-    """make() of the first process, on all of them."""
-    rank, world = rank_and_world()
-    result = [make() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-# --- Noise --------------------------------------------------------------------------------------------------
-
-def sample_sigma(count, low, high, generator, device, levels=0):
-    """Noise levels ~ U[low, high], one per image: (count,) float32 on device (images in [0, 1]).
-
-    levels: of so many values, evenly spaced from low to high, instead (0: of all).
-    """
-    how = dict(generator=generator, device=generator.device if generator else device)
-    unit = torch.randint(levels, (count,), **how) / max(1, levels - 1) if levels else torch.rand(count, **how)
-    return (low + (high - low) * unit).to(device)
-
-
-def _gaussian(images, sigma, normal, poisson):
-    """images + sigma * N(0, 1)."""
-    return images + sigma * normal
-
-
+# --- Noise and splits ---------------------------------------------------------------------------------------
 def _poisson_gaussian(images, sigma, normal, poisson):
-    """a * Poisson(x / a) + b * N(0, 1): photons and the noise of reading them; variance a * x + b^2 (Foi et al. 2008).
-
-    a = 0.9 sigma^2 and b^2 = 0.1 sigma^2, so that sigma is the standard deviation at white (our choice: the thesis, 3.2.1,
-    describes the noise and gives no numbers). Of x below 0 no photons come.
-    """
-    sigma = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
-    # Below 0.001 the photons are those of 0.001, scaled: so many are as good as Gaussian, and more overflow on CUDA.
-    least = sigma.clamp(min=1e-3)
-    gain, light = 0.9 * least.square(), images.clamp(min=0)
-    shot = (gain * poisson(light / gain) - light) * (sigma / least)
-    return images + shot + 0.1 ** 0.5 * sigma * normal
+    """a * Poisson(x / a) + b * N(0, 1), a = 0.9 sigma^2, b^2 = 0.1 sigma^2: shot and read noise (Foi 2008).
+    sigma is that at white: our choice, the thesis (3.2.1) gives no numbers. Shot noise: none below 0; below
+    sigma = 0.001 it is that of 0.001, scaled: nearly Gaussian, and larger counts overflow on CUDA."""
+    least, light = sigma.clamp(min=1e-3), images.clamp(min=0)
+    gain = 0.9 * least.square()
+    return images + (gain * poisson(light / gain) - light) * (sigma / least) + 0.1 ** 0.5 * sigma * normal
 
 
-# name -> (function of images (B, C, H, W), sigma (a number or (B, 1, 1, 1)), standard normal noise, a function that draws
-# photons around a rate, of the shape of the images; words for reports)
-NOISES = {"gaussian": (_gaussian, "Gaussian, sigma on [0, 1]"),
+# name -> (function of images (B, C, H, W), sigma (B or 1, 1, 1, 1), standard normal noise and a function that
+# draws Poisson counts of given rates; words for reports)
+NOISES = {"gaussian": (lambda images, sigma, normal, _: images + sigma * normal, "Gaussian, sigma on [0, 1]"),
           "poisson-gaussian": (_poisson_gaussian, "Poisson-Gaussian, sigma on [0, 1] that of white")}
+# name -> standard normal noise (C, H, W) of an evaluation image, the same on any processor; literature: as in
+# published tables, numpy's RandomState(0) for every image, drawn as (H, W, C)
+PROTOCOLS = {
+    "own": lambda shape, place, seed: np.random.default_rng(
+        mix_seeds(seed, place)).standard_normal(shape, np.float32),
+    "literature": lambda shape, place, seed: np.float32(
+        np.random.RandomState(0).normal(0, 1, (*shape[1:], shape[0]))).transpose(2, 0, 1)}
 
 
-def _column(sigma):
-    """sigma of each image (B,) as (B, 1, 1, 1); a number stays one."""
-    return sigma.view(-1, 1, 1, 1) if isinstance(sigma, torch.Tensor) and sigma.ndim else sigma
-
-
-def add_noise(images, sigma, generator=None, clip=False, kind="gaussian"):
-    """images with noise of a kind of NOISES, drawn on the device of images or of the generator.
-
-    images (B, C, H, W) float in [0, 1]; sigma a number or (B,). The result is clipped to [0, 1] only when
-    asked for: the paper does not say; here the noise stays as it is by default.
-    """
-    device = generator.device if generator else images.device
-    # empty_like keeps channels-last, so that the sum needs no change of layout
-    normal = torch.empty_like(images, device=device).normal_(generator=generator).to(images.device)
-    if isinstance(sigma, torch.Tensor):
-        sigma = _column(sigma.to(images))
-    noisy = NOISES[kind][0](images, sigma, normal,
-                            lambda rate: torch.poisson(rate.to(device), generator=generator).to(rate.device))
-    return noisy.clamp_(0, 1) if clip else noisy
+def check_protocol(kind, protocol):
+    """ValueError where a kind of noise and a protocol do not go together."""
+    _refuse(protocol != "own" and kind != "gaussian", f"The noise protocol {protocol!r} is Gaussian: "
+            "take --noise gaussian, or --noise-protocol own.")
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of a training or a search: sigma ~ U[0, sigma_max] per image, for images in [0, 1]; ValueError for a bad one.
-
-    levels: of so many values, evenly spaced from 0 to sigma_max, instead (0: of all). sigmas: one of these instead of
-    both; a single one is a fixed level. kind: one of NOISES. scale: the input is also so many times smaller than the clean
-    image (super-resolution; see shrink), before there is noise.
-    """
+    """Noise for images in [0, 1], sigma ~ U[0, sigma_max] per image; ValueError for wrong values.
+    levels: so many values of sigma, evenly spaced in [0, sigma_max], instead (0: all). sigmas: these instead.
+    kind: one of NOISES. scale: first the input is made so many times smaller, see shrink."""
     sigma_max: float = 1.0
     levels: int = 0
     sigmas: tuple[float, ...] = ()
@@ -182,137 +110,102 @@ class Noise:
     scale: int = 1
 
     def __post_init__(self):
-        if self.kind not in NOISES:
-            raise ValueError(f"the noise {self.kind!r} is unknown; known are {', '.join(NOISES)}")
-        if min(self.sigma_max, *self.sigmas, self.levels) < 0:
-            raise ValueError("sigmas and levels must not be negative")
-        if self.levels == 1:
-            raise ValueError("a single noise level, evenly spaced, would be 0: give --sigmas instead of --sigma-levels 1")
+        _refuse(self.kind not in NOISES, f"the noise {self.kind!r} is unknown; known are {', '.join(NOISES)}")
+        _refuse(min(self.sigma_max, *self.sigmas, self.levels) < 0, "sigmas and levels must not be negative")
+        _refuse(self.levels == 1, "one evenly spaced level would be 0: give --sigmas, not --sigma-levels 1")
 
     def __bool__(self):
-        """Whether there is any noise."""
         return max(self.sigmas, default=self.sigma_max) > 0
 
-    def sample(self, count, generator, device):
-        """The noise levels of `count` images: (count,) float32 on device."""
-        if not self.sigmas:
-            return sample_sigma(count, 0.0, self.sigma_max, generator, device, self.levels)
-        how = dict(generator=generator, device=generator.device if generator else device)
-        places = torch.randint(len(self.sigmas), (count,), **how)
-        return torch.tensor(self.sigmas, dtype=torch.float32, device=places.device)[places].to(device)
+    def describe(self):  # in words
+        levels = " or ".join(format_sigmas(self.sigmas)) or f"in [0, {format_sigmas([self.sigma_max])[0]}]"
+        return f"{self.kind} noise, sigma {levels}" if self else "no noise"
+
+    def sample_sigmas(self, count, generator):
+        """The levels of `count` training images: (count,) float32 on the generator's device."""
+        how = {"generator": generator, "device": generator.device}
+        if self.sigmas:
+            sigmas = torch.tensor(self.sigmas, device=generator.device)
+            return sigmas[torch.randint(len(sigmas), (count,), **how)]
+        if self.levels:
+            return self.sigma_max * (torch.randint(self.levels, (count,), **how) / (self.levels - 1))
+        return self.sigma_max * torch.rand(count, **how)
 
     def validation_sigma(self, place):
-        """The level of the validation image at a place of its split: `sigmas` in turn, or 11 even steps of [0, sigma_max]."""
+        """The level of the validation image at a place: in turn `sigmas`, or 11 steps of [0, sigma_max]."""
         return self.sigmas[place % len(self.sigmas)] if self.sigmas else self.sigma_max * (place % 11) / 10
 
-    def add(self, images, sigma, generator=None, clip=False):
-        """As add_noise, of this kind."""
-        return add_noise(images, sigma, generator, clip, self.kind)
+    def add_random(self, clean, generator):
+        """Training noise, of random levels, on clean (B, C, H, W), from a generator on the same device."""
+        clean = shrink(clean, self.scale)
+        if not self:
+            return clean
+        sigma = self.sample_sigmas(len(clean), generator).view(-1, 1, 1, 1)
+        normal = torch.empty_like(clean).normal_(generator=generator)  # channels-last where clean is
+        poisson = functools.partial(torch.poisson, generator=generator)
+        return NOISES[self.kind][0](clean, sigma, normal, poisson)
+
+    def add_fixed(self, clean, places, seed=0, protocol="own", clip=False):
+        """Evaluation noise on clean (B, C, H, W), 8-bit values: a function of sigma, a number or (B,).
+        It follows seed and the images' places in their split, not batch size or device. clip: to [0, 1]."""
+        check_protocol(self.kind, protocol)
+        pixels = shrink(clean, self.scale)
+        if self.kind != "gaussian":  # on the CPU, of exact values: elsewhere a rate's last digit may differ
+            pixels = pixels.cpu().mul(255).round().div(255)
+        normal = np.stack([PROTOCOLS[protocol](tuple(pixels.shape[1:]), place, seed) for place in places])
+        normal = torch.from_numpy(normal).to(pixels.device, memory_format=torch.channels_last)
+
+        def noisy(sigma):
+            rngs = [np.random.default_rng(mix_seeds(seed, place, 1)) for place in places]
+            sigma = torch.as_tensor(sigma, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1, 1)
+            images = NOISES[self.kind][0](pixels, sigma, normal, lambda rates: torch.from_numpy(
+                np.stack([rng.poisson(rate) for rng, rate in zip(rngs, rates.numpy())])).float())
+            images = images.to(clean.device, memory_format=torch.channels_last)
+            return images.clamp(0, 1) if clip else images
+        return noisy
 
 
 def shrink(images, scale):
-    """images (B, C, H, W) in [0, 1], made smaller by a whole factor as the super-resolution literature does: H, W / scale.
-
-    MATLAB's imresize: bicubic (a = -0.5), antialiased, mirrored at the borders, rounded to 8 bit. H and W must be multiples.
-    """
+    """images (B, C, H, W) made smaller by a whole factor; ValueError where their size does not allow it.
+    MATLAB's imresize, for super-resolution: bicubic, antialiased, mirrored at borders, rounded to 8 bits."""
     if scale == 1:
         return images
-    if images.shape[-2] % scale or images.shape[-1] % scale:
-        raise ValueError(f"an image of {images.shape[-1]} x {images.shape[-2]} pixels cannot be made {scale} times smaller")
-    edge = 2 * scale  # as far as the kernel reaches; Pillow and torch cut it off there instead
-    for dim in (-2, -1):
-        side = images.shape[dim]
-        places = torch.arange(-edge, side + edge, device=images.device) % (2 * side)
+    height, width = images.shape[-2:]
+    _refuse(height % scale or width % scale,
+            f"an image of {width} x {height} pixels cannot be made {scale} times smaller")
+    for dim, side in ((-2, height), (-1, width)):  # mirrored as far as the kernel reaches; Pillow cuts it off
+        places = torch.arange(-2 * scale, side + 2 * scale, device=images.device) % (2 * side)
         images = images.index_select(dim, torch.minimum(places, 2 * side - 1 - places))
-    small = torch.nn.functional.interpolate(images, scale_factor=1 / scale, mode="bicubic", align_corners=False,
-                                            antialias=True)[..., 2:-2, 2:-2]
-    return small.clamp(0, 1).mul(255).round().div(255)
+    return enlarge(images, 1 / scale)[..., 2:-2, 2:-2].clamp(0, 1).mul(255).round().div(255)
 
 
-def cut_to_multiple(images, scale):
-    """images (B, C, H, W) without the last rows and columns that make H and W no multiples of scale."""
-    height, width = (side - side % scale for side in images.shape[-2:])
-    return images[..., :height, :width]
+def enlarge(images, scale):
+    """images (B, C, H, W) made larger by a whole factor, with the same bicubic kernel as in `shrink`."""
+    return torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
 
 
-def evaluation_noise(shape, index, seed=0):
-    """Standard normal noise of evaluation image `index`: (C, H, W) float32 on the CPU.
-
-    Depends on nothing but (shape, index, seed), so neither on batch size nor on device; numpy's generator
-    gives the same numbers on every kind of processor.
-    """
-    rng = np.random.default_rng(mix(seed, index))
-    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
+def format_sigmas(values):
+    """Noise levels as they are typed: "0.2"; all as "15/255" if one of them is not told in three decimals."""
+    steps = any(value != round(value, 3) and abs(255 * value - round(255 * value)) < 1e-4 for value in values)
+    return [f"{255 * value:g}/255" if steps else f"{value:g}" for value in values]
 
 
-def literature_noise(shape, index=0, seed=0):
-    """The fixed test noise of the denoising literature: numpy's RandomState(0) for every image, drawn as (H, W, C).
-
-    (C, H, W) float32 on the CPU, standard normal. index and seed have no influence.
-    """
-    channels, height, width = shape
-    return torch.from_numpy(np.random.RandomState(0).normal(0, 1, (height, width, channels))).permute(2, 0, 1).float()
-
-
-PROTOCOLS = {"own": evaluation_noise, "literature": literature_noise}  # name -> the noise of an evaluation image
-
-
-def check_protocol(kind, protocol):
-    """ValueError where a kind of noise and a protocol do not go together."""
-    if protocol != "own" and kind != "gaussian":
-        raise ValueError(f"The noise protocol {protocol!r} is of Gaussian noise: take --noise gaussian, or "
-                         "--noise-protocol own.")
-
-
-def evaluation_draw(images, places, seed=0, kind="gaussian", protocol="own"):
-    """Noise for the images (B, C, H, W), 8-bit values in [0, 1], at these places of a split.
-
-    Returns a function of sigma, a number or (B,), that gives the noisy images. The noise is the same for every batch
-    size and device, and scaled by sigma where it is Gaussian. ValueError as in check_protocol.
-    """
-    check_protocol(kind, protocol)
-    normal = torch.stack([PROTOCOLS[protocol](images.shape[1:], place, seed) for place in places])
-    add, _ = NOISES[kind]
-    if kind == "gaussian":
-        normal = normal.to(images.device, memory_format=torch.channels_last)
-        return lambda sigma: add(images, _column(sigma), normal, None)
-    # On the CPU and from the 8-bit values: the last digit of a rate may differ on another device.
-    pixels = images.cpu().mul(255).round().div(255)
-
-    def noisy(sigma):
-        generators = [np.random.default_rng(mix(seed, place, 1)) for place in places]
-
-        def poisson(rates):
-            return torch.stack([torch.from_numpy(generator.poisson(rate.numpy()))
-                                for generator, rate in zip(generators, rates.contiguous())]).float()
-        sigma = _column(sigma.cpu()) if isinstance(sigma, torch.Tensor) else sigma
-        return add(pixels, sigma, normal, poisson).to(images.device, memory_format=torch.channels_last)
-    return noisy
-
-
-# --- Splits -------------------------------------------------------------------------------------------------
-
-def _by_class(targets, seed):
-    """Indices of each class in a seeded random order."""
+def _by_class(targets, seed):  # the indices of each class, in a seeded random order
     targets = np.asarray(targets, dtype=np.int64)
-    rng = np.random.default_rng(mix(seed, len(targets)))
-    return [rng.permutation(np.flatnonzero(targets == label)) for label in np.unique(targets)]
+    rng = np.random.default_rng(mix_seeds(seed, len(targets)))
+    return [rng.permutation(np.flatnonzero(targets == label)).tolist() for label in np.unique(targets)]
 
 
 def stratified_split(targets, fraction, seed):
-    """Split range(len(targets)) into two disjoint sorted lists, with `fraction` of each class in the first.
-
-    A class with two or more members has at least one on either side. Unlabelled images (-1) are one class.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction of a split must lie between 0 and 1, not {fraction}")
+    """Split range(len(targets)) into two sorted lists, `fraction`, in (0, 1), of each class in the first.
+    A class of two or more has at least one on either side. Unlabelled images (-1) are one class."""
+    _refuse(not 0 < fraction < 1, f"the fraction of a split must lie between 0 and 1, not {fraction}")
     first, second = [], []
     for members in _by_class(targets, seed):
         count = int(fraction * len(members) + 0.5)
-        if len(members) >= 2:
-            count = min(max(count, 1), len(members) - 1)
-        first += members[:count].tolist()
-        second += members[count:].tolist()
+        count = min(max(count, 1), len(members) - 1) if len(members) >= 2 else count
+        first += members[:count]
+        second += members[count:]
     return sorted(first), sorted(second)
 
 
@@ -320,95 +213,66 @@ def _choose(targets, count, seed):
     """Sorted indices of `count` images (None: all), in proportion to the classes; fewer are part of more."""
     if count is None or count >= len(targets):
         return list(range(len(targets)))
-    if count < 1:
-        raise DataError(f"the number of images must be at least 1, not {count}")
-    # Rank 0 of every class comes first, so that each class is there once before the proportions rule.
-    ranked = [(rank / len(members), int(index)) for members in _by_class(targets, seed)
+    ranked = [(rank / len(members), index) for members in _by_class(targets, seed)
               for rank, index in enumerate(members)]
     return sorted(index for _, index in sorted(ranked, key=lambda pair: pair[0])[:count])
 
 
-# --- Scenes: one digit on a grey background -----------------------------------------------------------------
-
-def _curve(*points):
-    """Smooth curve through points (Catmull-Rom spline): (n, 2)."""
-    p = np.array([points[0], *points, points[-1]])
-    t = np.linspace(0, 1, 6, endpoint=False)[:, None]
-    a, b, c, d = (p[i:len(p) - 3 + i, None] for i in range(4))  # (segments, 1, 2)
-    parts = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    return np.concatenate([parts.reshape(-1, 2), p[-1:]])
-
-
-def _line(*points):
-    """Straight lines between points, in steps short enough to be bent by the distortion: (n, 2)."""
-    t = np.linspace(0, 1, 5, endpoint=False)[:, None]
-    parts = [np.array(a) + (np.array(b) - np.array(a)) * t for a, b in zip(points, points[1:])]
-    return np.concatenate([*parts, np.array(points[-1:], dtype=float)])
-
-
-def _arc(cx, cy, rx, ry, start, stop):
-    """Part of an ellipse, angles in degrees, clockwise from the right: (n, 2)."""
-    angle = np.radians(np.linspace(start, stop, max(3, int(abs(stop - start) / 14))))
-    return np.stack([cx + rx * np.cos(angle), cy + ry * np.sin(angle)], axis=1)
+# --- Scenes: one or two digits on a grey background ---------------------------------------------------------
+_BOWL_OF_3 = "curve .28 .46 .58 .54 .68 .74 .54 .94 .27 1 .02 .88"
+STROKES = (  # of each digit: ways to write it, with / between them, each of strokes, with + between them
+    "arc .35 .5 .33 .5 -100 260",
+    "line .35 0 .35 1 / line .10 .27 .36 0 .36 1 / line .10 .25 .36 0 .36 1 + line .06 1 .66 1",
+    "curve .04 .24 .13 .07 .35 0 .59 .09 .63 .30 .48 .56 .24 .80 .03 1 + line .03 1 .68 1 / curve .05 .20 "
+    ".18 .04 .40 0 .60 .12 .60 .34 .42 .64 .20 .92 .06 .98 .04 .86 .16 .82 .36 .93 .54 1 .72 .92",
+    f"curve .05 .14 .28 0 .56 .08 .60 .29 .28 .46 + {_BOWL_OF_3} / line .04 0 .62 0 .28 .46 + {_BOWL_OF_3}",
+    "line .52 1 .52 0 .02 .68 .74 .68 / line .14 .02 .05 .58 .70 .58 + line .54 .06 .50 1",
+    "line .64 0 .15 0 .10 .46 + curve .10 .46 .36 .36 .62 .48 .67 .71 .53 .93 .26 1 .02 .90",
+    "curve .56 0 .28 .17 .08 .48 .05 .76 .17 .96 .38 1 .60 .88 .64 .67 .48 .51 .26 .53 .07 .72",
+    "line .02 0 .66 0 .26 1 / line .02 0 .66 0 .26 1 + line .20 .52 .62 .52",
+    "arc .35 .235 .26 .235 90 450 + arc .35 .735 .33 .265 -90 270 / curve .58 .12 .38 0 .14 .10 .14 .30 .36 "
+    ".47 .60 .66 .60 .90 .34 1 .08 .88 .10 .66 .34 .48 .56 .30 .60 .12 .56 .06",
+    "arc .33 .28 .29 .28 0 -360 + line .62 .22 .56 1 / arc .33 .28 .29 .28 0 -360 + curve .62 .24 .63 .60 "
+    ".52 .90 .28 1 .06 .92")
 
 
 @functools.cache
-def _digit_strokes():
-    """For each digit its ways of writing: lists of strokes, (n, 2) points (x, y), 0 <= y <= 1 downwards."""
-    bowl_of_3 = _curve((.28, .46), (.58, .54), (.68, .74), (.54, .94), (.27, 1), (.02, .88))
-    bowl_of_5 = _curve((.10, .46), (.36, .36), (.62, .48), (.67, .71), (.53, .93), (.26, 1), (.02, .90))
-    loop_of_9 = _arc(.33, .28, .29, .28, 0, -360)
-    return [
-        [[_arc(.35, .5, .33, .5, -100, 260)]],
-        [[_line((.35, 0), (.35, 1))],
-         [_line((.10, .27), (.36, 0), (.36, 1))],
-         [_line((.10, .25), (.36, 0), (.36, 1)), _line((.06, 1), (.66, 1))]],
-        [[_curve((.04, .24), (.13, .07), (.35, 0), (.59, .09), (.63, .30), (.48, .56), (.24, .80), (.03, 1)),
-          _line((.03, 1), (.68, 1))],
-         [_curve((.05, .20), (.18, .04), (.40, 0), (.60, .12), (.60, .34), (.42, .64), (.20, .92), (.06, .98),
-                 (.04, .86), (.16, .82), (.36, .93), (.54, 1), (.72, .92))]],
-        [[_curve((.05, .14), (.28, 0), (.56, .08), (.60, .29), (.28, .46)), bowl_of_3],
-         [_line((.04, 0), (.62, 0), (.28, .46)), bowl_of_3]],
-        [[_line((.52, 1), (.52, 0), (.02, .68), (.74, .68))],
-         [_line((.14, .02), (.05, .58), (.70, .58)), _line((.54, .06), (.50, 1))]],
-        [[_line((.64, 0), (.15, 0), (.10, .46)), bowl_of_5]],
-        [[_curve((.56, 0), (.28, .17), (.08, .48), (.05, .76), (.17, .96), (.38, 1), (.60, .88), (.64, .67),
-                 (.48, .51), (.26, .53), (.07, .72))]],
-        [[_line((.02, 0), (.66, 0), (.26, 1))],
-         [_line((.02, 0), (.66, 0), (.26, 1)), _line((.20, .52), (.62, .52))]],
-        [[_arc(.35, .235, .26, .235, 90, 450), _arc(.35, .735, .33, .265, -90, 270)],
-         [_curve((.58, .12), (.38, 0), (.14, .10), (.14, .30), (.36, .47), (.60, .66), (.60, .90), (.34, 1),
-                 (.08, .88), (.10, .66), (.34, .48), (.56, .30), (.60, .12), (.56, .06))]],
-        [[loop_of_9, _line((.62, .22), (.56, 1))],
-         [loop_of_9, _curve((.62, .24), (.63, .60), (.52, .90), (.28, 1), (.06, .92))]],
-    ]
-
-
-def _distort(points, rng):
-    """Points (n, 2) after a random elastic displacement and affine map (rotation up to 15 degrees)."""
-    # Elastic: three sine waves of random direction, each about one period per digit
-    waves = rng.uniform(-1, 1, (2, 3)) * 1.2
-    shift = np.sin(2 * np.pi * (points @ waves + rng.random(3)))  # (n, 3)
-    points = points - (0.35, 0.5) + shift @ rng.normal(0, 0.025, (3, 2))
-    angle, shear, stretch = rng.uniform((-15, -0.25, 0.85), (15, 0.25, 1.2))
-    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    affine = np.array([[stretch, shear], [0, 1]]) @ np.array([[cos, -sin], [sin, cos]])
-    return points @ affine.T
+def _trace_stroke(stroke):
+    """Points (n, 2) of a stroke, (x, y) with 0 <= y <= 1 downwards: line or curve (Catmull-Rom) of points, or
+    arc of an ellipse: centre, radii, first and last angle in degrees, clockwise from the right."""
+    kind, *numbers = stroke.split()
+    p = np.array([float(number) for number in numbers]).reshape(-1, 2)
+    if kind == "arc":
+        centre, radii, (start, stop) = p
+        angle = np.radians(np.linspace(start, stop, max(3, int(abs(stop - start) / 14))))
+        return centre + radii * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    t = np.linspace(0, 1, 5 if kind == "line" else 6, endpoint=False)[:, None]
+    if kind == "line":
+        return np.concatenate([*(a + (b - a) * t for a, b in zip(p, p[1:])), p[-1:]])
+    q = np.concatenate([p[:1], p, p[-1:]])[:, None]
+    a, b, c, d = q[:-3], q[1:-2], q[2:-1], q[3:]  # (segments, 1, 2)
+    parts = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+    return np.concatenate([*parts, p[-1:]])
 
 
 def _draw_digit(label, height, limit, rng):
     """A digit as if handwritten: coverage (h, w) uint8 with h = height, less where w would exceed `limit`."""
-    ways = _digit_strokes()[label]
-    strokes = ways[rng.integers(len(ways))]
-    points = _distort(np.concatenate(strokes), rng)  # all strokes together, so that they stay joined
+    ways = STROKES[label].split("/")
+    strokes = [_trace_stroke(stroke) for stroke in ways[rng.integers(len(ways))].split("+")]
+    points = np.concatenate(strokes)  # bent all together, so that they stay joined
+    waves = rng.uniform(-1, 1, (2, 3)) * 1.2  # elastic: three sine waves, each about one period per digit
+    shift = np.sin(2 * np.pi * (points @ waves + rng.random(3)))  # (n, 3)
+    points = points - (0.35, 0.5) + shift @ rng.normal(0, 0.025, (3, 2))
+    angle, shear, stretch = rng.uniform((-15, -0.25, 0.85), (15, 0.25, 1.2))  # affine
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    points = points @ (np.array([[stretch, shear], [0, 1]]) @ np.array([[cos, -sin], [sin, cos]])).T
     pen = rng.uniform(0.08, 0.17) * height
     low, extent = points.min(0), np.ptp(points, 0)
     scale = min((height - pen) / extent[1], (limit - pen) / extent[0])
-    width, height = np.ceil(extent * scale + pen).astype(int)
     points = ((points - low) * scale + pen / 2) * SUPERSAMPLING
     stroke_width = max(1, round(pen * SUPERSAMPLING))
     radius = (stroke_width - 1) / 2  # Pillow's ellipse covers both ends of its box
-    mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    mask = Image.new("L", tuple((np.ceil(extent * scale + pen).astype(int) * SUPERSAMPLING).tolist()))
     draw = ImageDraw.Draw(mask)
     for stroke in np.split(points, np.cumsum([len(s) for s in strokes])[:-1]):
         draw.line(stroke.ravel().tolist(), fill=255, width=stroke_width)
@@ -426,579 +290,433 @@ def _fit_digit(digit, height, limit):
     return np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC))
 
 
-def _render_scene(digit_mask, size, rng):
-    """One scene, (3, size, size) uint8; digit_mask(height, limit) gives the coverage of the digit."""
-    height = max(6, round(rng.uniform(0.45, 0.85) * size))
-    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.9))
-    tint = rng.random(3)
-    ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
-    x, y = rng.random(2)
-    mask = digit_mask(height, round(0.85 * size))  # (h, w)
-    top, left = int(y * (size - mask.shape[0] + 1)), int(x * (size - mask.shape[1] + 1))
-    scene = np.full((3, size, size), round(255 * background), dtype=np.uint8)
-    paint = (background * 255 + 0.5) + mask * (ink - background)[:, None, None]  # + 0.5: rounded, not cut
-    scene[:, top:top + mask.shape[0], left:left + mask.shape[1]] = paint
+def _paint(size, background, ink, masks, corners):
+    """Digits of coverage (h, w), at corners (left, top), on a grey: uint8 (C, size, size); ink: (C,)."""
+    scene = np.full((len(ink), size, size), round(255 * background), dtype=np.uint8)
+    for mask, (left, top) in zip(masks, corners):
+        paint = (background * 255 + 0.5) + mask * (ink - background)[:, None, None]  # + 0.5: rounded, not cut
+        scene[:, top:top + mask.shape[0], left:left + mask.shape[1]] = paint
     return scene
 
 
+def _render_scene(index, rng, size, pool, digits, targets):
+    """One digit, digits[index] or (None) a drawn one: scene (3, size, size) uint8, label."""
+    box = max(6, round(rng.uniform(0.45, 0.85) * size)), round(0.85 * size)  # height, largest width
+    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.9))
+    tint = rng.random(3)
+    ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
+    corner, label = rng.random(2), int(targets[index % len(targets)])
+    mask = _draw_digit(label, *box, rng) if digits is None else _fit_digit(digits[index], *box)
+    corner = [int(share * (size - side + 1)) for share, side in zip(corner, mask.shape[::-1])]
+    return _paint(size, background, ink, [mask], [corner]), label
+
+
+def _render_pair(index, rng, size, pool, digits, targets):
+    """Two digits of `pool`, or drawn: scene (1, size, size), labels of Pairs; Markhorst 2024, section 3."""
+    chosen = pool[rng.integers(0, len(pool), 2)]
+    masks = digits[chosen] if digits is not None else [  # in the middle of (28, 28), as in MNIST
+        np.pad(mask, [((DIGIT - side) // 2, (DIGIT - side + 1) // 2) for side in mask.shape])
+        for mask in (_draw_digit(label, 20, 20, rng) for label in chosen)]
+    background, corners = rng.uniform(0.1, 0.3), np.zeros((2, 2))  # (left, top) of each
+    while np.abs(corners[0] - corners[1]).max() < DIGIT:
+        corners = rng.integers(0, size - DIGIT + 1, (2, 2))
+    labels = [[label, *corner, *(corner + DIGIT)] for label, corner in zip(targets[chosen], corners)]
+    return _paint(size, background, np.ones(1), masks, corners), labels
+
+
 class Scenes(Dataset):
-    """Scenes kept in memory: images uint8 (N, 3, size, size), targets a list of N labels."""
-
+    """Scenes in memory: images uint8 (N, 3, size, size), or (N, 1, size, size) if grey; targets: N labels."""
     def __init__(self, images, targets):
-        self.images, self.targets = images, targets
+        self.images, self.targets, self.labels = images, targets, targets
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.images[index], self.targets[index]
+        return self.images[index].expand(3, -1, -1), self.labels[index]
 
 
-class Pairs(Dataset):
-    """Scenes with two digits: images uint8 (N, 1, size, size), rows int64 (N, 2, 5): label, left, top, right, bottom.
-
-    dataset[i] -> (uint8 (3, size, size), its rows (2, 5)); see split_labels. targets: the label of the first digit.
-    """
-
-    def __init__(self, images, rows):
-        self.images, self.rows = images, rows
-        self.targets = rows[:, 0, 0].tolist()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index].expand(3, -1, -1), self.rows[index]
+class Pairs(Scenes):
+    """Scenes of two digits; labels int64 (N, 2, 5): label, left, top, right, bottom. targets: the first."""
+    def __init__(self, images, labels):
+        super().__init__(images, [int(first[0]) for first, _ in labels])
+        self.labels = torch.tensor(np.array(labels))
 
 
-def _render_pair(digits, labels, size, rng):
-    """Two digits, (28, 28) uint8, at random places on one grey: scene (1, size, size) uint8, rows (2, 5).
-
-    Markhorst 2024, section 3: a constant grey from [0.1, 0.3], no overlap of the digits' boxes.
-    """
-    background = rng.uniform(0.1, 0.3)
-    scene = np.full((1, size, size), round(255 * background), dtype=np.uint8)
-    while True:
-        corners = rng.integers(0, size - DIGIT + 1, (2, 2))  # (left, top) of each
-        if np.abs(corners[0] - corners[1]).max() >= DIGIT:
-            break
-    for digit, (left, top) in zip(digits, corners):
-        scene[0, top:top + DIGIT, left:left + DIGIT] = (background * 255 + 0.5) + digit * (1 - background)
-    return scene, [[label, left, top, left + DIGIT, top + DIGIT] for label, (left, top) in zip(labels, corners)]
+# name -> (default size in pixels, default numbers of images of SPLITS, None: all; their random streams)
+SCENES = {"digits": (64, (4000, 1000, 1000), (0, 4, 1)), "mnist": (64, (None,) * 3, (0, 4, 1)), "digit-pairs":
+          (96, (4000, 1000, 1000), (2, 5, 3)), "mnist-pairs": (96, (25000, 2500, 5000), (2, 5, 3))}
 
 
-def _make_pairs(count, size, seed, split, two_digits):
-    """Scenes of these counts, each by (seed, split, index) alone. two_digits(rng) -> ([mask, mask], [label, label])."""
-    if size < 2 * DIGIT:
-        raise DataError(f"two digits of {DIGIT} pixels need images of {2 * DIGIT} pixels or more, not {size}")
-    images, rows = torch.empty(count, 1, size, size, dtype=torch.uint8), torch.empty(count, 2, 5, dtype=torch.int64)
-    for index in range(count):
-        rng = np.random.default_rng([seed % 2**32, split, index])
-        scene, row = _render_pair(*two_digits(rng), size, rng)
-        images[index], rows[index] = torch.from_numpy(scene), torch.tensor(np.array(row))
-    return Pairs(images, rows)
+def _load_scenes(name, root, size, seed, counts, old_splits):
+    """[(dataset, words for its source)] of SPLITS; each scene is random by (seed, split, index) alone.
+    mnist: val has a tenth of each class of the training set, train the rest. mnist-pairs: val has digits that
+    the first 25,000 scenes of train (or all) do not use; Markhorst 2024 does not say how it splits them."""
+    mnist, pairs, parts = name.startswith("mnist"), name.endswith("pairs"), []
+    dataset, render = (Pairs, _render_pair) if pairs else (Scenes, _render_scene)
+    _refuse(pairs and size < 2 * DIGIT, f"two digits need images of {2 * DIGIT} pixels or more, not {size}")
+    for split, count in zip((0, 2 if old_splits else 1, 2), counts):  # what is test now was val
+        digits, targets, source = None, np.arange(10), "scenes drawn for it"
+        if mnist:
+            source = f"MNIST's {'training' if split < 2 else 'test'} set"
+            try:
+                data = datasets.MNIST(root, train=split < 2, download=True)  # if it is not there
+            except (RuntimeError, OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+                raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}"
+                                "): give its folder with --data-root, or use --data digits") from None
+            digits, targets = data.data.numpy(), data.targets.numpy()
+        pool = np.arange(len(targets))
+        if name == "mnist" and split < 2 and not old_splits:
+            pool = np.array(stratified_split(targets, 0.9, seed)[split])
+            source = f"{('nine tenths', 'a tenth')[split]} of {source}"
+        elif name == "mnist-pairs" and split == 1:
+            used = [np.random.default_rng([seed % 2**32, 2, index]).integers(0, len(pool), 2)
+                    for index in range(max(25000, counts[0] or 0))]
+            pool, source = np.setdiff1d(pool, used), f"digits of {source} that train does not use"
+            _refuse(not len(pool), "so many scenes leave no digit for val: give fewer --train-images")
+        indices = (pool[_choose(targets[pool], count, seed)].tolist() if name == "mnist" else
+                   range(count or SCENES[name][1][split]))
+        images, labels = torch.empty(len(indices), 1 if pairs else 3, size, size, dtype=torch.uint8), []
+        for image, index in zip(images.numpy(), indices):
+            rng = np.random.default_rng([seed % 2**32, SCENES[name][2][split], index])
+            image[:], label = render(index, rng, size, pool, digits, targets)
+            labels.append(label)
+        parts.append((dataset(images, labels), source))
+    return parts
 
 
-def _framed(digit):
-    """A drawn digit in the middle of (28, 28), as in MNIST."""
-    frame = np.zeros((DIGIT, DIGIT), dtype=np.uint8)
-    top, left = (DIGIT - digit.shape[0]) // 2, (DIGIT - digit.shape[1]) // 2
-    frame[top:top + digit.shape[0], left:left + digit.shape[1]] = digit
-    return frame
-
-
-def _load_digit_pairs(root, size, seed, train_images, val_images):
-    """Pairs of drawn digits: 4,000 scenes for training and 1,000 for validation unless stated."""
-    def two_digits(rng):
-        labels = rng.integers(0, 10, 2).tolist()
-        return [_framed(_draw_digit(label, 20, 20, rng)) for label in labels], labels
-    return (_make_pairs(train_images or 4000, size, seed, 2, two_digits),
-            _make_pairs(val_images or 1000, size, seed, 3, two_digits))
-
-
-def _load_mnist_pairs(root, size, seed, train_images, val_images):
-    """Pairs of MNIST digits: 25,000 scenes from its training set and 5,000 from its test set unless stated.
-
-    Markhorst 2024 makes 30,000 scenes and does not say how they are split; here no digit is in both parts.
-    """
-    def split(number, count):
-        digits, targets = _read_mnist(root, train=number == 2)
-
-        def two_digits(rng):
-            chosen = rng.integers(0, len(targets), 2).tolist()
-            return [digits[i] for i in chosen], [targets[i] for i in chosen]
-        return _make_pairs(count, size, seed, number, two_digits)
-    return split(2, train_images or 25000), split(3, val_images or 5000)
-
-
-def _make_scenes(targets, indices, size, seed, split, masks):
-    """Scenes of these indices, each by (seed, split, index) alone. masks(index, rng) -> digit_mask."""
-    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
-    for image, index in zip(images.numpy(), indices):
-        rng = np.random.default_rng([seed % 2**32, split, index])
-        image[:] = _render_scene(masks(index, rng), size, rng)
-    return Scenes(images, [int(targets[i]) for i in indices])
-
-
-def _load_digits(root, size, seed, train_images, val_images):
-    """Drawn digits, the classes in turn: 4,000 for training and 1,000 for validation unless stated."""
-    def split(number, count, default):
-        count = default if count is None else count
-        if count < 1:
-            raise DataError(f"the number of images must be at least 1, not {count}")
-        return _make_scenes([i % 10 for i in range(count)], range(count), size, seed, number,
-                            lambda i, rng: functools.partial(_draw_digit, i % 10, rng=rng))
-    return split(0, train_images, 4000), split(1, val_images, 1000)
-
-
-def _read_mnist(root, train):
-    """MNIST's training or test set: digits (N, 28, 28) uint8, a list of labels."""
-    if not (Path(root) / "MNIST").is_dir():
-        from_first(lambda: _open_mnist(root, train) and None)  # one process downloads
-    return _open_mnist(root, train)
-
-
-def _open_mnist(root, train):
-    try:
-        try:
-            mnist = datasets.MNIST(root, train=train)
-        except RuntimeError:  # not there yet
-            mnist = datasets.MNIST(root, train=train, download=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}): "
-                        "give its folder with --data-root, or use --data digits") from None
-    return mnist.data.numpy(), mnist.targets.tolist()
-
-
-def _load_mnist(root, size, seed, train_images, val_images):
-    """The same scenes from MNIST: for training from its training set, for validation from its test set."""
-    def split(number, count):
-        digits, targets = _read_mnist(root, train=number == 0)
-        return _make_scenes(targets, _choose(targets, count, seed), size, seed, number,
-                            lambda i, rng: functools.partial(_fit_digit, digits[i]))
-    return split(0, train_images), split(1, val_images)
-
-
-# One entry per source of scenes: name -> (function of root, size, seed, training and validation images; default size)
-SCENES = {"digits": (_load_digits, 64), "mnist": (_load_mnist, 64),
-          "digit-pairs": (_load_digit_pairs, 96), "mnist-pairs": (_load_mnist_pairs, 96)}
-
-
-# --- Image folders ------------------------------------------------------------------------------------------
-
+# --- Image files and folders --------------------------------------------------------------------------------
 def load_image(path):
     """Read any image file as an upright 8-bit RGB PIL image; DataError names a missing, damaged or huge file.
-
-    Transparent pixels are composited over white, as most viewers and web pages show them. 16-bit grey is
-    divided by 257; floating-point pixels are taken as [0, 1] and clipped. Of an animation, the first frame.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no image file {path}")
+    Transparent pixels are composited over white. 16 bits are divided by 257, larger integers by the smallest
+    2**bits - 1 that holds them; floating-point pixels are taken as [0, 1]. Of animations the first frame."""
+    _refuse(not os.path.isfile(path), f"there is no image file {path}")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is lower than ours
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"the image {path} has {image.width} x {image.height} pixels, more than the "
-                                f"{MAX_PIXELS // 10**6} million that are read: make it smaller or remove it")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            _refuse(image.width * image.height > MAX_PIXELS,
+                    f"the image {path} has {image.width} x {image.height} pixels, more than the "
+                    f"{MAX_PIXELS // 10**6} million that are read: make it smaller or remove it")
+            tiles = [(tile, *([tile.args] if isinstance(tile.args, str) else tile.args))
+                     for tile in image.tile if image.format in ("PNG", "TIFF")]
+            if tiles and all(mode in LOW_BYTES for _, mode, *_ in tiles):
+                with Image.open(path) as low:
+                    low.tile = [tile._replace(args=(LOW_BYTES[mode], *rest)) for tile, mode, *rest in tiles]
+                    deep = np.asarray(image) * np.uint32(256) + np.asarray(low)
+                image.paste(Image.fromarray(((deep + 128) // 257).astype(np.uint8)))  # rounded
+            unsigned = image.format == "TIFF" and image.tag_v2.get(339) != (2,)  # 339: SampleFormat
+            return _to_rgb(ImageOps.exif_transpose(image), unsigned)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError ...
-        reason = str(error).strip() or type(error).__name__
-        raise DataError(f"the image {path} is damaged or of an unknown kind ({reason}): "
-                        "replace or remove it") from None
+        raise DataError(f"the image {path} is damaged or of an unknown kind ("
+                        f"{str(error).strip() or type(error).__name__}): replace or remove it") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _to_rgb(image):
-    """8-bit RGB of a loaded PIL image of any mode."""
-    if image.mode.startswith("I"):  # 16 bits (some kept in 32); Pillow's conversion would turn them white
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
+def _to_rgb(image, unsigned):
+    """8-bit RGB of a PIL image of any mode; unsigned: Pillow took unsigned 32-bit numbers for signed ones."""
+    if image.mode.startswith("I"):  # 16 or 32 bits; Pillow's conversion would turn them white
+        grey = np.asarray(image).view(np.uint32) if unsigned and image.mode == "I" else np.asarray(image)
+        grey = grey / ((2 ** max(16, int(grey.max()).bit_length()) - 1) / 255)
+    elif image.mode == "F":
         grey = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 1) * 255
-        return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    else:
+        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
 
 
 def list_images(folder, recursive=False):
     """Image files of a folder, sorted, without hidden ones; DataError when there is no such folder.
-
-    Links are followed, but none that leads to where one was already, or to a folder that holds this one.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}")
-    found, seen, above = [], set(), set(folder.resolve().parents)
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
+    Links are followed, but none that leads to where one was already, or to a folder that holds this one."""
+    _refuse(not Path(folder).is_dir(), f"there is no folder {folder}")
+    files, seen = [], set(Path(folder).resolve().parents)
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or real in above:
-            subfolders.clear()
-            continue
+        if real in seen:
+            names = subfolders[:] = []  # a change in place tells os.walk where to go on
         seen.add(real)
-        # changing the list in place is how os.walk is told where to go on
-        subfolders[:] = [s for s in subfolders if recursive and not s.startswith(".")]
-        found += [Path(parent, name) for name in files
-                  if name.lower().endswith((*IMG_EXTENSIONS, ".gif")) and not name.startswith(".")]
-    return sorted(found)
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")
+                  and name.lower().endswith((*datasets.folder.IMG_EXTENSIONS, ".gif"))]
+    return sorted(files)
 
 
 class Pictures(Dataset):
-    """Image files read when asked for: transform(PIL image) -> uint8 (C, H, W); None: the whole image.
-
-    noisy: the files of the same pictures with real noise; items are then uint8 (2, C, H, W), (clean, noisy), both
-    transformed alike. crops: each picture comes so many times an epoch. A random transform depends on (seed, epoch,
-    index) alone, whatever the number of workers; see set_epoch. Decoded images are kept in memory as long as they fit
-    into CACHE_BYTES (of all workers together).
-    """
-
-    def __init__(self, paths, targets=None, transform=None, seed=0, channels=3, noisy=None, crops=1):
-        self.paths, self.noisy, self.crops = list(paths), noisy, crops
-        self.targets = ([-1] * len(self.paths) if targets is None else list(targets)) * crops
+    """Image files, read when asked for: transform(PIL image) -> uint8 (C, H, W); None: the whole image.
+    files: a tuple for each picture, (file,), or (clean, noisy) for pairs, (2, C, H, W), transformed alike.
+    crops: each comes so often an epoch. Random transforms follow (seed, epoch, index) alone: set_epoch."""
+    def __init__(self, files, targets, transform=None, seed=0, channels=3, crops=1):
+        self.files, self.targets, self.crops = files, targets * crops, crops
         self.transform, self.seed, self.mode = transform or v2.PILToTensor(), seed, MODES[channels]
         self.whole = transform is None  # images keep their own sizes, so they cannot share a batch
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # running workers see it change
-        self.decoded, self.decoded_bytes = {}, [0]  # shared by twins, the count too
+        self.decoded, self.decoded_bytes = {}, [0]  # shared with copies, see with_own_epoch
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        label, images = self.targets[index], self._load(index % len(self.paths))
-        with torch.random.fork_rng(devices=[]):
+        images = list(self._load(index % len(self.files)))
+        with torch.random.fork_rng(devices=[]):  # not torch.manual_seed, which resets that of the GPU too
             for place, image in enumerate(images):
-                # not torch.manual_seed, which would also reset the generator of the GPU
-                torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
+                torch.default_generator.manual_seed(mix_seeds(self.seed, int(self.epoch), index))
                 images[place] = self.transform(image)
-        return images[0] if self.noisy is None else torch.stack(images), label
+        return torch.stack(images) if len(images) > 1 else images[0], self.targets[index]
 
     def _load(self, index):
         """The picture, or the clean and the noisy one, as a list."""
-        images = self.decoded.get(index)
-        if images is None:
-            files = [self.paths[index], *([] if self.noisy is None else [self.noisy[index]])]
-            images = [load_image(file).convert(self.mode) for file in files]
-            if len({image.size for image in images}) > 1:
-                (width, height), (other_width, other_height) = (image.size for image in images)
-                raise DataError(f"the noisy image {files[1]} has {other_width} x {other_height} pixels and its clean one "
-                                f"{width} x {height}: make them alike or remove both")
-            worker, size = get_worker_info(), sum(len(image.getbands()) * image.width * image.height for image in images)
-            if self.decoded_bytes[0] + size <= CACHE_BYTES // (worker.num_workers if worker else 1):
-                self.decoded[index] = images
-                self.decoded_bytes[0] += size
-        return list(images)
+        if index in self.decoded:
+            return self.decoded[index]
+        images = [load_image(file).convert(self.mode) for file in self.files[index]]
+        (width, height), size = images[0].size, images[-1].size
+        _refuse(size != (width, height), f"the noisy image {self.files[index][-1]} has {size[0]} x {size[1]} "
+                f"pixels and its clean one {width} x {height}: make them alike or remove both")
+        worker, count = get_worker_info(), len(images) * len(self.mode) * width * height
+        if self.decoded_bytes[0] + count <= CACHE_BYTES // (worker.num_workers if worker else 1):
+            self.decoded[index] = images
+            self.decoded_bytes[0] += count
+        return images
 
 
-class _ResizeAndCrop:
-    """Shrink the short side to size * 256/224 and cut the centre.
-
-    An image below that is not enlarged to it, only to `size` if it is even smaller: enlarged images are
-    smooth, too easy for a denoiser.
-    """
-
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, image):
-        short = min(max(min(image.size), self.size), round(self.size * 256 / 224))
-        return v2.functional.center_crop(v2.functional.resize(image, short), self.size)
+def _resize_and_crop(image, size):
+    """The centre of an image with its short side shrunk to size * 256/224, or enlarged to size alone."""
+    short = min(max(min(image.size), size), round(size * 256 / 224))
+    return v2.functional.center_crop(v2.functional.resize(image, short), size)
 
 
-def _transpose(image):
-    """A PIL image mirrored at its diagonal; with the two flips that makes all quarter turns."""
-    return image.transpose(Image.Transpose.TRANSPOSE)
-
-
-def _transform(size, labelled, augment):
-    """What a folder's images go through on their way to uint8 (C, H, W); None: nothing, the whole image.
-
-    Without labels: crops of size x size, flips and quarter turns.
-
-    Milder than the papers' on ImageNet: crops of 25 % of the area or more (torchvision's default is 8 %, but
-    much enlarged crops are smooth, too easy for a denoiser), brightness, contrast and saturation jitter 0.2.
-    """
+def _make_transform(size, labelled, augment):
+    """PIL image -> uint8 (C, size, size), or None: whole images. Without labels: crops, flips, quarter turns.
+    With labels milder than TF-NAS: crops of 25 % of the area or more (torchvision's default is 8 %, but much
+    enlarged images are smooth, easy for a denoiser), jitter of brightness, contrast and saturation 0.2."""
     if labelled and augment:
-        steps = [v2.RandomResizedCrop(size, scale=(0.25, 1)), v2.RandomHorizontalFlip(),
-                 v2.ColorJitter(0.2, 0.2, 0.2)]
+        steps = [v2.RandomResizedCrop(size, (0.25, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(.2, .2, .2)]
     elif labelled:
-        steps = [_ResizeAndCrop(size)]
+        steps = [functools.partial(_resize_and_crop, size=size)]
     elif augment:
+        transpose = functools.partial(Image.Image.transpose, method=Image.Transpose.TRANSPOSE)
         steps = [v2.RandomCrop(size, pad_if_needed=True, padding_mode="reflect"), v2.RandomHorizontalFlip(),
-                 v2.RandomVerticalFlip(), v2.RandomApply([_transpose])]
-    else:
-        return None
-    return v2.Compose([*steps, v2.PILToTensor()])
+                 v2.RandomVerticalFlip(), v2.RandomApply([transpose])]
+    return v2.Compose([*steps, v2.PILToTensor()]) if labelled or augment else None
 
 
-class Part(NamedTuple):
-    """What a folder holds."""
-    paths: list[Path]
-    targets: list[int]  # a label each, or -1
+@dataclass(frozen=True)
+class Part:
+    """Image files as in Pictures, their labels or -1, the classes, what they are and where from, in words."""
+    files: list[tuple[Path, ...]]
+    targets: list[int]
     classes: list[str] | None
-    noisy: list[Path] | None  # the same pictures with real noise
+    kind: str
+    source: str
 
-    def take(self, indices):
-        """The images of these places."""
-        return Part([self.paths[i] for i in indices], [self.targets[i] for i in indices], self.classes,
-                    None if self.noisy is None else [self.noisy[i] for i in indices])
+    def take(self, indices, source):
+        return replace(self, files=[self.files[i] for i in indices], source=source,
+                       targets=[self.targets[i] for i in indices])
 
 
 def _subfolders(folder):
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _without(path, word):
-    """The stem of a file with the last `word` in it, whatever its case, as "|", or None where it is not there by itself."""
-    stem = path.stem.lower()
-    found = list(re.finditer(rf"(?<![a-z]){word}(?![a-z])", stem)) if word in stem else []
-    return f"{stem[:found[-1].start()]}|{stem[found[-1].end():]}" if found else None
-
-
-def _by_name(named):
-    """{name: file} of (name, file); DataError where two files of one kind have the same name."""
-    files = {}
-    for name, path in named:
-        if name in files:
-            raise DataError(f"{files[name]} and {path} are the same side of one pair of images: remove one")
-        files[name] = path
-    return files
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _find_pairs(folder):
-    """(clean files, noisy files) of a folder of pairs, see LAYOUTS, or None; DataError names a file without a partner."""
-    images = list_images(folder)
+    """[(clean file, noisy file)] of a folder of pairs, see LAYOUTS, or []; DataError names one left alone."""
+    images, pairs, sides = list_images(folder), {}, ("clean", "noisy")
     if _subfolders(folder) == ["clean", "noisy"] and not images:
-        clean, noisy = ([(path.stem, path) for path in list_images(folder / kind)] for kind in ("clean", "noisy"))
+        named = [(path.stem, side, path) for side in sides for path in list_images(folder / side)]
     else:
-        for words in PAIR_WORDS:
-            noisy, clean = ([(_without(path, word), path) for path in images if _without(path, word)] for word in words)
-            if dict(noisy).keys() & dict(clean).keys():
+        for words in PAIR_WORDS:  # the name of a pair is what is left of a file's without the last such word
+            named = [(match.groups(), side, path) for path in images for side, word in zip(sides, words) if (
+                match := re.fullmatch(rf"(.*)(?<![a-z]){word}(?![a-z])(.*)", path.stem.lower(), re.DOTALL))]
+            if set.intersection(*({name for name, *at in named if at[0] == side} for side in sides)):
                 break
         else:
-            return None
-        clean += [(path, path) for path in sorted(set(images) - {path for _, path in clean + noisy})]
-    clean, noisy = _by_name(clean), _by_name(noisy)
-    if not clean and not noisy:
-        return None
-    for files, others, kind in ((clean, noisy, "noisy"), (noisy, clean, "clean")):
-        for name, path in files.items():
-            if name not in others:
-                raise DataError(f"{folder} holds pairs of noisy and clean images, but {path} has no {kind} one: add that, or "
-                                "remove this")
-    names = sorted(clean, key=clean.get)
-    return [clean[name] for name in names], [noisy[name] for name in names]
+            return []
+        named += [(path, "clean", path) for path in sorted(set(images) - {path for *_, path in named})]
+    for name, side, path in named:
+        first = pairs.setdefault(name, {}).setdefault(side, path)
+        _refuse(first != path, f"{first} and {path} are the same side of one pair of images: remove one")
+    for pair in pairs.values():
+        (side, path), *others = pair.items()
+        _refuse(not others, f"{folder} holds pairs of noisy and clean images, but {path} has no "
+                f"{'clean' if side == 'noisy' else 'noisy'} one: add that, or remove this")
+    return sorted((pair["clean"], pair["noisy"]) for pair in pairs.values())
 
 
 def _scan(folder):
     """The Part of a folder that holds class folders, images directly, or pairs."""
-    pairs = _find_pairs(folder)
-    if pairs:
-        return Part(pairs[0], [-1] * len(pairs[0]), None, pairs[1])
-    images, classes = list_images(folder), _subfolders(folder)
-    if images and classes:
-        raise DataError(f"{folder} holds both images and folders; {LAYOUTS}")
-    if images:
-        return Part(images, [-1] * len(images), None, None)
-    if len(classes) < 2:
-        holds = f"only one folder ({classes[0]})" if classes else "no images"
-        raise DataError(f"{folder} holds {holds}; {LAYOUTS}")
-    paths, targets = [], []
+    pairs, classes, targets = _find_pairs(folder), _subfolders(folder), []
+    files = pairs or [(path,) for path in list_images(folder)]
+    if files:
+        _refuse(classes and not pairs, f"{folder} holds both images and folders; {LAYOUTS}")
+        kind = "pairs of noisy and clean images" if pairs else "single images"
+        return Part(files, [-1] * len(files), None, kind, str(folder))
+    holds = f"only one folder ({classes[0]})" if classes else "no images"
+    _refuse(len(classes) < 2, f"{folder} holds {holds}; {LAYOUTS}")
     for label, name in enumerate(classes):
-        found = list_images(folder / name, recursive=True)
-        if not found:
-            raise DataError(f"the class folder {folder / name} holds no images: add some or remove it")
-        paths += found
-        targets += [label] * len(found)
-    return Part(paths, targets, classes, None)
+        files += [(path,) for path in list_images(folder / name, recursive=True)]
+        targets += [label] * (len(files) - len(targets))
+        _refuse([label] != targets[-1:], f"the class folder {folder / name} holds no images: remove it")
+    return Part(files, targets, classes, "class folders", str(folder))
 
 
-def _find_parts(folder, train_folders):
-    """{"train": Part, and "val", "test" where there are such folders}; with train_folders no "val", see load_data."""
+def _split_folder(folder, seed, train_folders, old_splits):
+    """The Parts of SPLITS, see load_data.
+    A class of two images has none in val; if no class has more, val and test share what is held back."""
+    def hold_back(part):
+        kept, held = stratified_split(part.targets, 0.9, seed)
+        return (part.take(kept, "the rest of " + part.source.removeprefix("the rest of ")),
+                part.take(held, f"a tenth of {part.source}"))
     trains = list(dict.fromkeys(train_folders or ["train"]))
-    for name in trains if train_folders else ():
-        if not (folder / name).is_dir():
-            raise DataError(f"--train-folders: there is no folder {folder / name}")
-    others = [name for name in (("test",) if train_folders else ("val", "test")) if name not in trains]
-    scans = {name: _scan(folder / name) for name in (*trains, *others) if (folder / name).is_dir()}
-    if not scans:
-        return {"train": _scan(folder)}
-    if trains[0] not in scans:
-        raise DataError(f"{folder} holds {' and '.join(scans)} but no train folder; {LAYOUTS}")
+    scans = {name: _scan(folder / name) for name in (*trains, "val", "test") if (folder / name).is_dir()}
+    scans = scans or ({} if train_folders else {"train": _scan(folder)})
+    for name in trains:
+        _refuse(name not in scans, f"--train-folders: there is no folder {folder / name}" if train_folders
+                else f"{folder} holds {' and '.join(scans)} but no train folder; {LAYOUTS}")
     first = scans[trains[0]]
-    for name, part in scans.items():
-        where = f"{folder / trains[0]} and {folder / name}"
-        if (part.classes is None) != (first.classes is None):
-            raise DataError(f"of {where} one holds class folders, the other images; {LAYOUTS}")
-        if part.classes != first.classes:
-            differing = ", ".join(sorted(set(part.classes) ^ set(first.classes))[:5])
-            raise DataError(f"the classes of {where} differ ({differing}): give both the same class folders")
-        if (part.noisy is None) != (first.noisy is None):
-            raise DataError(f"of {where} one holds pairs of noisy and clean images, the other single images; {LAYOUTS}")
-    parts = {name: scans[name] for name in others if name in scans}
-    together = [scans[name] for name in trains]
-    parts["train"] = Part(*(sum((part[field] for part in together), []) for field in range(2)), first.classes,
-                          None if first.noisy is None else sum((part.noisy for part in together), []))
-    return parts
+    for part in scans.values():
+        where = f"{first.source} and {part.source}"
+        _refuse(part.kind != first.kind, f"{where} hold {first.kind} and {part.kind}; {LAYOUTS}")
+        differing = ", ".join(sorted({*(part.classes or ())} ^ {*(first.classes or ())})[:5])
+        _refuse(differing, f"the classes of {where} differ ({differing}): give both the same class folders")
+    parts = [scans.pop(name) for name in trains]
+    train = replace(first, source=" and ".join(part.source for part in parts), files=sum((
+        part.files for part in parts), []), targets=sum((part.targets for part in parts), []))
+    val, test = scans.get("val"), scans.get("test")
+    if train_folders or not (old_splits or (val and test)):
+        val, test = None, test or (None if old_splits else val)
+    if test is None and not old_splits:
+        train, test = hold_back(train)
+        if len(set(train.targets)) == len(train.targets):
+            halves = stratified_split([-1] * len(test.files), 0.5, seed)
+            val, test = (test.take(half, f"half of {test.source}") for half in halves)
+    if val is None:
+        train, val = hold_back(train)
+    test = test or val
+    _refuse(not (train.files and val.files and test.files),
+            f"{folder} holds too few images for all splits (a class needs three); {LAYOUTS}")
+    return train, val, test
 
 
-def _existing(name):
-    folder = Path(name)
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
-    return folder
-
-
-def _load_folder(name, size, seed, train_images, val_images, augment, channels, crops, train_folders):
-    """Datasets of an image folder, see LAYOUTS. Without a val folder, a tenth of each class is held back."""
-    folder = _existing(name)
-    parts = _find_parts(folder, train_folders)
-    classes = parts["train"].classes
-    if "val" not in parts:
-        kept, held = stratified_split(parts["train"].targets, 0.9, seed)
-        if not held:
-            raise DataError(f"{folder} holds too few images to hold some back for validation; {LAYOUTS}")
-        parts["train"], parts["val"] = parts["train"].take(kept), parts["train"].take(held)
-
-    def dataset(split, count, augment, crops=1):
-        if split not in parts:
-            return None
-        part = parts[split].take(_choose(parts[split].targets, count, seed))
-        return Pictures(part.paths, part.targets, _transform(size, classes is not None, augment), seed, channels,
-                        part.noisy, crops)
-    return (dataset("train", train_images, augment, crops if classes is None else 1), dataset("val", val_images, False),
-            dataset("test", None, False), classes)
-
-
-# --- Entry points -------------------------------------------------------------------------------------------
-
-def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, augment=True, grey=False,
-              crops=1, train_folders=None):
-    """Data named `digits`, `mnist`, `digit-pairs`, `mnist-pairs` (MNIST is found under root, or downloaded), or the
-    path of an image folder.
-
-    size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). train_images, val_images: limits, chosen by
-    the seed in proportion to the classes. augment=False gives the training images of a folder the validation
-    transform. Where there is no val folder the split follows the seed, so evaluate with the seed of the
-    training. Of a folder, grey: one channel (MODES); crops: random crops of each training image an epoch, without
-    labels; train_folders: names of the folders in it that training images come from, all together, of which a tenth is
-    held back for validation. DataError says what is wrong.
-    """
-    load, default_size = SCENES.get(name, (None, 224))
-    size = default_size if size is None else size
-    if size < 8:
-        raise DataError(f"the image size must be at least 8 pixels, not {size}")
-    test, classes, channels = None, [str(digit) for digit in range(10)], 1 if grey else 3
-    if load is not None:
-        for flag, given in (("--grey", grey), ("--train-folders", train_folders)):
-            if given:
-                raise DataError(f"{flag} is for image folders, and {name} is drawn: leave it out")
-        train, val = load(root, size, seed, train_images, val_images)
+def _name_classes(folder, codes):
+    """The names of class folders by one of CLASS_FILES in `folder`, if there is one, else their own.
+    Its lines: a class folder, blank, tab or comma, the name; or names alone, as the folders are sorted."""
+    path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
+    if path is None or codes is None:
+        return codes
+    lines = [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    names = dict(re.split(r"[\s,]+", f"{line} ", maxsplit=1) for line in lines)
+    if set(codes) <= names.keys():
+        lines = [names[code].strip() or code for code in codes]
     else:
-        train, val, test, classes = _load_folder(name, size, seed, train_images, val_images, augment, channels, crops,
-                                                 train_folders)
-    return Data(str(name), train, val, test, classes, size, channels)
+        _refuse(len(lines) != len(codes) or set(codes) & names.keys(), f"{path} does not fit the folders "
+                f"of {folder}: give each a line, \"{codes[0]} NAME\", or the names alone, in their order")
+    return [name if lines.count(name) == 1 else f"{name} ({code})" for name, code in zip(lines, codes)]
+
+
+def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, test_images=None,
+              augment=True, grey=False, crops=1, train_folders=None, old_splits=False):
+    """Data of a name in SCENES (MNIST is found under root, or downloaded) or of the path of an image folder.
+    size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). *_images: limits, chosen by
+    seed, in proportion to the classes. Of a folder: augment=False, training images get the transform of the
+    others; grey, one channel (MODES); crops, of each training image without label an epoch; train_folders,
+    names of those whose images are all for training. test: the folder test, else val, else a tenth of the
+    training images, by seed; val: the folder val if there is test too and no train_folders, else a tenth of
+    the training images left. old_splits: as before, val is what test is now, test the folder test or val."""
+    size = SCENES.get(name, (224,))[0] if size is None else size
+    counts = (train_images, val_images, test_images)
+    _refuse(size < 8, f"the image size must be at least 8 pixels, not {size}")
+    _refuse(0 in counts, "the number of images must be at least 1, not 0")
+    channels, parts, classes = 1 if grey else 3, [], [str(digit) for digit in range(10)]
+    if name in SCENES:
+        _refuse(grey or train_folders, f"{'--grey' if grey else '--train-folders'} is for image folders, and "
+                f"{name} is drawn: leave it out")
+        parts = _load_scenes(name, root, size, seed, counts, old_splits)
+    else:
+        _refuse(not Path(name).is_dir(),
+                f"there is no folder {name}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
+        found = _split_folder(Path(name), seed, train_folders, old_splits)
+        classes = _name_classes(Path(name), found[0].classes)
+        for part, count, training in zip(found, counts, (True, False, False)):
+            part = part.take(_choose(part.targets, count, seed), part.source)
+            transform = _make_transform(size, classes is not None, augment and training)
+            repeats = crops if training and classes is None else 1
+            images = Pictures(part.files, part.targets, transform, seed, channels, repeats)
+            parts.append((images, part.source))
+    images, sources = zip(*parts)
+    return Data(str(name), *images, classes, size, channels, dict(zip(SPLITS, sources)))
 
 
 def load_everything(name, *, size=None, grey=False):
-    """Every picture below a folder, whole and without its label, as `val` of Data: a test set such as CBSD68.
-
-    Pairs are understood in the folder itself and in train, val and test in it, and are then all that is taken.
-    """
-    if name in SCENES:
-        raise DataError(f"all splits together are for image folders, and {name} is drawn: take one split")
-    folder = _existing(name)
-    channels = 1 if grey else 3
-    found = [pairs for pairs in map(_find_pairs, [folder, *(folder / split for split in ("train", "val", "test")
-                                                           if (folder / split).is_dir())]) if pairs]
-    paths = sum((clean for clean, _ in found), []) or list_images(folder, recursive=True)
-    if not paths:
-        raise DataError(f"{folder} holds no images; {LAYOUTS}")
-    pictures = Pictures(paths, channels=channels, noisy=sum((noisy for _, noisy in found), []) or None)
-    return Data(str(name), None, pictures, None, None, size or 224, channels)
+    """Every picture below a folder, whole and unlabelled, as `test`; of pairs those in it and in SPLITS."""
+    _refuse(name in SCENES, f"all splits together are for image folders, and {name} is drawn: take one split")
+    folder, channels = Path(name), 1 if grey else 3
+    folders = [folder, *(folder / split for split in SPLITS if (folder / split).is_dir())]
+    files = sum(map(_find_pairs, folders), []) or [(path,) for path in list_images(folder, recursive=True)]
+    _refuse(not files, f"{folder} holds no images; {LAYOUTS}")
+    pictures = Pictures(files, [-1] * len(files), channels=channels)
+    return Data(str(name), None, None, pictures, None, size or 224, channels, {"test": f"all of {folder}"})
 
 
-def _source(dataset):
-    """The dataset below any number of torch.utils.data.Subset."""
-    while hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return dataset
+# --- Loaders ------------------------------------------------------------------------------------------------
+def _source(dataset):  # below any number of torch.utils.data.Subset
+    return _source(dataset.dataset) if hasattr(dataset, "dataset") else dataset
 
 
 class Order(Sampler):
-    """The order of a dataset in an epoch: shuffled by (seed, epoch) or as it is, from image `start` of this process on.
-
-    With several processes (torchrun) each has every `world`-th image, beginning with its rank. In training all get the same
-    number, so that none waits for another; in evaluation no image is left out or comes twice.
-    """
-
-    def __init__(self, count, shuffle, seed, equal):
-        self.count, self.shuffle, self.seed = count, shuffle, seed
-        self.rank, self.world = rank_and_world()
-        self.epoch = self.start = 0
-        self.last = count - count % self.world if equal else count
+    """The order of a dataset in an epoch, from image `start` on: shuffled by (seed, epoch), or as it is.
+    Each of `world` processes has every `world`-th image. equal: all have the same number, so that none waits
+    for another (training); else every image comes once (evaluation)."""
+    def __init__(self, count, shuffle, seed, equal, rank, world):
+        self.count, self.shuffle, self.seed, self.epoch, self.start = count, shuffle, seed, 0, 0
+        self.places = slice(rank, count - count % world if equal else count, world)
 
     def __len__(self):
-        return len(range(self.rank, self.last, self.world))
+        return len(range(self.count)[self.places])
 
     def __iter__(self):
-        order = list(range(self.count))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-            order = torch.randperm(self.count, generator=generator).tolist()
-        return iter(order[self.rank:self.last:self.world][self.start:])
+        rng = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=rng).tolist() if self.shuffle else range(self.count)
+        return iter(order[self.places][self.start:])
 
 
-def _ignore_signals(_):
-    """In a worker process: signals to a whole job are for the main process, which ends its workers when it has saved."""
+def _ignore_signals(_):  # in a worker; the main process ends its workers, when it has saved
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 
 
-def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu"):
-    """Loader of (uint8 (B, C, H, W), int64 (B,)), in an order of its own, see Order and set_epoch.
-
-    Of pairs the images are (B, 2, C, H, W), see split_pair.
-
-    Whole images (unlabelled validation) differ in size, so they come one by one whatever batch_size is.
-    drop_last is ignored when no batch would be left. batch_size is that of one process.
-    """
-    if getattr(_source(dataset), "whole", False):
-        batch_size = 1
-    order = Order(len(dataset), shuffle, seed, equal=drop_last)
+def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu",
+                rank=0, world=1):
+    """Loader of (uint8 (B, C, H, W), or (B, 2, C, H, W) for pairs; int64 (B,)) in an Order of its own.
+    batch_size: of this process; whole images come one by one. drop_last: where a batch is left."""
+    batch_size = 1 if getattr(_source(dataset), "whole", False) else batch_size
+    order = Order(len(dataset), shuffle, seed, drop_last, rank, world)
     return DataLoader(
         dataset, batch_size, sampler=order, drop_last=drop_last and len(order) >= batch_size,
         pin_memory=torch.device(device).type == "cuda", num_workers=workers, persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals, generator=torch.Generator())  # of the workers' seeds; not the global one
+        worker_init_fn=_ignore_signals, generator=torch.Generator())  # of workers' seeds; not the global one
 
 
 def set_epoch(loader, epoch, batches=0):
-    """Make order and crops those of (seed, epoch), so that a resumed run sees what an unbroken one would.
-
-    batches: how many of this epoch's batches were seen already; none of their images is read.
-    """
+    """Make order and crops those of (seed, epoch), from batch `batches` on; earlier ones are not read."""
     loader.sampler.epoch, loader.sampler.start = epoch, batches * loader.batch_size
-    source = _source(loader.dataset)
-    if isinstance(source, Pictures):
-        source.epoch.fill_(epoch)
+    if isinstance(_source(loader.dataset), Pictures):
+        _source(loader.dataset).epoch.fill_(epoch)
 
 
-def twin(dataset):
-    """The same images with an epoch of their own, for a second loader whose epochs must not move this one's crops."""
+def with_own_epoch(dataset):
+    """The same images with an epoch of their own, for a second loader that must not change these crops."""
     other = copy.copy(dataset)
-    if isinstance(other, Pictures):
-        other.epoch = torch.zeros_like(dataset.epoch).share_memory_()
+    other.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
     return other
 
 
 def split_dataset(dataset, fraction, seed):
-    """stratified_split of a dataset's images, with all crops of one on the same side: two sorted lists of indices."""
+    """stratified_split of a dataset's images, with all crops of one on one side: two lists of indices."""
     crops = getattr(dataset, "crops", 1)
     count = len(dataset) // crops
     return tuple([crop * count + place for crop in range(crops) for place in part]
@@ -1006,19 +724,14 @@ def split_dataset(dataset, fraction, seed):
 
 
 def split_labels(labels, device):
-    """Labels of a loader on a device: ((B,), None); of pairs ((B * 2,), boxes (B, 2, 4): left, top, right, bottom)."""
+    """Labels of a loader: ((B,), None); of Pairs ((B * 2,), boxes (B, 2, 4): left, top, right, bottom)."""
     labels = labels.to(device, non_blocking=True)
     return (labels, None) if labels.ndim == 1 else (labels[..., 0].flatten(), labels[..., 1:])
 
 
-def split_pair(images):
-    """Images of a loader as (clean, noisy), each (B, C, H, W); noisy is None where noise is still to be added."""
-    return images.unbind(1) if images.ndim == 5 else (images, None)
-
-
 def is_paired(dataset):
     """Whether a dataset's images are pairs, (clean, noisy)."""
-    return getattr(_source(dataset), "noisy", None) is not None
+    return len(getattr(_source(dataset), "files", [()])[0]) > 1
 
 
 def to_float(images, device):
@@ -1027,143 +740,141 @@ def to_float(images, device):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def whole(low, high=2**31 - 1):
-    """A type for argparse: a whole number in [low, high]."""
-    def convert(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text}")
-        return value
-    convert.__name__ = "whole number"
-    return convert
+def split_pair(images, device):
+    """Images of a loader as (clean, noisy), see to_float; noisy: None, unless of pairs (B, 2, C, H, W)."""
+    clean, noisy = images.unbind(1) if images.ndim == 5 else (images, None)
+    return to_float(clean, device), None if noisy is None else to_float(noisy, device)
 
 
-def number(low, high):
+def clean_and_noisy(images, places, device, noise, seed=0, clip=False, protocol="own"):
+    """Images of a loader, cut to a multiple of noise.scale, and noise.add_fixed on them (or their own)."""
+    clean, real = split_pair(images, device)
+    if real is not None:
+        return clean, lambda sigma: real
+    height, width = (side - side % noise.scale for side in clean.shape[-2:])
+    clean = clean[..., :height, :width]
+    return clean, noise.add_fixed(clean, places, seed, protocol, clip)
+
+
+class NoisyBatches:
+    """Batches (noisy, clean, labels) of an epoch on the device, with `noise`, or for pairs with their own.
+    It is drawn on the device, by (seed, epoch, batch, rank of this process): the same in a resumed run."""
+    def __init__(self, loader, device, noise, seed, rank=0):
+        self.loader, self.device, self.noise, self.seed, self.rank = loader, device, noise, seed, rank
+        self.generator = torch.Generator(device=device)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, number, first=0):
+        """The batches of one epoch from the `first` on."""
+        set_epoch(self.loader, number, first)
+        for index, (images, labels) in enumerate(self.loader, first):
+            self.generator.manual_seed(mix_seeds(self.seed, number, index, self.rank))
+            clean, noisy = split_pair(images, self.device)  # (B, C, H, W)
+            noisy = self.noise.add_random(clean, self.generator) if noisy is None else noisy
+            yield noisy, clean, labels.to(self.device, non_blocking=True)
+
+
+# --- Flags --------------------------------------------------------------------------------------------------
+def number(low, high, kind="number"):
     """A type for argparse: a number in [low, high], or a fraction such as 25/255; nan is refused."""
     def convert(text):
-        above, *below = (float(part) for part in text.split("/"))
-        if len(below) > 1 or below == [0.0]:
-            raise ValueError
-        value = above / below[0] if below else above
+        above, *below = [int(text)] if kind == "whole number" else map(float, text.split("/", 1))
+        value = above / (below[0] or np.nan) if below else above
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be a {kind} from {low} to {high}, not {text}")
         return value
-    convert.__name__ = "number"
+    convert.__name__ = kind
     return convert
 
 
-def add_data_arguments(parser, training=True):
-    """Add the flags that search.py, train.py and eval.py share, and those of training images alone, see data_from."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits", metavar="NAME",
-                       help="digits (drawn, no download), mnist, digit-pairs, mnist-pairs (two digits, as in the "
-                       "papers' controlled study), or the path of an image folder (default: %(default)s)")
-    group.add_argument("--data-root", default="data", metavar="DIR",
-                       help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
-    group.add_argument("--size", type=whole(8, 65536), metavar="PIXELS",
-                       help="side of the training images in pixels, that of the crops of a folder without labels "
-                       "(default: 64 for digits and mnist, 96 for pairs, 224 for a folder)")
-    group.add_argument("--train-images", type=whole(1), metavar="N",
-                       help="number of training images (default: 4000 drawn digits, 25000 mnist-pairs, else all)")
-    group.add_argument("--val-images", type=whole(1), metavar="N",
-                       help="number of validation images (default: 1000 drawn digits, 5000 mnist-pairs, else all)")
-    group.add_argument("--train-folders", nargs="+", metavar="NAME",
-                       help="folders in --data whose images are for training, all together, a tenth of them held back for "
-                       "validation instead of a val folder (default: train, and val where there is one; together for "
-                       "a denoiser of search.py --model hinas)")
-    group.add_argument("--workers", type=whole(0, 1024), default=0, metavar="N",
-                       help="processes that read images, 0: the main one reads (default: %(default)s)")
+def whole(low, high=2**31 - 1):
+    """A type for argparse: a whole number in [low, high]."""
+    return number(low, high, "whole number")
+
+
+def add_data_arguments(parser, training=True, validation=True):
+    """Add the flags of the data: those of training images or --test-images, --val-images for validation."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="digits", metavar="NAME", help="digits (drawn, no download), mnist, digit-pairs, "
+        "mnist-pairs (two digits, the papers' controlled study), or an image folder (default: %(default)s)")
+    add("--data-root", default="data", metavar="DIR",
+        help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
+    add("--size", type=whole(8, 65536), metavar="PIXELS", help="side of the training images in pixels "
+        "(default: 64 for digits and mnist, 96 for pairs, 224 for a folder)")
+    for i, wanted in enumerate((training, validation, not training)):
+        if wanted:
+            add(f"--{SPLITS[i]}-images", type=whole(1), metavar="N", help=f"number of {SPLITS[i]} images "
+                f"(default: {SCENES['digits'][1][i]} drawn, {SCENES['mnist-pairs'][1][i]} mnist-pairs, else all)")
+    add("--train-folders", nargs="+", metavar="NAME", help="folders in --data whose images are for training, "
+        "all but a tenth for val; test is the folder test or val, or another tenth (default: train)")
+    add("--workers", type=whole(0, 1024), default=0, metavar="N",
+        help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:
-        group.add_argument("--grey", action=argparse.BooleanOptionalAction, default=False,
-                           help="read the images of a folder as one channel, ITU-R 601 luma, for grey networks "
-                           "(default: RGB; grey for a denoiser of search.py --model hinas)")
-        group.add_argument("--crops", type=whole(1, 100000), default=1, metavar="N",
-                           help="random crops of each training image an epoch, of a folder without labels; others come once "
-                           "(default: %(default)s)")
+        add("--grey", action=argparse.BooleanOptionalAction, default=False, help="read a folder's images as "
+            "one channel, ITU-R 601 luma (default: RGB; grey for a denoiser of search.py --model hinas)")
+        add("--crops", type=whole(1, 100000), default=1, metavar="N", help="random crops of each training "
+            "image an epoch, of a folder without labels (default: %(default)s)")
 
 
-def data_from(args):
-    """The Data that the flags of add_data_arguments ask for, split by --seed."""
-    return load_data(args.data, root=args.data_root, size=args.size, seed=args.seed, train_images=args.train_images,
-                     val_images=args.val_images, grey=args.grey, crops=args.crops, train_folders=args.train_folders)
+def data_from(flags, old_splits=False):
+    """The Data that a dict of the flags of add_data_arguments and --seed asks for."""
+    names = ("size", "seed", *(f"{split}_images" for split in SPLITS), "grey", "crops", "train_folders")
+    return load_data(flags["data"], root=flags["data_root"], old_splits=old_splits,
+                     **{name: flags[name] for name in names if name in flags})
 
 
 def add_noise_arguments(parser):
     """Add the flags of the noise in a training, see Noise."""
-    group = parser.add_argument_group("noise")
-    group.add_argument("--noise", choices=NOISES, default="gaussian",
-                       help="gaussian; or poisson-gaussian: photons and the noise of reading them, of standard deviation "
-                       "sigma at white, less in the dark (default: %(default)s)")
-    group.add_argument("--sigma", type=number(0, 10), default=1.0, metavar="S",
-                       help="sigma is drawn from U[0, S] per image, for images in [0, 1]; 0: clean; 25/255 is understood "
-                       "too, here and below (default: %(default)s)")
-    group.add_argument("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
-                       help="draw sigma from N evenly spaced values in [0, S] instead; 0: from all (default: %(default)s)")
-    group.add_argument("--sigmas", type=number(0, 10), nargs="+", metavar="S",
-                       help="draw sigma from these values instead of both; one: a fixed level (default: not given)")
+    add = parser.add_argument_group("noise", "Of images in [0, 1]; fractions work too, 25/255.").add_argument
+    add("--noise", choices=NOISES, default="gaussian", help="gaussian; or poisson-gaussian: shot noise, its "
+        "variance proportional to intensity, and read noise, together sigma at white (default: %(default)s)")
+    add("--sigma", type=number(0, 10), default=1.0, metavar="S",
+        help="sigma is drawn from U[0, S] per image; 0: clean (default: %(default)s)")
+    add("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
+        help="draw sigma from N evenly spaced values in [0, S] instead; 0: from all (default: %(default)s)")
+    add("--sigmas", type=number(0, 10), nargs="+", metavar="S",
+        help="draw sigma from these values instead of both; one: a fixed level (default: as --sigma says)")
 
 
-def noise_from(args, scale=1):
-    """The Noise that the flags of add_noise_arguments ask for, for a network that makes images `scale` times larger."""
-    return Noise(args.sigma, args.sigma_levels, tuple(args.sigmas or ()), args.noise, scale)
+def noise_from(flags, scale=1):
+    """The Noise that a dict of the flags of add_noise_arguments asks for; its network enlarges by `scale`."""
+    return Noise(flags["sigma"], flags["sigma_levels"], tuple(flags["sigmas"] or ()), flags["noise"], scale)
 
 
-IMAGE_FLAGS = ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels", "sigmas")
-
-
-def image_flags(args):
-    """What flags say of images and noise, as a record keeps it, so that the training sees what the search saw."""
-    return {name: getattr(args, name) for name in IMAGE_FLAGS}
-
-
-def without_what_changed(images, words, same_data):
-    """The images of a record without what other flags on a command line (its words) take the place of."""
-    given = {word.split("=")[0] for word in words}
-    dropped = {"sigmas"} if given & {"--sigma", "--sigma-levels"} else set()
-    dropped |= set() if same_data else {"crops", "train_folders"}
-    return {name: value for name, value in images.items() if name not in dropped} if isinstance(images, dict) else images
-
-
-def as_command_line(images):
-    """The same as words of a command line; what a record holds besides is left out."""
-    words = []
-    for name in IMAGE_FLAGS:
-        value = images.get(name) if isinstance(images, dict) else None
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, value) if isinstance(value, list)
-                                                       else [str(value)])]
-    return words
+def image_flags(values):
+    """The flags of images and noise that a record keeps, so that a training sees what the search saw."""
+    return {name: values[name]
+            for name in ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels", "sigmas")}
 
 
 def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
-    """Write a PNG: one training image of each of the first classes, a row for each noise level, or clean and noisy."""
+    """Write a PNG: a column for a training image of each class, rows for noise levels or clean and noisy."""
     targets = data.train.targets
     firsts = [targets.index(label) for label in sorted(set(targets))] if data.classes else range(len(targets))
-    images, noisy = split_pair(torch.stack([data.train[i][0] for i in firsts[:columns]]))
-    images, generator = to_float(images, "cpu"), torch.Generator().manual_seed(seed)
-    rows = ([images, to_float(noisy, "cpu")] if noisy is not None else
-            [add_noise(images, sigma, generator, clip=True) for sigma in sigmas])  # a picture cannot but clip
+    images, noisy = split_pair(torch.stack([data.train[place][0] for place in firsts[:columns]]), "cpu")
+    noise = Noise().add_fixed(images, range(len(images)), seed, clip=True)  # a picture cannot but clip
+    rows = [noise(sigma) for sigma in sigmas] if noisy is None else [images, noisy]
     grid = utils.make_grid(torch.cat(rows), nrow=len(images), padding=2, pad_value=1)
-    beside = Path(f"{path}.part")
-    v2.functional.to_pil_image(grid).save(beside, format="PNG")
-    os.replace(beside, path)
+    v2.functional.to_pil_image(grid).save(f"{path}.part", format="PNG")
+    os.replace(f"{path}.part", path)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="data.py", usage="python data.py [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Show what a source of images holds, and write a picture of it with noise added.",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
-  python data.py --output preview.png
-  python data.py --data mnist --data-root data --train-images 1000
-  python data.py --data path/to/images --size 128 --output images.png""")
+        epilog="examples:\n  python data.py --output preview.png\n"
+               "  python data.py --data mnist --data-root data --train-images 1000\n"
+               "  python data.py --data path/to/images --size 128 --output images.png")
     add_data_arguments(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", default="preview.png", metavar="FILE",
-                       help="PNG to write: a column for each class, a row each for sigma 0, 0.2, 0.5, 1.0, "
-                       "clipped, or for clean and noisy images of pairs (default: %(default)s)")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N",
-                       help="seed of images, splits and noise (default: %(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="preview.png", metavar="FILE", help="PNG to write: a column for each class, a "
+        "row each for sigma 0, 0.2, 0.5, 1.0, clipped, or clean and noisy (default: %(default)s)")
+    add("--seed", type=whole(0), default=0, metavar="N",
+        help="seed of images, splits and noise (default: %(default)s)")
     return parser
 
 
@@ -1171,19 +882,18 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        data = data_from(args)
+        data = data_from(vars(args))
         preview(data, args.output, args.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{'split':<8}{'images':>8}{'classes':>9}  size")
-    for split in ("train", "val", "test"):
+    print(f"{'split':<8}{'images':>8}{'classes':>9}  {'size':<14}from")
+    for split, source in data.sources.items():
         dataset = getattr(data, split)
-        if dataset is not None:
-            size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
-            print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size}")
-    print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only")
+        size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
+        print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size:<14}{source}")
     rows = "clean above noisy" if is_paired(data.train) else "sigma 0, 0.2, 0.5, 1.0 from top to bottom"
-    print(f"wrote {args.output}: {rows}")
+    print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only",
+          f"wrote {args.output}: {rows}", sep="\n")
 
 
 if __name__ == "__main__":

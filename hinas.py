@@ -1,708 +1,184 @@
-"""HiNAS: restoration networks (denoising, super-resolution) whose cells and widths are found by gradient descent.
+"""HiNAS: denoisers and super-resolution networks whose cells and widths are found by gradient descent.
 
-    supernet = SuperNet(Space())                     # train weight_parameters() and arch_parameters() in turn
-    image, _ = build(supernet.derive())(torch.rand(1, 1, 64, 64))
-
-    python search.py --model hinas --data photos                          # searches; see search.py --help
-    python hinas.py --arch runs/search/arch.json --output network.svg     # a picture of what was found
+    python search.py --model hinas --data photos                        # searches; --help lists the flags
+    python hinas.py --arch runs/search/arch.json --output network.svg   # draws what was found
     python hinas.py --arch runs/search/arch.json --change R1 --output r1/arch.json
 
-Zhang, Li, Gong, Chen, Bai and Shen, "Memory-Efficient Hierarchical Neural Architecture Search for Image Restoration", 2020.
-Where the paper is silent a docstring says so, and what is done here. This file needs torch only and works when copied alone
-(its command line reads records, and needs models.py).
+    image, _ = build(SuperNet(Space()).likeliest())(torch.rand(1, 1, 64, 64))
+
+Zhang et al., "Memory-Efficient Hierarchical Neural Architecture Search for Image Restoration", 2020.
+Docstrings say what it leaves open and where we depart from it. The file needs torch only and works when
+copied alone; its command reads records with files.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
-from itertools import combinations
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
+MODELS = ("hinas",)  # what --model of search.py calls this method
+TRAIN_DEFAULTS = {"epochs": 20, "batch_size": 24, "optimizer": "adam", "lr": 2e-3,
+                  "denoising_loss": "log-ssim"}
 TASKS = {"denoise": (3, 4), "sr": (2, 3)}  # task -> layers, nodes of a cell (section 4.1)
 SCALES = {"denoise": (1,), "sr": (2, 3, 4)}
-WIDTH_FACTORS = (1.0, 1.5, 2.0)  # gamma of eq. 4. The text says 2^i too; the authors' code and parameter counts have these
-WIDTHS = {"searched": None, "w40": (2.0, 2.0, 2.0), "wm": (1.0, 2.0, 4.0)}  # HiNAS-ws, -w40 (40, 40, 40), -wm (20, 40, 80)
-SEARCH_WIDTH, FOUND_WIDTH = 10, 20  # base width W of the supernet, and of the network that is found
+WIDTH_FACTORS = (1.0, 1.5, 2.0)  # gamma of eq. 4; the text also says 2^i, the authors' code has these
+SEARCH_WIDTH, FOUND_WIDTH = 10, 20  # base width W of the supernet, and of the found network
 STEM_CHANNELS, HIGH_CHANNELS, LOW_CHANNELS = 64, 128, 48
 
 
 class Output(NamedTuple):
     """What every network returns: `image` (B, C, scale * H, scale * W); there are no logits."""
-
     image: Tensor
     logits: Tensor | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Operations (section 3.1)
-
-
-def conv(in_channels: int, channels: int, kernel_size: int, affine: bool = True, dilation: int = 1) -> nn.Sequential:
+# --- Operations (section 3.1) -----------------------------------------------------------------------------
+def conv(in_channels: int, channels: int, size: int, affine=True, dilation=1, separable=False) -> nn.Module:
     """LeakyReLU(0.2), convolution without bias, batch norm: (B, in_channels, H, W) -> (B, channels, H, W).
 
-    `affine`: scale and shift in the norm, in the final network only. Zeros at the border (the paper does not say).
+    `affine`: the norm has scale and shift, in the found network only. `separable`: a depthwise and a 1x1
+    convolution. Padding with zeros (the paper states none).
     """
-    return nn.Sequential(
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(in_channels, channels, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, bias=False),
-        nn.BatchNorm2d(channels, affine=affine))
+    how = {"padding": dilation * (size // 2), "dilation": dilation, "bias": False}
+    convolutions = [nn.Conv2d(in_channels, channels, size, **how)] if not separable else [
+        nn.Conv2d(in_channels, in_channels, size, groups=in_channels, **how),
+        nn.Conv2d(in_channels, channels, 1, bias=False)]
+    return nn.Sequential(nn.LeakyReLU(0.2), *convolutions, nn.BatchNorm2d(channels, affine=affine))
 
 
-def separable(in_channels: int, channels: int, kernel_size: int, affine: bool = True) -> nn.Sequential:
-    """The same with a depthwise and a 1x1 convolution in place of the convolution."""
-    return nn.Sequential(
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, bias=False),
-        nn.Conv2d(in_channels, channels, 1, bias=False),
-        nn.BatchNorm2d(channels, affine=affine))
-
-
-def separable_twice(channels: int, kernel_size: int, affine: bool) -> nn.Sequential:
-    return nn.Sequential(*(separable(channels, channels, kernel_size, affine) for _ in range(2)))
-
-
-# One entry per operation: name -> function of (channels, affine) that makes it. The seventh is "none": it returns zero, so
-# that there is nothing to compute, and a found network never has it.
-OPERATIONS = {
-    "conv3": lambda channels, affine: conv(channels, channels, 3, affine),
-    "sep3": lambda channels, affine: separable_twice(channels, 3, affine),
-    "sep5": lambda channels, affine: separable_twice(channels, 5, affine),
-    "dil3": lambda channels, affine: conv(channels, channels, 3, affine, dilation=2),
-    "dil5": lambda channels, affine: conv(channels, channels, 5, affine, dilation=2),
-    "skip": lambda channels, affine: nn.Identity(),
-}
-CHOICES = (*OPERATIONS, "none")  # in the order of alpha's last dimension
+OPERATIONS = {  # name -> function of (channels, affine)
+    "conv3": lambda c, affine: conv(c, c, 3, affine),
+    "sep3": lambda c, affine: nn.Sequential(*(conv(c, c, 3, affine, separable=True) for _ in range(2))),
+    "sep5": lambda c, affine: nn.Sequential(*(conv(c, c, 5, affine, separable=True) for _ in range(2))),
+    "dil3": lambda c, affine: conv(c, c, 3, affine, dilation=2),
+    "dil5": lambda c, affine: conv(c, c, 5, affine, dilation=2),
+    "skip": lambda c, affine: nn.Identity()}
+CHOICES = (*OPERATIONS, "none")  # alpha's last dimension; "none" returns zero, and is never found
 
 
 def edges_of(node: int) -> slice:
-    """The rows of alpha that hold the edges into a node: from the two inputs of the cell, then from each node before it."""
-    start = node * (node + 3) // 2
-    return slice(start, start + node + 2)
+    """The rows of alpha of the edges into a node: from the cell's two inputs, then from earlier nodes."""
+    return slice(node * (node + 3) // 2, (node + 1) * (node + 4) // 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The found network
-
-
+# --- Designs and their space ------------------------------------------------------------------------------
 class Part(NamedTuple):
-    """One timed part of a network: an operation of a cell, or a 1x1 convolution ("pointwise") between widths.
-
-    All maps have the size of the input, so that these three fields are all that its work depends on.
-    """
-
+    """One timed part: an operation of a cell, or a 1x1 convolution ("pointwise") between widths."""
     operation: str
     in_channels: int
     out_channels: int
 
 
-class Cell(nn.Module):
-    """A found cell: two 1x1 convolutions, then nodes that add two operations each; the nodes are concatenated (eq. 3).
-
-    forward: outputs (B, first, H, W) of the layer before and (B, second, H, W) of the one before that
-    -> (B, nodes * width, H, W).
-    """
-
-    def __init__(self, layer: Layer, first: int, second: int):
-        super().__init__()
-        self.layer, self.in_channels = layer, (first, second)
-        self.inputs = nn.ModuleList(conv(channels, layer.width, 1) for channels in (first, second))
-        self.nodes = nn.ModuleList(nn.ModuleList(OPERATIONS[edge.operation](layer.width, True) for edge in node)
-                                   for node in layer.nodes)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        states = [self.inputs[0](first), self.inputs[1](second)]  # (B, width, H, W) each
-        for node, edges in zip(self.nodes, self.layer.nodes):
-            states.append(sum(operation(states[edge.source]) for operation, edge in zip(node, edges)))
-        return torch.cat(states[2:], 1)
-
-    def parts(self) -> list[tuple[Part, nn.Module]]:
-        """Each searched part with its module."""
-        width = self.layer.width
-        inputs = [(Part("pointwise", channels, width), module) for channels, module in zip(self.in_channels, self.inputs)]
-        return inputs + [(Part(edge.operation, width, width), module)
-                         for node, edges in zip(self.nodes, self.layer.nodes) for module, edge in zip(node, edges)]
-
-
-def enlarge(x: Tensor, scale: int) -> Tensor:
-    """Bicubic enlargement with the field's kernel, a = -0.5 (torch has that of MATLAB and Pillow with `antialias` only)."""
-    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False, antialias=True)
-
-
-class Frame(nn.Module):
-    """What is around the cells (fig. 2 and 4), the same for the supernet and what it finds.
-
-    Start: 3x3 convolution to 64, 3x3 to nodes * base_width channels, as a cell of base width has. End: 1x1 to 128 of the
-    last cell ("high"), 1x1 to 48 of the last cell of base width, or of the stem where there is none ("low"), concatenated,
-    two separable 3x3 to 128, 3x3 to the image. These sizes are the authors' code's; the paper gives neither them nor the
-    norms: here every convolution is an operation as in the cells, but that the first has no activation before it and the
-    last no norm after it. In residual learning the result is added to the input, or to its bicubic enlargement (section 3.3).
-    """
-
-    denoises, classifies = True, False
-
-    def __init__(self, plan: Design | Space, base_width: int, affine: bool):
-        super().__init__()
-        self.channels, self.scale, self.residual = plan.channels, plan.scale, plan.residual
-        width = plan.nodes * base_width
-        self.stem = nn.Sequential(*conv(self.channels, STEM_CHANNELS, 3, affine)[1:], conv(STEM_CHANNELS, width, 3, affine))
-        self.low = conv(width, LOW_CHANNELS, 1, affine)
-        self.end = nn.Sequential(
-            separable(HIGH_CHANNELS + LOW_CHANNELS, 128, 3, affine), separable(128, 128, 3, affine),
-            nn.LeakyReLU(0.2), nn.Conv2d(128, self.channels * self.scale ** 2, 3, padding=1))
-        if self.residual:  # what is added begins at zero: from noise of its own making a short search does not come back
-            nn.init.zeros_(self.end[-1].weight)
-            nn.init.zeros_(self.end[-1].bias)
-
-    def finish(self, x: Tensor, high: Tensor, low: Tensor) -> Output:
-        """The image, from the input (B, C, H, W), (B, 128, H, W) and (B, nodes * base_width, H, W)."""
-        image = self.end(torch.cat((high, self.low(low)), 1))  # (B, C * scale^2, H, W)
-        image = F.pixel_shuffle(image, self.scale)  # (B, C, scale * H, scale * W)
-        if not self.residual:
-            return Output(image)
-        enlarged = x if self.scale == 1 else enlarge(x, self.scale)
-        return Output(enlarged + image)
-
-
-class HinasNetwork(Frame):
-    """The network of a `Design`.
-
-    forward: (B, C, H, W), clean images in [0, 1] plus noise, or small images, any H and W -> Output(image (B, C, scale * H,
-    scale * W)), not clamped. Layer 0 takes the stem twice, layer 1 layer 0 and the stem.
-    """
-
-    def __init__(self, design: Design):
-        super().__init__(design, design.base_width, affine=True)
-        self.design = design
-        channels = [design.nodes * design.base_width] * 2
-        self.cells = nn.ModuleList()
-        for layer in design.layers:
-            self.cells.append(Cell(layer, channels[-1], channels[-2]))
-            channels.append(design.nodes * layer.width)
-        self.high = conv(channels[-1], HIGH_CHANNELS, 1)
-
-    def forward(self, x: Tensor) -> Output:
-        second = first = low = self.stem(x)
-        for cell in self.cells:
-            first, second = cell(first, second), first  # (B, nodes * width, H, W)
-            low = first if cell.layer.width == self.design.base_width else low
-        return self.finish(x, self.high(first), low)
-
-    def parts(self) -> list[tuple[Part, nn.Module]]:
-        """Each searched part with its module; the rest is stem, `low` and end."""
-        last = Part("pointwise", self.design.nodes * self.design.layers[-1].width, HIGH_CHANNELS)
-        return [part for cell in self.cells for part in cell.parts()] + [(last, self.high)]
-
-
-def build(design: Design) -> HinasNetwork:
-    """The network of a design with fresh weights."""
-    return HinasNetwork(design)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The supernet
-
-
-def weighted(weights: Tensor, features: list[Tensor]) -> Tensor:
-    """Sum of weights (n,) times n features of one shape."""
-    return sum(weight * feature for weight, feature in zip(weights, features, strict=True))
-
-
-class SuperCell(nn.Module):
-    """Every cell of one width: each node adds all operations on all its edges (eq. 1 and 2).
-
-    forward: two inputs (B, width, H, W), and the operations' weights (edges, 7) -> (B, nodes * width, H, W).
-    """
-
-    def __init__(self, nodes: int, width: int):
-        super().__init__()
-        self.nodes = nn.ModuleList(
-            nn.ModuleList(nn.ModuleList(make(width, False) for make in OPERATIONS.values()) for _ in range(node + 2))
-            for node in range(nodes))  # node, edge, operation
-
-    def forward(self, first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-        states = [first, second]
-        for index, node in enumerate(self.nodes):
-            states.append(sum(weight * operation(state) for edge, state, row in zip(node, states, weights[edges_of(index)])
-                              for operation, weight in zip(edge, row)))  # without "none", the last weight
-        return torch.cat(states[2:], 1)
-
-
-class SuperLayer(nn.Module):
-    """The cells of a layer, one per width, and the 1x1 convolutions that bring what they take to that width.
-
-    With `share_cells` a cell computes once, on the weighted sum of its inputs (eq. 5); else once with weights of its own for
-    each width of the layer before, and the results are summed (eq. 6). forward: the outputs of the two layers before, one
-    per width, and their weights `before` and `two_before` (widths there, widths here).
-    """
-
-    def __init__(self, space: Space, number: int, base_width: int, share_cells: bool):
-        super().__init__()
-        self.share_cells, self.recompute = share_cells, False
-        widths = space.widths_of(number, base_width)
-        self.sources = [[space.sources(number, index, back) for index in range(len(widths))] for back in (1, 2)]
-        self.inputs = nn.ModuleList()  # one or two layers before, width here, width there
-        for back, sources in zip((1, 2), self.sources):
-            earlier = space.widths_of(max(number - back, -1), base_width)
-            self.inputs.append(nn.ModuleList(
-                nn.ModuleList(conv(space.nodes * earlier[source], width, 1, affine=False) for source in row)
-                for width, row in zip(widths, sources)))
-        self.cells = nn.ModuleList(  # width here; and width there, where they are not shared
-            nn.ModuleList(SuperCell(space.nodes, width) for _ in (row[:1] if share_cells else row))
-            for width, row in zip(widths, self.sources[0]))
-
-    def forward(self, first: list[Tensor], second: list[Tensor], before: Tensor, two_before: Tensor,
-                weights: Tensor) -> list[Tensor]:
-        outputs = []
-        for index, cells in enumerate(self.cells):
-            here, there = self.sources[0][index], self.sources[1][index]
-            ones = [convolution(first[source]) for source, convolution in zip(here, self.inputs[0][index])]
-            twos = [convolution(second[source]) for source, convolution in zip(there, self.inputs[1][index])]
-            two = weighted(two_before[there, index], twos)  # (B, width, H, W)
-            if self.share_cells:
-                outputs.append(self._run(cells[0], weighted(before[here, index], ones), two, weights))
-            else:
-                found = [self._run(cell, one, two, weights) for cell, one in zip(cells, ones)]
-                outputs.append(weighted(before[here, index], found))  # (B, nodes * width, H, W)
-        return outputs
-
-    def _run(self, cell: nn.Module, *inputs: Tensor) -> Tensor:
-        return recomputed(cell, *inputs, use_reentrant=False) if self.recompute else cell(*inputs)
-
-
-class SuperNet(Frame):
-    """Every network of a space at once: weights, and the logits `alpha` (layers, edges, 7) and `beta` (layers, 3, 3).
-
-    softmax(alpha) weighs the operations of an edge; `layerwise=False` has one alpha (1, edges, 7) for all layers (LWAS,
-    table 1). softmax(beta[layer, width before]) is the probability of each width of a layer, given the one of the layer
-    before: a step narrower, the same, or a step wider, from width 0 in the stem, so that layer 0 has two. The rest of beta
-    is not used; widths that the space fixes have none.
-
-    forward: like the network that is found. `recompute` forgets what cells computed and computes it again in the backward
-    pass: less memory, more time, the same gradients (running statistics of the norms move twice per step).
-
-    The paper's eq. 5 leaves open how beta is normalised, and takes the second input from a cell of the same width two
-    layers before, which a path need not have. Here beta says how likely each path of widths is, and a cell's inputs, the
-    end's, and the expected cost are weighted with what follows from it: the first input by P(width of the layer before |
-    this width), the second by P(width two layers before | this width). The end adds the 1x1 convolutions of the last
-    layer's widths by P(width), where the paper concatenates. So a decided supernet is exactly what it exports.
-
-    Sharing saves a factor of 3 (section 3.2) where a cell has three widths before it. In the paper's denoising supernet
-    most have one or two: 8 cells stand for 14, and the middle part keeps 0.59 of the memory.
-    """
-
-    def __init__(self, space: Space, base_width: int = SEARCH_WIDTH, share_cells: bool = True, layerwise: bool = True,
-                 recompute: bool = False):
-        super().__init__(space, base_width, affine=False)
-        self.space, self.base_width, self.layerwise = space, base_width, layerwise
-        self.layers = nn.ModuleList(SuperLayer(space, number, base_width, share_cells) for number in range(space.layers))
-        for layer in self.layers:
-            layer.recompute = recompute
-        self.high = nn.ModuleList(conv(space.nodes * width, HIGH_CHANNELS, 1, affine=False)
-                                  for width in space.widths_of(space.layers - 1, base_width))
-        edges = edges_of(space.nodes).start
-        self.alpha = nn.Parameter(torch.zeros(space.layers if layerwise else 1, edges, len(CHOICES)))
-        self.beta = nn.Parameter(torch.zeros(space.layers, 3, 3)) if space.widths is None else None
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.named_parameters() if name not in ("alpha", "beta")]
-
-    def arch_parameters(self) -> list[nn.Parameter]:
-        return [self.alpha] if self.beta is None else [self.alpha, self.beta]
-
-    def log_steps(self) -> list[Tensor]:
-        """Per layer: log P(width | width of the layer before), (widths there, widths here); -inf where there is no step."""
-        if self.beta is None:
-            return [self.alpha.new_zeros(1, 1)] * self.space.layers
-        steps = []
-        for number, beta in enumerate(self.beta):
-            there, here = (len(self.space.factors(n)) for n in (number - 1, number))
-            index = torch.arange(3, device=beta.device)
-            apart = (index[:, None] - index).abs()[:there, :here] > 1
-            steps.append(beta[:there, :here].masked_fill(apart, -math.inf).log_softmax(1))
-        return steps
-
-    def chain(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per layer: P(width), P(width of the layer before | width), P(width two layers before | width).
-
-        The second and third are (widths there, widths here); columns sum to 1.
-        """
-        log_p, p, before, two_before = self.alpha.new_zeros(1), [], [], []
-        for step in self.log_steps():
-            joint = log_p[:, None] + step
-            log_p = joint.logsumexp(0)
-            p.append(log_p.exp())
-            before.append(joint.softmax(0))
-            two_before.append(before[-2] @ before[-1] if len(before) > 1 else before[-1])  # layer 0: the stem twice
-        return p, before, two_before
-
-    def forward(self, x: Tensor) -> Output:
-        features, low, p = self.middle(self.stem(x))
-        high = weighted(p, [convolution(feature) for convolution, feature in zip(self.high, features)])
-        return self.finish(x, high, low)
-
-    def middle(self, stem: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The layers: from the stem's output to the last layer's, one per width, the `low` feature, and P(width)."""
-        second = first = low = [stem]  # low: the last feature of base width on the way to each width
-        p, before, two_before = self.chain()
-        for number, layer in enumerate(self.layers):
-            weights = F.softmax(self._alpha(number), 1)
-            first, second = layer(first, second, before[number], two_before[number], weights), first
-            widths = self.space.widths_of(number, self.base_width)
-            low = [feature if width == self.base_width
-                   else weighted(before[number][sources, index], [low[source] for source in sources])
-                   for index, (feature, width, sources) in enumerate(zip(first, widths, layer.sources[0]))]
-        return first, weighted(p[-1], low), p[-1]
-
-    def _alpha(self, number: int) -> Tensor:
-        return self.alpha[number if self.layerwise else 0]
-
-    def _alike(self, number: int) -> list[int]:
-        """The layers whose cells have the operations of a layer's."""
-        return [number] if self.layerwise else list(range(self.space.layers))
-
-    def entropy(self) -> Tensor:
-        """Entropy of each searched decision divided by its maximum: 1 undecided, 0 decided. Operations, then widths."""
-        log_p = F.log_softmax(self.alpha.detach(), 2).flatten(0, 1)
-        values = [-(log_p.exp() * log_p).sum(1) / math.log(len(CHOICES))]
-        if self.beta is not None:
-            for step in self.log_steps():
-                p = step.detach().exp()
-                values.append(torch.special.entr(p).sum(1) / (step > -math.inf).sum(1).log())
-        return torch.cat(values)
-
-    def expected_cost(self, costs: dict[Part, float], rest: float = 0.0) -> Tensor:
-        """The cost of the found network (of the space's base width) to expect, in the unit of `costs`; differentiable.
-
-        Paths of widths count by their probability. A node keeps a pair of edges with a probability proportional to the
-        product of their strengths (see `strengths`), so that two edges count in all and the likeliest pair is the one that
-        `derive` takes; a kept edge has operation o with softmax(alpha) over all but "none". Where all is decided this is the
-        sum of the found network's parts plus `rest`. The paper has no cost in its search. KeyError where `costs` lacks a
-        possible part.
-        """
-        space, nodes = self.space, self.space.nodes
-        p, before, two_before = self.chain()
-        total = self.alpha.new_tensor(rest)
-        widths = [space.widths_of(number) for number in range(-1, space.layers)]  # [0]: the stem
-        for number in range(space.layers):
-            kept = self.kept_operations(number)
-            for index, width in enumerate(widths[number + 1]):
-                operations = kept.new_tensor([costs[Part(name, width, width)] for name in OPERATIONS])
-                cost = (kept * operations).sum()
-                for back, weights in ((1, before[number]), (2, two_before[number])):
-                    earlier = widths[max(number + 1 - back, 0)]
-                    for source in space.sources(number, index, back):
-                        cost = cost + weights[source, index] * costs[Part("pointwise", nodes * earlier[source], width)]
-                if number == space.layers - 1:
-                    cost = cost + costs[Part("pointwise", nodes * width, HIGH_CHANNELS)]
-                total = total + p[number][index] * cost
-        return total
-
-    def kept_operations(self, number: int) -> Tensor:
-        """The probability that a layer's cell has an operation on an edge, (edges, 6); two per node in all."""
-        alpha = self._alpha(number)
-        log_strength, kept = strengths(alpha), []
-        for node in range(self.space.nodes):
-            rows = log_strength[edges_of(node)]
-            pairs = torch.combinations(torch.arange(len(rows), device=rows.device))  # (pairs, 2)
-            p = rows[pairs].sum(1).softmax(0)
-            kept.append(torch.zeros_like(rows).index_add(0, pairs.flatten(), p.repeat_interleave(2)))
-        return torch.cat(kept)[:, None] * F.softmax(alpha[:, :-1], 1)
-
-    def derive(self, base_width: int | None = None) -> Design:
-        """The found network's design, of the space's base width unless another is given."""
-        path = likeliest_path(self.log_steps())
-        base_width = self.space.base_width if base_width is None else base_width
-        widths = (self.space.widths_of(number, base_width)[index] for number, index in enumerate(path))
-        layers = (Layer(width, strongest_edges(self._alpha(number), self.space.nodes)) for number, width in enumerate(widths))
-        return self.space.design(tuple(layers), base_width)
-
-    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
-        """The costs of the cheapest and the dearest network of the space."""
-        ends = []
-        for best in (min, max):
-            totals = []
-            for path in self.space.paths():
-                widths = [self.space.widths_of(number)[index] for number, index in enumerate(path)]
-                names = [best(OPERATIONS, key=lambda name: sum(costs[Part(name, widths[each], widths[each])] for each in alike))
-                         for alike in map(self._alike, range(len(widths)))]
-                totals.append(self.space.cost(self.space.design(tuple(
-                    Layer(width, tuple((Edge(0, name), Edge(1, name)) for _ in range(self.space.nodes)))
-                    for width, name in zip(widths, names))), costs, rest))
-            ends.append(best(totals))
-        return ends[0], ends[1]
-
-    @torch.no_grad()
-    def fit(self, costs: dict[Part, float], rest: float, target: float) -> Design:
-        """The likeliest network within a target cost: of each path of widths, with operations exchanged until it is met.
-
-        Each exchange is the one that loses the least log probability per cost; where all layers share one alpha, it is made in
-        all of them. The cheapest where none is within the target.
-        """
-        steps, found = self.log_steps(), []
-        for path in self.space.paths():
-            before, score = 0, 0.0
-            for number, index in enumerate(path):
-                score, before = score + float(steps[number][before, index]), index
-            design = self.space.design(tuple(
-                Layer(self.space.widths_of(number)[index], strongest_edges(self._alpha(number), self.space.nodes))
-                for number, index in enumerate(path)))
-            present = self.space.cost(design, costs, rest)
-            while present > target:
-                exchanges = []
-                for place in _places(design):
-                    alike = self._alike(place[0])
-                    if place[0] != alike[0]:
-                        continue
-                    edge, widths = _edge(design, place), [design.layers[layer].width for layer in alike]
-                    log_p = F.log_softmax(self._alpha(place[0])[edges_of(place[1]).start + edge.source].detach(), 0).tolist()
-                    for number, name in enumerate(OPERATIONS):
-                        gain = sum(costs[Part(edge.operation, width, width)] - costs[Part(name, width, width)] for width in widths)
-                        if gain > 1e-9:
-                            loss = log_p[CHOICES.index(edge.operation)] - log_p[number]
-                            exchanges.append((loss / gain, place, name, loss, gain))
-                if not exchanges:
-                    break
-                _, place, name, loss, gain = min(exchanges)
-                for layer in self._alike(place[0]):
-                    here = (layer, *place[1:])
-                    design = _with_edge(design, here, replace(_edge(design, here), operation=name))
-                present, score = present - gain, score - loss
-            found.append((present <= target, score if present <= target else -present, len(found), design))
-        return max(found)[3]
-
-    def found(self, costs: dict[Part, float], rest: float, target: float | None) -> tuple[Design, None]:
-        """The likeliest design, within a target cost unless that is None; its network is trained from the beginning."""
-        return self.derive() if target is None else self.fit(costs, rest, target), None
-
-    @torch.no_grad()
-    def set_design(self, design: Design, logit: float = 30.0) -> None:
-        """Make a design of the space all but certain; without layer-wise alpha, its first cell."""
-        for number, alpha in enumerate(self.alpha):
-            alpha.zero_()[:, -1] = logit
-            for node, edges in enumerate(design.layers[number].nodes):
-                for edge in edges:
-                    row = alpha[edges_of(node).start + edge.source]
-                    row[-1], row[CHOICES.index(edge.operation)] = 0.0, logit
-        before = 0
-        for number, layer in enumerate(design.layers if self.beta is not None else ()):
-            index = self.space.widths_of(number).index(layer.width)
-            self.beta[number].zero_()
-            self.beta[number, before, index], before = logit, index
-
-    def describe(self, design: Design) -> str:
-        """A design as a table to read: the two edges of each node, by layer."""
-        lines = [f"{'layer':>5} {'width':>5}  {'node':>4}  operation <- source"]
-        for number, layer in enumerate(design.layers):
-            for index, node in enumerate(layer.nodes):
-                names = [("the layer before", "the layer two before", *(f"node {n}" for n in range(index)))[edge.source]
-                         for edge in node]
-                text = "   ".join(f"{edge.operation:<5} <- {name:<20}" for edge, name in zip(node, names))
-                head = f"{number:>5} {layer.width:>5}" if index == 0 else " " * 11
-                lines.append(f"{head}  {index:>4}  {text}".rstrip())
-        return "\n".join(lines)
-
-    @torch.no_grad()
-    def export(self) -> HinasNetwork:
-        """The found network at the supernet's own base width, with its weights and running statistics."""
-        network = build(self.derive(self.base_width)).to(self.alpha.device, self.alpha.dtype).train(self.training)
-        path = [0, *likeliest_path(self.log_steps())]
-        for name in ("stem", "low", "end"):
-            _copy(getattr(self, name), getattr(network, name))
-        _copy(self.high[path[-1]], network.high)
-        for number, (layer, cell) in enumerate(zip(self.layers, network.cells)):
-            here = path[number + 1]
-            places = [sources[here].index(path[max(number + 1 - back, 0)])
-                      for back, sources in zip((1, 2), layer.sources)]
-            for place, convolutions, target in zip(places, layer.inputs, cell.inputs):
-                _copy(convolutions[here][place], target)
-            supercell = layer.cells[here][0 if layer.share_cells else places[0]]
-            for source, target, edges in zip(supercell.nodes, cell.nodes, cell.layer.nodes):
-                for edge, operation in zip(edges, target):
-                    _copy(source[edge.source][CHOICES.index(edge.operation)], operation)
-        return network
-
-
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Copy what `source` has; the scale and shift of the target's norms stay 1 and 0."""
-    target.load_state_dict({**target.state_dict(), **source.state_dict()})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Derivation: from alpha and beta to a design
-
-
-def strengths(alpha: Tensor) -> Tensor:
-    """Log probability of the best operation but "none" of each edge: (edges, 7) -> (edges,)."""
-    return F.log_softmax(alpha, 1)[:, :-1].amax(1)
-
-
-def strongest_edges(alpha: Tensor, nodes: int) -> tuple[tuple[Edge, Edge], ...]:
-    """Each node's two strongest edges, with their best operation but "none", from alpha (edges, 7) of a layer."""
-    strength, best = strengths(alpha.detach()), alpha[:, :-1].argmax(1).tolist()
-    found = []
-    for node in range(nodes):
-        rows = edges_of(node)
-        sources = sorted(strength[rows].topk(2).indices.tolist())
-        found.append(tuple(Edge(source, CHOICES[best[rows.start + source]]) for source in sources))
-    return tuple(found)
-
-
-@torch.no_grad()
-def likeliest_path(log_steps: list[Tensor]) -> list[int]:
-    """The path of the largest probability (Viterbi), one width index per layer.
-
-    `log_steps`: per layer the log probability of each width given the one before, (widths there, widths here); the first has
-    one row, the stem.
-    """
-    score, choices = log_steps[0][0], []
-    for step in log_steps[1:]:
-        score, choice = (score[:, None] + step).max(0)
-        choices.append(choice.tolist())
-    path = [int(score.argmax())]
-    for choice in reversed(choices):
-        path.append(choice[path[-1]])
-    return path[::-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The record
-
-
-@dataclass(frozen=True)
-class Edge:
-    """An operation and what it takes: source 0 is the output of the layer before, 1 of the one before it, 2 + i is node i."""
-
+class Edge(NamedTuple):
+    """An operation and its input: source 0 is the layer before, 1 the one before that, 2 + i is node i."""
     source: int
     operation: str
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A cell: `width` channels per node, and the two edges into each node."""
-
-    width: int
-    nodes: tuple[tuple[Edge, Edge], ...]
-
-
-def _valid(what: str, checks) -> None:
-    """ValueError in one sentence for the first of the pairs (condition, message) that does not hold."""
-    for condition, message in checks:
-        if not condition:
-            raise ValueError(f"The {what} is not valid: {message}.")
-
-
-def _is_whole(value, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _frame_checks(plan: Design | Space):
-    """The checks that a design and a space have in common."""
-    yield isinstance(plan.task, str) and plan.task in TASKS, f"task must be {' or '.join(TASKS)}"
-    scales = SCALES[plan.task]
-    yield (_is_whole(plan.scale, 1, 4) and plan.scale in scales,
-           f"scale of the task {plan.task} must be {' or '.join(map(str, scales))}")
-    yield _is_whole(plan.channels, 1, 3) and plan.channels != 2, "channels must be 1 or 3"
-    yield _is_whole(plan.base_width, 1, 1024), "base_width must be a whole number from 1 to 1024"
-    yield isinstance(plan.residual, bool), "residual must be true or false"
-
-
-@dataclass(frozen=True)
 class Design:
-    """A network, complete. `base_width` is that of the stem (times the nodes); each layer has a width of its own.
-
-    Raises ValueError in one sentence when the values do not make a network.
-    """
-
+    """A network: the width (channels per node) of the stem, and of each layer its width and its cell, the two
+    edges into each node, in the order of their sources."""
     task: str
     scale: int
     channels: int
     base_width: int
     residual: bool
-    layers: tuple[Layer, ...]
-
-    def __post_init__(self):
-        _valid("design", self._checks())
-
-    def _checks(self):
-        yield from _frame_checks(self)
-        yield isinstance(self.layers, tuple) and 1 <= len(self.layers) <= 64, "it needs 1 to 64 layers"
-        for number, layer in enumerate(self.layers):
-            where = f"layer {number}"
-            yield isinstance(layer, Layer), f"{where} is not a layer"
-            yield _is_whole(layer.width, 1, 4096), f"{where}: width must be a whole number from 1 to 4096"
-            yield isinstance(layer.nodes, tuple) and 1 <= len(layer.nodes) <= 16, f"{where} needs 1 to 16 nodes"
-            yield len(layer.nodes) == self.nodes, f"{where} has {len(layer.nodes)} nodes and layer 0 has {self.nodes}"
-            for index, node in enumerate(layer.nodes):
-                where = f"layer {number}, node {index}"
-                yield (isinstance(node, tuple) and len(node) == 2 and all(isinstance(edge, Edge) for edge in node),
-                       f"{where} needs two edges")
-                for edge in node:
-                    yield (isinstance(edge.operation, str) and edge.operation in OPERATIONS,
-                           f"{where}: operation must be one of {', '.join(OPERATIONS)}")
-                    yield _is_whole(edge.source, 0, index + 1), f"{where}: source must be from 0 to {index + 1}"
-                yield node[0].source < node[1].source, f"{where}: the sources of its edges must ascend"
+    widths: tuple[int, ...]
+    cells: tuple[tuple[tuple[Edge, Edge], ...], ...]
 
     @property
     def nodes(self) -> int:
-        return len(self.layers[0].nodes)
+        return len(self.cells[0])
+
+    def parts(self) -> list[Part]:
+        """The searched parts of the network, in its order."""
+        parts, before, two_before = [], *[self.nodes * self.base_width] * 2
+        for width, nodes in zip(self.widths, self.cells):
+            parts += [Part("pointwise", before, width), Part("pointwise", two_before, width)]
+            parts += [Part(edge.operation, width, width) for node in nodes for edge in node]
+            before, two_before = self.nodes * width, before
+        return [*parts, Part("pointwise", before, HIGH_CHANNELS)]
+
+    def edges(self) -> dict[tuple[int, int, int], Edge]:
+        """Every edge by its place: layer, node, 0 or 1."""
+        return {(number, index, place): edge for number, nodes in enumerate(self.cells)
+                for index, node in enumerate(nodes) for place, edge in enumerate(node)}
+
+    def with_edges(self, edges: dict[tuple[int, int, int], Edge]) -> Design:
+        """The design with other edges at some places."""
+        new = self.edges() | edges
+        return replace(self, cells=tuple(tuple(
+            tuple(sorted((new[number, index, 0], new[number, index, 1]))) for index in range(self.nodes))
+            for number in range(len(self.cells))))
 
     def to_dict(self) -> dict:
         """Plain numbers, strings, lists and dicts, for JSON."""
-        layers = [{"width": layer.width, "nodes": [[asdict(edge) for edge in node] for node in layer.nodes]}
-                  for layer in self.layers]
-        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "layers": layers}
-
-    @classmethod
-    def from_dict(cls, content: dict) -> Design:
-        """The design in what `to_dict` made; ValueError in one sentence when a field is missing, unknown or wrong."""
-        layers = []
-        for number, entry in enumerate(_list(_named(content, cls, "the whole")["layers"], "layers")):
-            entry = _named(entry, Layer, f"layer {number}")
-            nodes = []
-            for index, node in enumerate(_list(entry["nodes"], f"nodes of layer {number}")):
-                where = f"layer {number}, node {index}"
-                nodes.append(tuple(Edge(**_named(edge, Edge, f"an edge of {where}")) for edge in _list(node, where)))
-            layers.append(Layer(entry["width"], tuple(nodes)))
-        return cls(**{**content, "layers": tuple(layers)})
+        return {name: getattr(self, name) for name in FRAME} | {"layers": [
+            {"width": width, "nodes": [[edge._asdict() for edge in node] for node in nodes]}
+            for width, nodes in zip(self.widths, self.cells)]}
 
 
-def _named(entry, kind: type, where: str) -> dict:
-    """`entry`, if it is a dict with the fields of `kind` and no others."""
-    names = [field.name for field in fields(kind)]
-    _valid("design", [(isinstance(entry, dict), f"{where} must be an object")])
-    missing, unknown = [name for name in names if name not in entry], [str(name) for name in entry if name not in names]
-    _valid("design", [(not missing, f"{where} lacks {', '.join(missing)}"),
-                      (not unknown, f"{where} has unknown fields: {', '.join(unknown)[:80]}")])
-    return entry
+FRAME = {"task": tuple(TASKS), "scale": range(1, 5), "channels": (1, 3), "base_width": range(1, 1025),
+         "residual": (False, True)}  # what a design and a space have in common
+LAYER = {"width": range(1, 4097), "nodes": [[{"source": range(18), "operation": tuple(OPERATIONS)}]]}
 
 
-def _list(entry, where: str) -> list:
-    _valid("design", [(isinstance(entry, list) and len(entry) <= 64, f"{where} must be a list of at most 64")])
-    return entry
+def _fits(value, schema) -> bool:
+    """Whether a value is as a schema has it: a dict of schemas, a list of one, or all values of one type."""
+    if isinstance(schema, dict):
+        known = isinstance(value, dict) and value.keys() == schema.keys()
+        return known and all(_fits(value[name], schema[name]) for name in schema)
+    if isinstance(schema, list):
+        return isinstance(value, list) and 0 < len(value) <= 64 and all(_fits(x, schema[0]) for x in value)
+    return type(value) is type(schema[0]) and value in schema
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The space: what can be found, and what its latency table must hold
+def _check(what: str, values: dict, schema: dict) -> None:
+    """ValueError in one sentence that names the fields which do not fit."""
+    wrong = [str(x) for x in schema | values if x not in schema or not _fits(values.get(x), schema[x])]
+    if wrong or values["scale"] not in SCALES[values["task"]]:
+        names = ", ".join(wrong or ["scale"])
+        raise ValueError(f"The {what} is not valid: wrong, missing or unknown: {names[:80]}.")
+
+
+def design_of(record: dict) -> Design:
+    """The design of a record; ValueError in one sentence where it has none or a wrong one."""
+    content = record.get("design")
+    _check("design", content if isinstance(content, dict) else {}, FRAME | {"layers": [LAYER]})
+    cells = tuple(tuple(tuple(Edge(**edge) for edge in node) for node in layer["nodes"])
+                  for layer in content["layers"])
+    paired = all(len(node) == 2 and node[0].source < node[1].source < index + 2
+                 for nodes in cells for index, node in enumerate(nodes))
+    if not paired or len(set(map(len, cells))) > 1:
+        raise ValueError("The design is not valid: all layers must have the same number of nodes, and every "
+                         "node two edges, from ascending sources before it.")
+    widths = tuple(layer["width"] for layer in content["layers"])
+    return Design(**{name: content[name] for name in FRAME}, widths=widths, cells=cells)
+
+
+def record_content(design: Design) -> dict:
+    """What a record says of a design (JSON)."""
+    return {"model": "hinas", "design": design.to_dict()}
 
 
 @dataclass(frozen=True)
 class Space:
-    """What can be found: networks of a task, all of one base width.
+    """What can be found: networks of a task and a base width. ValueError in one sentence where it is wrong.
 
-    `layers`, `nodes`: None for the paper's, 3 and 4 for denoising, 2 and 3 for super-resolution. `widths`: None for searched
-    ones, or one factor of the base width per layer (see WIDTHS). Raises ValueError in one sentence.
+    `layers`, `nodes`: None for the paper's (TASKS). `widths`: None for searched ones, or a factor per layer.
     """
-
     task: str = "denoise"
     scale: int = 1
     channels: int = 1
@@ -713,197 +189,197 @@ class Space:
     widths: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        _valid("space", _frame_checks(self))
-        for name, default in zip(("layers", "nodes"), TASKS[self.task]):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        _valid("space", [
-            (_is_whole(self.layers, 1, 64), "layers must be a whole number from 1 to 64"),
-            (_is_whole(self.nodes, 1, 16), "nodes must be a whole number from 1 to 16"),
-            (self.widths is None or isinstance(self.widths, tuple) and len(self.widths) == self.layers
-             and all(isinstance(factor, (int, float)) and 0.1 <= factor <= 16 for factor in self.widths),
-             f"widths must be {self.layers} numbers from 0.1 to 16, one per layer")])
+        for name, default in zip(("layers", "nodes"), TASKS.get(str(self.task), (1, 1))):
+            object.__setattr__(self, name, default if getattr(self, name) is None else getattr(self, name))
+        values = {name: value for name, value in vars(self).items() if name != "widths"}
+        _check("space", values, FRAME | {"layers": range(1, 65), "nodes": range(1, 17)})
+        widths = (1.0,) * self.layers if self.widths is None else self.widths
+        if len(widths) != self.layers or not all(0.1 <= x <= 16 for x in widths):
+            raise ValueError(f"The space is not valid: widths must be {self.layers} numbers from 0.1 to 16.")
 
     def identity(self) -> dict:
         """What space this is, for the head of a file (JSON)."""
-        return {"method": "hinas", **asdict(self), "widths": self.widths and list(self.widths)}
+        return {"method": "hinas", **vars(self), "widths": self.widths and list(self.widths)}
 
-    def factors(self, number: int) -> tuple[float, ...]:
-        """The possible widths of a layer, in base widths, narrowest first; layer -1 is the stem."""
-        if number < 0:
-            return (1.0,)
-        return WIDTH_FACTORS[:number + 2] if self.widths is None else (self.widths[number],)
+    @classmethod
+    def from_identity(cls, identity: dict) -> Space:
+        """The space of what `identity` returned."""
+        values = {**identity, "widths": identity["widths"] and tuple(identity["widths"])}
+        return cls(**{name: value for name, value in values.items() if name != "method"})
 
-    def widths_of(self, number: int, base_width: int | None = None) -> list[int]:
-        """The possible widths of a layer in channels per node, at this base width or the space's own."""
-        base_width = self.base_width if base_width is None else base_width
-        return [max(1, int(base_width * factor + 0.5)) for factor in self.factors(number)]
+    def table_flags(self) -> str:
+        """The flags with which latency.py makes a table of this space."""
+        same = {"base_width": self.base_width, "channels": self.channels}
+        names = [name for name, preset in PRESETS.items() if replace(preset, **same) == self]
+        network = f" --network {names[0]} --width {self.base_width}" if names else ""
+        return f"--method hinas{network}" + (" --grey" if self.channels == 1 else "")
 
-    def sources(self, number: int, index: int, back: int = 1) -> list[int]:
-        """The widths (indices) that the layer `back` (1 or 2) before may have, where layer `number` has width `index`."""
-        if back == 2 and number > 0:
-            return sorted({source for middle in self.sources(number, index) for source in self.sources(number - 1, middle)})
-        return [source for source in range(len(self.factors(number - 1))) if abs(source - index) <= 1]
+    def widths_of(self, number: int) -> list[int]:
+        """The possible widths of a layer (-1: of the stem) in channels per node, narrowest first."""
+        fixed = self.widths and (1.0, *self.widths)[number + 1:number + 2]
+        return [max(1, int(self.base_width * x + 0.5)) for x in fixed or WIDTH_FACTORS[:number + 2]]
 
-    def design(self, layers: tuple[Layer, ...], base_width: int | None = None) -> Design:
-        """A design of this space with these layers."""
-        return Design(self.task, self.scale, self.channels, self.base_width if base_width is None else base_width,
-                      self.residual, layers)
+    def inputs(self, number: int, index: int, back: int) -> list[tuple[int, Part]]:
+        """(width index there, 1x1 convolution) of a layer's inputs from the layer `back` (1, 2) before."""
+        there, here = self.widths_of(max(number - back, -1)), self.widths_of(number)[index]
+        return [(source, Part("pointwise", self.nodes * width, here)) for source, width in enumerate(there)
+                if abs(source - index) <= back]
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """Every path of widths, one index per layer; a step changes the index by at most 1."""
+        paths = itertools.product(*(range(len(self.widths_of(number))) for number in range(self.layers)))
+        return [path for path in paths if all(abs(a - b) <= 1 for a, b in zip((0, *path), path))]
+
+    def design(self, path, cells) -> Design:
+        """The design with these width indices and edges into nodes, one of each per layer."""
+        widths = tuple(self.widths_of(number)[index] for number, index in enumerate(path))
+        return Design(*(getattr(self, name) for name in FRAME), widths, tuple(cells))
 
     def random_design(self, rng: random.Random) -> Design:
         """A design drawn from the space: widths step by step, sources and operations, each uniformly."""
-        index, layers = 0, []
+        path, cells = [0], []
         for number in range(self.layers):
-            index = rng.choice([i for i in range(len(self.factors(number))) if index in self.sources(number, i)])
-            layers.append(Layer(self.widths_of(number)[index], random_nodes(self.nodes, rng)))
-        return self.design(tuple(layers))
+            indices = range(len(self.widths_of(number)))
+            path.append(rng.choice([index for index in indices if abs(index - path[-1]) <= 1]))
+            cells.append(random_nodes(self.nodes, rng))
+        return self.design(path[1:], cells)
+
+    def reference_design(self) -> Design:
+        """The design whose time tells how fast a device is at the moment: a random one, always the same."""
+        return self.random_design(random.Random(0))
 
     def possible_parts(self) -> set[Part]:
         """Every part that a network of this space can have."""
-        found = set()
+        parts = {Part("pointwise", self.nodes * w, HIGH_CHANNELS) for w in self.widths_of(self.layers - 1)}
         for number in range(self.layers):
             for index, width in enumerate(self.widths_of(number)):
-                found |= {Part(name, width, width) for name in OPERATIONS}
-                for back in (1, 2):
-                    earlier = self.widths_of(max(number - back, -1))
-                    found |= {Part("pointwise", self.nodes * earlier[source], width)
-                              for source in self.sources(number, index, back)}
-        return found | {Part("pointwise", self.nodes * width, HIGH_CHANNELS) for width in self.widths_of(self.layers - 1)}
-
-    def paths(self) -> list[list[int]]:
-        """Every path of widths, one index per layer."""
-        paths = [[]]
-        for number in range(self.layers):
-            paths = [[*path, index] for path in paths for index in range(len(self.factors(number)))
-                     if (path[-1] if path else 0) in self.sources(number, index)]
-        return paths
-
-    def holds(self, design: Design) -> bool:
-        """Whether a table of this space knows all parts of a design."""
-        return set(parts_of(design)) <= self.possible_parts() and design.channels == self.channels
-
-    def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
-        """The cost of a design's network from those of its parts and all else."""
-        return sum(costs[part] for part in parts_of(design)) + rest
+                parts |= {Part(name, width, width) for name in OPERATIONS}
+                parts |= {part for back in (1, 2) for _, part in self.inputs(number, index, back)}
+        return parts
 
     def carriers(self, rng: random.Random, rounds: int) -> list[Design]:
         """Random designs such that each possible part is in at least `rounds` of them."""
-        counts, chosen = Counter({part: 0 for part in self.possible_parts()}), []
+        counts, chosen = Counter(dict.fromkeys(self.possible_parts(), 0)), []
         while min(counts.values()) < rounds:
             design = self.random_design(rng)
-            parts = set(parts_of(design))
-            if any(counts[part] < rounds for part in parts):
+            if any(counts[part] < rounds for part in design.parts()):
                 chosen.append(design)
-                counts.update(parts)
+                counts.update({*design.parts()})
         return chosen
 
+    def holds(self, design: Design) -> bool:
+        """Whether a table of this space knows all parts of a design."""
+        return {*design.parts()} <= self.possible_parts() and design.channels == self.channels
+
+    def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
+        """The cost of a design's network: the sum over its parts, plus `rest`."""
+        return sum(costs[part] for part in design.parts()) + rest
+
+    def kinds(self, design: Design) -> list[str]:
+        """The kinds of `rest` in a latency table that a network has: the same for all."""
+        return ["network"]
+
     def network(self, design: Design) -> HinasNetwork:
-        return build(design)
+        return HinasNetwork(design)
 
     def parts(self, network: HinasNetwork) -> list[tuple[Part, nn.Module]]:
-        """Each searched part of a network with its module; what is not in one of them is the rest."""
-        return network.parts()
+        """Each searched part of a network with its module; the rest is the stem, `low` and the end."""
+        modules = [x for cell in network.cells for x in (*cell.inputs, *itertools.chain(*cell.nodes))]
+        return list(zip(network.design.parts(), (*modules, network.high), strict=True))
 
 
-PRESETS = {
-    "denoise": Space(),
-    "denoise-w40": Space(widths=WIDTHS["w40"]),  # table 3
-    "denoise-wm": Space(widths=WIDTHS["wm"]),
-    "sr-x2": Space("sr", 2), "sr-x3": Space("sr", 3), "sr-x4": Space("sr", 4),
-}
-
-
-@lru_cache(maxsize=1024)
-def parts_of(design: Design) -> tuple[Part, ...]:
-    """The searched parts of a design's network, in its order."""
-    with torch.device("meta"):  # shapes only
-        return tuple(part for part, _ in build(design).parts())
+PRESETS = {  # HiNAS-ws, -w40, -wm (table 3), and super-resolution
+    "denoise": Space(), "denoise-w40": Space(widths=(2.0,) * 3), "denoise-wm": Space(widths=(1.0, 2.0, 4.0)),
+    "sr-x2": Space("sr", 2), "sr-x3": Space("sr", 3), "sr-x4": Space("sr", 4)}
 
 
 def random_nodes(nodes: int, rng: random.Random) -> tuple[tuple[Edge, Edge], ...]:
-    """The edges of a cell: two sources per node and their operations, uniformly."""
-    return tuple(tuple(Edge(source, rng.choice(tuple(OPERATIONS))) for source in sorted(rng.sample(range(node + 2), 2)))
-                 for node in range(nodes))
+    """The edges of a cell, drawn uniformly."""
+    pairs = (sorted(rng.sample(range(node + 2), 2)) for node in range(nodes))
+    return tuple(tuple(Edge(source, rng.choice(tuple(OPERATIONS))) for source in pair) for pair in pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Designs to compare a found one with (section 4.2.4)
+# --- The found network ------------------------------------------------------------------------------------
+class Cell(nn.Module):
+    """A found cell (eq. 3): outputs (B, first, H, W), (B, second, H, W) of the layer before and of the one
+    before that -> 1x1 convolutions -> nodes, which add two operations each -> (B, nodes * width, H, W)."""
+
+    def __init__(self, width: int, edges: tuple[tuple[Edge, Edge], ...], first: int, second: int):
+        super().__init__()
+        self.width, self.edges = width, edges
+        self.inputs = nn.ModuleList(conv(channels, width, 1) for channels in (first, second))
+        self.nodes = nn.ModuleList(nn.ModuleList(OPERATIONS[edge.operation](width, True) for edge in node)
+                                   for node in edges)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        states = [self.inputs[0](first), self.inputs[1](second)]  # (B, width, H, W) each
+        for node, edges in zip(self.nodes, self.edges):
+            states.append(sum(operation(states[edge.source]) for operation, edge in zip(node, edges)))
+        return torch.cat(states[2:], 1)
 
 
-def perturb(design: Design, strength: str, rng: random.Random) -> Design:
-    """A found design with two changes of the kind "R1" or "R2" (section 4.2.4, tables 6 and 7).
+def enlarge(x: Tensor, scale: int) -> Tensor:
+    """Bicubic enlargement, a = -0.5, as MATLAB and Pillow do it (torch does so with `antialias` only)."""
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False, antialias=True)
 
-    R1: two convolutions become others. R2: two edges start elsewhere. The paper shows its changes in pictures only; here they are
-    drawn, uniformly, and two is our choice. ValueError where a design has no such change.
+
+class Frame(nn.Module):
+    """What is around the cells (fig. 2 and 4), the same for the supernet and the found network.
+
+    Start: 3x3 convolution to 64 channels, 3x3 to nodes * base_width. End: 1x1 to 128 of the last cell
+    ("high"), 1x1 to 48 of the last cell of base width, or else of the stem ("low"), concatenated, two
+    separable 3x3 to 128, 3x3 to the image. These sizes are the authors' code's. The paper states no norms:
+    here every convolution is an operation as in the cells, but the first has no activation before it and the
+    last no norm after it. In residual learning the result is added to the input or its bicubic enlargement
+    (section 3.3); it begins at zero, since a short search does not unlearn the noise of random weights.
     """
-    if strength not in ("R1", "R2"):
-        raise ValueError(f"There is no perturbation {strength!r}; possible: R1, R2.")
-    # Node 0 has two sources and takes both; of any other node one edge can move.
-    places = [place for place in _places(design)
-              if (_edge(design, place).operation != "skip" if strength == "R1" else place[1] > 0)]
-    if len({place[:2] for place in places} if strength == "R2" else places) < 2:
-        raise ValueError("The design has too few convolutions or nodes to be perturbed.")
-    changed = rng.sample(places, 2)
-    while strength == "R2" and changed[0][:2] == changed[1][:2]:
-        changed = rng.sample(places, 2)
-    for place in changed:
-        edge = _edge(design, place)
-        if strength == "R1":
-            others = [name for name in OPERATIONS if name not in (edge.operation, "skip")]
-            design = _with_edge(design, place, replace(edge, operation=rng.choice(others)))
-        else:
-            layer, node, _ = place
-            taken = {other.source for other in design.layers[layer].nodes[node]}
-            free = [source for source in range(node + 2) if source not in taken]
-            design = _with_edge(design, place, replace(edge, source=rng.choice(free)))
-    return design
+    denoises, classifies = True, False
+
+    def __init__(self, plan: Design | Space, base_width: int, affine: bool):
+        super().__init__()
+        self.channels, self.scale, self.residual = plan.channels, plan.scale, plan.residual
+        width, first = plan.nodes * base_width, conv(self.channels, STEM_CHANNELS, 3, affine)[1:]
+        self.stem = nn.Sequential(*first, conv(STEM_CHANNELS, width, 3, affine))
+        self.low = conv(width, LOW_CHANNELS, 1, affine)
+        self.end = nn.Sequential(
+            *(conv(x, 128, 3, affine, separable=True) for x in (HIGH_CHANNELS + LOW_CHANNELS, 128)),
+            nn.LeakyReLU(0.2), nn.Conv2d(128, self.channels * self.scale ** 2, 3, padding=1))
+        for parameter in self.end[-1].parameters() if self.residual else ():
+            nn.init.zeros_(parameter)
+
+    def to_image(self, x: Tensor, high: Tensor, low: Tensor) -> Output:
+        """The end: from the input (B, C, H, W), (B, 128, H, W) and (B, nodes * base_width, H, W)."""
+        image = self.end(torch.cat((high, self.low(low)), 1))  # (B, C * scale^2, H, W)
+        image = F.pixel_shuffle(image, self.scale)  # (B, C, scale * H, scale * W)
+        if self.residual:
+            image = (x if self.scale == 1 else enlarge(x, self.scale)) + image
+        return Output(image)
 
 
-def _places(design: Design) -> list[tuple[int, int, int]]:
-    """Where the edges are: layer, node, 0 or 1."""
-    return [(layer, node, edge) for layer in range(len(design.layers)) for node in range(design.nodes) for edge in (0, 1)]
+class HinasNetwork(Frame):
+    """The network of a `Design`; layer 0 takes the stem twice, layer 1 layer 0 and the stem.
 
-
-def _edge(design: Design, place: tuple[int, int, int]) -> Edge:
-    layer, node, edge = place
-    return design.layers[layer].nodes[node][edge]
-
-
-def _with_edge(design: Design, place: tuple[int, int, int], new: Edge) -> Design:
-    """The design with another edge at (layer, node, edge); a node's edges stay in the order of their sources."""
-    layer, node, edge = place
-    layers = list(design.layers)
-    nodes = list(layers[layer].nodes)
-    nodes[node] = tuple(sorted((new, nodes[node][1 - edge]), key=lambda each: each.source))
-    layers[layer] = replace(layers[layer], nodes=tuple(nodes))
-    return replace(design, layers=tuple(layers))
-
-
-def random_cells(design: Design, rng: random.Random, tolerance: float = 0.05) -> Design:
-    """Random cells of the same widths, with the design's number of parameters within `tolerance` of it.
-
-    Drawn uniformly; then single operations are drawn again, and kept where the number comes nearer. ValueError where it
-    does not come near enough.
+    forward: (B, C, H, W), clean images in [0, 1] plus noise, or small images, any H and W -> Output(image
+    (B, C, scale * H, scale * W)), not clamped.
     """
-    target, places = count_parameters(design), _places(design)
-    with torch.device("meta"):  # shapes only
-        sizes = {(name, width): sum(parameter.numel() for parameter in make(width, True).parameters())
-                 for name, make in OPERATIONS.items() for width in {layer.width for layer in design.layers}}
 
-    def size(design: Design, place: tuple[int, int, int]) -> int:
-        return sizes[_edge(design, place).operation, design.layers[place[0]].width]
+    def __init__(self, design: Design):
+        super().__init__(design, design.base_width, affine=True)
+        self.design = design
+        widths = (design.base_width, design.base_width, *design.widths)  # stem, stem, layers
+        channels = [design.nodes * width for width in widths]
+        self.cells = nn.ModuleList(map(Cell, design.widths, design.cells, channels[1:], channels))
+        self.high = conv(channels[-1], HIGH_CHANNELS, 1)
 
-    drawn = replace(design, layers=tuple(replace(layer, nodes=random_nodes(design.nodes, rng)) for layer in design.layers))
-    off = sum(size(drawn, place) - size(design, place) for place in places)
-    for _ in range(20000):
-        if abs(off) <= tolerance * target:
-            return drawn
-        place = rng.choice(places)
-        other = _with_edge(drawn, place, replace(_edge(drawn, place), operation=rng.choice(tuple(OPERATIONS))))
-        change = size(other, place) - size(drawn, place)
-        if abs(off + change) < abs(off):
-            drawn, off = other, off + change
-    raise ValueError(f"No random cells with {target} parameters within {tolerance:.0%} were found.")
+    def forward(self, x: Tensor) -> Output:
+        second = first = low = self.stem(x)
+        for cell in self.cells:
+            first, second = cell(first, second), first  # (B, nodes * width, H, W)
+            low = first if cell.width == self.design.base_width else low
+        return self.to_image(x, self.high(first), low)
+
+
+build = HinasNetwork  # what all methods call it
 
 
 def count_parameters(design: Design) -> int:
@@ -912,127 +388,542 @@ def count_parameters(design: Design) -> int:
         return sum(parameter.numel() for parameter in build(design).parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Picture
+# --- The supernet -----------------------------------------------------------------------------------------
+def weighted(weights: Tensor, features: list[Tensor]) -> Tensor:
+    """Sum of weights (n,) times n features of one shape."""
+    return sum(weight * feature for weight, feature in zip(weights, features, strict=True))
 
 
-def draw(design: Design) -> str:
-    """A picture of a network as SVG text: the path of widths, then each cell as a graph.
+class SuperCell(nn.Module):
+    """Every cell of one width, whose nodes add all operations on all their edges (eq. 1 and 2): two inputs
+    (B, width, H, W), weights of the operations (edges, 7) -> (B, nodes * width, H, W)."""
 
-    In a cell, the circles are its inputs (the outputs of the two layers before) and its nodes; an arc carries its operation's
-    name at its top. The height of an arc is its length, so that no two names share a place.
+    def __init__(self, nodes: int, width: int):
+        super().__init__()
+        self.nodes = nn.ModuleList(nn.ModuleList(  # node, edge, operation
+            nn.ModuleList(make(width, False) for make in OPERATIONS.values()) for _ in range(node + 2))
+            for node in range(nodes))
+
+    def forward(self, first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+        states = [first, second]
+        for index, node in enumerate(self.nodes):
+            edges = zip(node, states, weights[edges_of(index)])
+            states.append(sum(weight * operation(state) for operations, state, row in edges
+                              for operation, weight in zip(operations, row)))  # zip drops "none"
+        return torch.cat(states[2:], 1)
+
+
+class SuperLayer(nn.Module):
+    """The cells of a layer, one per width, and the 1x1 convolutions that bring their inputs to that width.
+
+    With `share_cells` a cell computes once, on the weighted sum of its inputs (eq. 5); else each width of the
+    layer before has a cell of its own, and their results are summed (eq. 6). forward: the outputs of the two
+    layers before, one per width, and their weights `before`, `two_before` (widths there, widths here).
     """
-    pitch, rise, left = 96, 30, 90
-    widths = sorted({design.base_width, *(layer.width for layer in design.layers)})
-    columns = max(design.nodes + 3, len(design.layers) + 1)
-    page_width = left + pitch * (columns - 1) + 90
-    body = []
 
-    def text(x, y, words, anchor="middle", more=""):
-        body.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>{words}</text>')
+    def __init__(self, space: Space, number: int, share_cells: bool, recompute: bool):
+        super().__init__()
+        self.share_cells, self.recompute, widths = share_cells, recompute, space.widths_of(number)
+        inputs = [[space.inputs(number, index, back) for index in range(len(widths))] for back in (1, 2)]
+        self.sources = [[[source for source, _ in row] for row in rows] for rows in inputs]
+        self.inputs = nn.ModuleList(nn.ModuleList(nn.ModuleList(  # 1 or 2 layers before, width here, there
+            conv(part.in_channels, part.out_channels, 1, affine=False) for _, part in row) for row in rows)
+            for rows in inputs)
+        self.cells = nn.ModuleList(nn.ModuleList(  # width here; and there, where cells are not shared
+            SuperCell(space.nodes, width) for _ in (row[:1] if share_cells else row))
+            for width, row in zip(widths, inputs[0]))
 
-    def circle(x, y, words, kind):
-        body.append(f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="16"/>')
-        text(x, y + 4, words)
-
-    what = "denoising" if design.task == "denoise" else f"super-resolution x{design.scale}"
-    text(20, 28, f"HiNAS, {what}, {design.channels} channel{'s' if design.channels > 1 else ''}, base width "
-                 f"{design.base_width}{', residual' if design.residual else ''}", "start", ' font-weight="bold"')
-    # The path of widths: one column per layer, one row per width.
-    top = 64
-    rows = {width: top + 36 * row for row, width in enumerate(reversed(widths))}
-    for width, y in rows.items():
-        text(left - 50, y + 4, f"width {width}")
-        body.append(f'<path class="rule" d="M{left - 16} {y} H{page_width - 20}"/>')
-    path = [(left + 20 + pitch * number, rows[width])
-            for number, width in enumerate((design.base_width, *(layer.width for layer in design.layers)))]
-    body.append('<path class="path" d="M' + " L".join(f"{x} {y}" for x, y in path) + '"/>')
-    for number, (x, y) in enumerate(path):
-        body.append(f'<circle class="dot" cx="{x}" cy="{y}" r="5"/>')
-        text(x, top + 36 * len(widths), f"layer {number - 1}" if number else "stem")
-    y = top + 36 * len(widths) + 36
-    for number, layer in enumerate(design.layers):
-        text(20, y, f"layer {number}: width {layer.width}, {design.nodes * layer.width} channels out", "start",
-             ' font-weight="bold"')
-        spans = [index + 2 - edge.source for index, node in enumerate(layer.nodes) for edge in node]
-        base = y + 34 + rise * max(spans)  # the line of circles
-        xs = [left + pitch * column for column in range(design.nodes + 3)]  # two inputs, the nodes, the output
-        labels = []
-        for index, node in enumerate(layer.nodes):
-            for edge in node:
-                start, end, span = xs[edge.source] + 5, xs[index + 2] - 5, index + 2 - edge.source
-                peak = base - 16 - rise * span / 0.75  # a Bezier curve rises to three quarters of its handles
-                body.append(f'<path class="edge" d="M{start} {base - 16} C{start} {peak:g} {end} {peak:g} {end} '
-                            f'{base - 18}"/>')
-                labels.append(((start + end) / 2, base - 12 - rise * span, edge.operation))
-        for x, label_y, name in labels:  # over all arcs
-            text(x, label_y, name, more=' class="name"')
-        names = ["stem" if number < back else f"layer {number - back}" for back in (1, 2)]
-        for column, x in enumerate(xs[:-1]):
-            circle(x, base, f"in {column + 1}" if column < 2 else str(column - 2), "input" if column < 2 else "node")
-            if column < 2:
-                text(x, base + 32, names[column])
-            else:  # every node goes to the output
-                body.append(f'<path class="rule" d="M{x} {base + 16} V{base + 28} H{xs[-1]} V{base + 18}"/>')
-        circle(xs[-1], base, "out", "input")
-        y = base + 76
-    style = ("text{font:12px sans-serif;fill:#222} .edge{fill:none;stroke:#47a;stroke-width:1.5;marker-end:url(#tip)} "
-             ".rule{fill:none;stroke:#bbb} .path{fill:none;stroke:#c52;stroke-width:2.5} .dot{fill:#c52} "
-             ".input{fill:#eee;stroke:#888} .node{fill:#dcecff;stroke:#47a} "
-             ".name{paint-order:stroke;stroke:#fff;stroke-width:5px}")
-    tip = ('<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-           '<path d="M0 0 L8 4 L0 8 z" fill="#47a"/></marker>')
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{page_width}" height="{y - 30:g}" '
-                      f'viewBox="0 0 {page_width} {y - 30:g}">', f"<style>{style}</style>", f"<defs>{tip}</defs>",
-                      '<rect width="100%" height="100%" fill="#fff"/>', *body, "</svg>", ""])
+    def forward(self, first: list[Tensor], second: list[Tensor], before, two_before, weights) -> list[Tensor]:
+        outputs = []
+        for index, cells in enumerate(self.cells):
+            here, there = self.sources[0][index], self.sources[1][index]
+            ones = [convolution(first[source]) for source, convolution in zip(here, self.inputs[0][index])]
+            twos = [convolution(second[source]) for source, convolution in zip(there, self.inputs[1][index])]
+            two = weighted(two_before[there, index], twos)  # (B, width, H, W)
+            if self.share_cells:
+                ones = [weighted(before[here, index], ones)]
+            features = [checkpoint(cell, one, two, weights, use_reentrant=False) if self.recompute
+                        else cell(one, two, weights) for cell, one in zip(cells, ones)]
+            outputs.append(features[0] if self.share_cells else weighted(before[here, index], features))
+        return outputs  # (B, nodes * width, H, W) each
 
 
-# ---------------------------------------------------------------------------------------------------------------
+class SuperNet(Frame):
+    """All networks of a space at once: weights, and logits `alpha` (layers, edges, 7), `beta` (layers, 3, 3).
+
+    softmax(alpha) weighs the operations of an edge; `layerwise=False` has one alpha (1, edges, 7) for all
+    layers (LWAS, table 1). softmax(beta[layer, width before]) is the probability of each width of a layer: a
+    step narrower, the same, or a step wider than the layer before, from width 0 in the stem. The rest of beta
+    is not used; a space with fixed widths has no beta. `recompute` computes cells again in the backward pass:
+    less memory, more time, the same gradients (running statistics of the norms move twice per step).
+
+    The paper's eq. 5 leaves open how beta is normalised, and takes the second input from a cell of the same
+    width two layers before, which a path need not have. Here a cell's inputs are weighted with P(width of the
+    layer before | this width) and P(width two layers before | this width), and the end adds the last layer's
+    widths by P(width), where the paper concatenates. So a decided supernet equals what it exports.
+
+    Sharing saves the paper's factor of 3 (3.2) where a cell has three widths before it; in the denoising
+    supernet most have one or two: 8 cells stand for 14, and the layers keep 0.59 of the memory.
+    """
+
+    def __init__(self, space: Space, base_width: int = SEARCH_WIDTH, share_cells: bool = True,
+                 layerwise: bool = True, recompute: bool = False):
+        super().__init__(space, base_width, affine=False)
+        self.space, self.layerwise = space, layerwise
+        self.own_space = replace(space, base_width=base_width)  # of what the supernet itself computes
+        self.layers = nn.ModuleList(SuperLayer(self.own_space, number, share_cells, recompute)
+                                    for number in range(space.layers))
+        self.high = nn.ModuleList(conv(space.nodes * width, HIGH_CHANNELS, 1, affine=False)
+                                  for width in self.own_space.widths_of(space.layers - 1))
+        edges = edges_of(space.nodes).start
+        self.alpha = nn.Parameter(torch.zeros(space.layers if layerwise else 1, edges, len(CHOICES)))
+        self.beta = nn.Parameter(torch.zeros(space.layers, 3, 3)) if space.widths is None else None
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if name not in ("alpha", "beta")]
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        return [self.alpha] if self.beta is None else [self.alpha, self.beta]
+
+    def _alphas(self) -> list[Tensor]:
+        """alpha (edges, 7) of each layer."""
+        return [self.alpha[number if self.layerwise else 0] for number in range(self.space.layers)]
+
+    def _alike(self, number: int) -> list[int]:
+        """The layers that have the operations of a layer."""
+        return [number] if self.layerwise else list(range(self.space.layers))
+
+    def log_steps(self) -> list[Tensor]:
+        """Per layer: log P(width | width of the layer before), (widths there, widths here); -inf: no step."""
+        if self.beta is None:
+            return [self.alpha.new_zeros(1, 1)] * self.space.layers
+        steps, index = [], torch.arange(3, device=self.beta.device)
+        for number, beta in enumerate(self.beta):
+            there, here = (len(self.space.widths_of(n)) for n in (number - 1, number))
+            beta = beta.masked_fill((index[:, None] - index).abs() > 1, -math.inf)
+            steps.append(beta[:there, :here].log_softmax(1))
+        return steps
+
+    def width_probabilities(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per layer: P(width) (widths,); P(width of the layer before | width), P(width two layers
+        before | width), both (widths there, widths here)."""
+        log_p, p, before, two_before = self.alpha.new_zeros(1), [], [], []
+        for step in self.log_steps():
+            joint = log_p[:, None] + step
+            log_p = joint.logsumexp(0)
+            p.append(log_p.exp())
+            before.append(joint.softmax(0))
+            two_before.append(before[-2] @ before[-1] if len(before) > 1 else before[-1])  # 0: the stem twice
+        return p, before, two_before
+
+    def forward(self, x: Tensor) -> Output:
+        features, low, p = self.middle(self.stem(x))
+        high = weighted(p, [convolution(feature) for convolution, feature in zip(self.high, features)])
+        return self.to_image(x, high, low)
+
+    def middle(self, stem: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The layers: from the stem's output to the last layer's, one per width, `low`, and P(width)."""
+        second = first = low = [stem]  # low: the last feature of base width on the way to each width
+        p, before, two_before = self.width_probabilities()
+        for number, (layer, alpha) in enumerate(zip(self.layers, self._alphas())):
+            weights = (before[number], two_before[number], F.softmax(alpha, 1))
+            first, second = layer(first, second, *weights), first
+            widths = self.own_space.widths_of(number)
+            low = [feature if width == self.own_space.base_width
+                   else weighted(before[number][sources, index], [low[source] for source in sources])
+                   for index, (feature, width, sources) in enumerate(zip(first, widths, layer.sources[0]))]
+        return first, weighted(p[-1], low), p[-1]
+
+    def entropy(self) -> Tensor:
+        """Entropy of each decision over its maximum: 1 undecided, 0 decided. Operations, then widths."""
+        log_p = F.log_softmax(self.alpha.detach(), 2).flatten(0, 1)
+        values = [-(log_p.exp() * log_p).sum(1) / math.log(len(CHOICES))]
+        for step in self.log_steps() if self.beta is not None else ():
+            values.append(torch.special.entr(step.detach().exp()).sum(1) / (step > -math.inf).sum(1).log())
+        return torch.cat(values)
+
+    def decisions(self) -> list[dict]:
+        """How decided each choice is, for the record."""
+        return [{"entropy": round(value, 4)} for value in self.entropy().tolist()]
+
+    def expected_cost(self, costs: dict[Part, float], rest: float = 0.0) -> Tensor:
+        """The expected cost of the found network in the unit of `costs`, differentiable (the paper has none).
+
+        Paths of widths count by their probability. A node keeps a pair of edges in proportion to the product
+        of their strengths, the probabilities of their best operations but "none", so the likeliest pair is
+        that of `likeliest`; a kept edge has an operation with softmax(alpha) over all but "none". Where all
+        is decided this is the found network's cost. KeyError where `costs` lacks a part.
+        """
+        space, total = self.space, self.alpha.new_tensor(rest)
+        p, *earlier = self.width_probabilities()
+        for number, alpha in enumerate(self._alphas()):
+            kept = kept_operations(alpha, space.nodes)
+            for index, width in enumerate(space.widths_of(number)):
+                operations = kept.new_tensor([costs[Part(name, width, width)] for name in OPERATIONS])
+                cost = (kept * operations).sum()
+                for back in (1, 2):
+                    for source, part in space.inputs(number, index, back):
+                        cost = cost + earlier[back - 1][number][source, index] * costs[part]
+                if number == space.layers - 1:
+                    cost = cost + costs[Part("pointwise", space.nodes * width, HIGH_CHANNELS)]
+                total = total + p[number][index] * cost
+        return total
+
+    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
+        """The costs of the cheapest and the dearest network of the space."""
+        def extreme(best) -> float:
+            totals = []
+            for _, design in self.starts():
+                edges = design.edges()
+                for place, edge in edges.items():
+                    widths = [design.widths[number] for number in self._alike(place[0])]
+                    name = best(OPERATIONS, key=lambda name: sum(costs[Part(name, w, w)] for w in widths))
+                    edges[place] = Edge(edge.source, name)
+                totals.append(self.space.cost(design.with_edges(edges), costs, rest))
+            return best(totals)
+        return extreme(min), extreme(max)
+
+    def likeliest(self, space: Space | None = None, path=None) -> Design:
+        """The design of the strongest edges on the likeliest path of widths, or another one, in its space."""
+        path = likeliest_path(self.log_steps()) if path is None else path
+        cells = [strongest_edges(alpha, self.space.nodes) for alpha in self._alphas()]
+        return (space or self.space).design(path, cells)
+
+    # What latency.fit asks for: from each path of widths, operations are exchanged; a state is a design.
+    @torch.no_grad()
+    def starts(self) -> list[tuple[float, Design]]:
+        """The likeliest design of each path of widths, with the path's log probability."""
+        steps = self.log_steps()
+        return [(sum(float(step[there, here]) for step, there, here in zip(steps, (0, *path), path)),
+                 self.likeliest(path=path)) for path in self.space.paths()]
+
+    @torch.no_grad()
+    def exchanges(self, state: Design, costs: dict[Part, float], rest: float, target: float) -> list[tuple]:
+        """(lost log probability, saved cost, design) of each cheaper operation; [] within the target.
+
+        Where all layers share one alpha, an operation is exchanged in all of them.
+        """
+        options, over = [], self.state_cost(state, costs, rest) > target
+        for (number, node, place), (source, old) in state.edges().items() if over else ():
+            if number >= len(self.alpha):
+                break
+            alike = self._alike(number)
+            log_p = F.log_softmax(self.alpha[number, edges_of(node)][source], 0).tolist()
+            for name in sorted(OPERATIONS):
+                gain = sum(costs[Part(old, w, w)] - costs[Part(name, w, w)]
+                           for w in (state.widths[layer] for layer in alike))
+                if gain > 1e-9:
+                    loss = log_p[CHOICES.index(old)] - log_p[CHOICES.index(name)]
+                    changed = {(layer, node, place): Edge(source, name) for layer in alike}
+                    options.append((loss, gain, state.with_edges(changed)))
+        return options
+
+    def state_cost(self, state: Design, costs: dict[Part, float], rest: float) -> float:
+        return self.space.cost(state, costs, rest)
+
+    def settle(self, state: Design, costs: dict[Part, float], rest: float, target: float) -> Design:
+        return state
+
+    @torch.no_grad()
+    def set_design(self, design: Design, logit: float = 30.0) -> None:
+        """Make a design of the space all but certain; without layer-wise alpha, its first cell."""
+        self.alpha.zero_()[..., -1] = logit
+        for (number, node, _), edge in design.edges().items():
+            if number < len(self.alpha):
+                row = self.alpha[number, edges_of(node)][edge.source]
+                row[-1], row[CHOICES.index(edge.operation)] = 0.0, logit
+        before = 0
+        for number, width in enumerate(design.widths if self.beta is not None else ()):
+            index = self.space.widths_of(number).index(width)
+            self.beta[number].zero_()[before, index], before = logit, index
+
+    def draw_random(self, seed: int) -> None:
+        """Make a random design of the space all but certain."""
+        self.set_design(self.space.random_design(random.Random(seed)))
+
+    def describe(self, design: Design, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
+        """A design as a table to read: the two edges of each node, and their cost, if `costs` are given."""
+        lines = ["layer  width  node  operation <- source"]
+        for number, (width, nodes) in enumerate(zip(design.widths, design.cells)):
+            for index, node in enumerate(nodes):
+                names = ("layer before", "two layers before", *(f"node {n}" for n in range(index)))
+                text = "   ".join(f"{operation:<5} <- {names[source]:<17}" for source, operation in node)
+                cost = sum(costs[Part(edge.operation, width, width)] for edge in node) if costs else ""
+                lines.append(f"{number:>5}  {width:>5}  {index:>4}  {text}   {cost:.5}".rstrip())
+        return "\n".join(lines)
+
+    def export(self, design: Design) -> None:
+        """None: the found network is trained from the beginning."""
+
+    @torch.no_grad()
+    def export_likeliest(self) -> HinasNetwork:
+        """The likeliest network at the supernet's base width, with its weights and running statistics."""
+        network = build(self.likeliest(self.own_space)).to(self.alpha).train(self.training)
+        path = [0, 0, *likeliest_path(self.log_steps())]  # stem, stem, layers
+        pairs = [(self.stem, network.stem), (self.low, network.low), (self.end, network.end),
+                 (self.high[path[-1]], network.high)]
+        for layer, cell, two, one, here in zip(self.layers, network.cells, path, path[1:], path[2:]):
+            one, two = (rows[here].index(index) for rows, index in zip(layer.sources, (one, two)))
+            pairs += zip((layer.inputs[0][here][one], layer.inputs[1][here][two]), cell.inputs)
+            supercell = layer.cells[here][0 if layer.share_cells else one]
+            pairs += [(node[edge.source][CHOICES.index(edge.operation)], new)
+                      for node, edges, news in zip(supercell.nodes, cell.edges, cell.nodes)
+                      for edge, new in zip(edges, news)]
+        for source, new in pairs:  # the scale and shift of the new norms stay 1 and 0
+            new.load_state_dict({**new.state_dict(), **source.state_dict()})
+        return network
+
+
+def strongest_edges(alpha: Tensor, nodes: int) -> tuple[tuple[Edge, Edge], ...]:
+    """Each node's two edges of the likeliest operations but "none", and these, from alpha (edges, 7)."""
+    strengths, pairs = F.log_softmax(alpha.detach(), 1)[:, :-1].amax(1), []
+    best = alpha[:, :-1].argmax(1).tolist()
+    for rows in map(edges_of, range(nodes)):
+        sources = sorted(strengths[rows].topk(2).indices.tolist())
+        pairs.append(tuple(Edge(source, CHOICES[best[rows.start + source]]) for source in sources))
+    return tuple(pairs)
+
+
+def kept_operations(alpha: Tensor, nodes: int) -> Tensor:
+    """The probability that a cell has an operation on an edge, (edges, 6); see SuperNet.expected_cost."""
+    strengths, kept = F.log_softmax(alpha, 1)[:, :-1].amax(1), []
+    for rows in (strengths[edges_of(node)] for node in range(nodes)):
+        pairs = torch.combinations(torch.arange(len(rows), device=rows.device))  # (pairs, 2)
+        p = rows[pairs].sum(1).softmax(0)
+        kept.append(torch.zeros_like(rows).index_add(0, pairs.flatten(), p.repeat_interleave(2)))
+    return torch.cat(kept)[:, None] * F.softmax(alpha[:, :-1], 1)
+
+
+@torch.no_grad()
+def likeliest_path(log_steps: list[Tensor]) -> list[int]:
+    """The path of the largest probability (Viterbi), one width index per layer, from SuperNet.log_steps()."""
+    score, paths = log_steps[0][0], [[index] for index in range(log_steps[0].shape[1])]  # by the last width
+    for step in log_steps[1:]:
+        score, before = (score[:, None] + step).max(0)
+        paths = [[*paths[there], here] for here, there in enumerate(before.tolist())]
+    return paths[int(score.argmax())]
+
+
+# --- How search.py searches -------------------------------------------------------------------------------
+def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
+    """Add this method's own flags to those of search.py."""
+    from data import number, whole
+    from train import DENOISING_LOSSES
+
+    group = parser.add_argument_group("hinas", "Cells and widths (Zhang 2020), and how they are searched.")
+    add, width = group.add_argument, {"type": whole(1, 1024), "metavar": "N"}
+    add("--network", choices=PRESETS,
+        help="denoise: searched widths; w40, wm: all 40, or 20, 40, 80 (table 3); sr: super-resolution "
+             "(default: denoise)")
+    add("--width", **width, help=f"base width of the found network in channels (default: {FOUND_WIDTH})")
+    add("--search-width", **width, default=SEARCH_WIDTH, help="that of the supernet (default: %(default)s)")
+    add("--target-macs", type=number(1e-6, 1e9), metavar="M",
+        help="instead of --target: millions of multiply-accumulates for one image (default: no limit)")
+    add("--cells", choices=("shared", "unshared"), default="shared",
+        help="one for all widths of the layer before (eq. 5), or one each (eq. 6; default: %(default)s)")
+    add("--one-cell", action="store_true", help="the same operations in all layers (default: each its own)")
+    add("--no-residual", action="store_true", help="return the output itself (default: added to the input)")
+    add("--optimizer", choices=("adam", "sgd"), default="adam",
+        help="of the weights; sgd is the paper's, with --lr 0.025 (default: %(default)s)")
+    add("--warmup-epochs", type=whole(0, 100000), metavar="N",
+        help="first epochs, which train the weights only (default: a fifth of --epochs)")
+    add("--denoising-loss", choices=DENOISING_LOSSES, default="log-ssim",
+        help="log-ssim is MSE + 0.6 log10(1 / SSIM) (eq. 7; default: %(default)s)")
+    add("--patience", type=whole(0), default=0, metavar="N",
+        help="stop after N epochs without a better validation PSNR; 0: never (default: %(default)s)")
+    add("--recompute", action="store_true",
+        help="compute cells again in the backward pass: slower, for small GPUs (default: keep features)")
+
+
+def search_defaults(given: dict) -> dict:
+    """Defaults of search.py's common flags, for minutes on a CPU; `given`: the flags on the command line.
+
+    As in section 4.1: grey images of train/ and val/ together, noise of 30, 50, 70 / 255; batches of 24 for
+    super-resolution. Its patches of 64 px (66 at x3) are of the large image; the paper does not say of which.
+    """
+    from data import SCENES
+
+    network, data = given.get("network") or "denoise", given.get("data")
+    defaults = {"size": 64, "batch_size": 8, "epochs": 20, "crops": 8, "lr": 2e-3, "arch_lr": 1e-3}
+    if network.startswith("sr-"):
+        return defaults | {"sigma": 0.0, "batch_size": 24, "size": 66 if network == "sr-x3" else 64}
+    if data and data not in SCENES:
+        defaults["grey"] = True
+        if all((Path(data) / name).is_dir() for name in ("train", "val")):
+            defaults["train_folders"] = ["train", "val"]
+    return defaults | {"sigmas": [30 / 255, 50 / 255, 70 / 255]}
+
+
+def plan(data, /, *, network: str | None = None, width: int | None = None, no_residual=False, **_) -> dict:
+    """What is searched on `data` (with `channels`); half of the images train the structure (section 4.1)."""
+    space = replace(PRESETS[network or "denoise"], channels=data.channels, base_width=width or FOUND_WIDTH)
+    return {"space": replace(space, residual=not no_residual), "table_space": space, "loss": "den",
+            "weight_share": 0.5}
+
+
+def make_supernet(space, *, search_width=SEARCH_WIDTH, cells="shared", one_cell=False, recompute=False, **_):
+    return SuperNet(space, search_width, cells == "shared", not one_cell, recompute)
+
+
+def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr: float, optimizer="adam",
+             warmup_epochs: int | None = None, **_) -> dict:
+    """How a supernet is trained, in epochs of `steps` steps (section 4.1).
+
+    Weights: Adam, which needs fewer steps than the paper's SGD (momentum 0.9, weight decay 3e-4: `optimizer`
+    "sgd"). Their rate falls from `lr` to `lr` / 25 (0.025 to 0.001) along one cosine over all steps, without
+    restarts; the paper does not say whether by steps or epochs. alpha, beta: Adam at a constant rate, weight
+    decay 1e-3, from a fifth of the epochs on (epoch 21 of 100). From three fifths on (epoch 61), the supernet
+    of the highest validation PSNR is kept (the paper: of the "best performance"). Not in the paper: search.py
+    clips gradients to a norm of 5, and the loss has the mean of the logarithms of each image's SSIM.
+    """
+    weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
+    weight_optimizer = (torch.optim.SGD(weights, lr, 0.9, weight_decay=3e-4, fused=True) if optimizer == "sgd"
+                        else torch.optim.Adam(weights, lr, fused=True))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(weight_optimizer, epochs * steps, lr / 25)
+    return {"weight_optimizer": weight_optimizer, "lr_schedule": cosine, "temperature": None,
+            "arch_optimizer": torch.optim.Adam(structure, arch_lr, weight_decay=1e-3),
+            "warmup_epochs": round(epochs / 5) if warmup_epochs is None else warmup_epochs,
+            "keep_from": int(0.6 * epochs)}
+
+
+def explain_choice(supernet: SuperNet, design: Design, rows: list[dict] | None) -> list[str]:
+    """A note to the user where most decisions of a search stayed open."""
+    weak = [value > 0.95 for value in supernet.entropy().tolist()]
+    return [] if not rows or sum(weak) <= len(weak) / 2 else [
+        f"note: {sum(weak)} of {len(weak)} decisions stayed open (entropy above 0.95): the choice there is "
+        "weak. More epochs or images, or a higher --arch-lr, decide more."]
+
+
+def write_picture(folder: Path, design: Design, supernet: SuperNet, rows: list[dict] | None) -> list[str]:
+    """Draw the found network into network.svg; returns the names of the files."""
+    from files import write_file
+
+    write_file(Path(folder) / "network.svg", lambda temporary: temporary.write_text(draw_network(design)))
+    return ["network.svg"]
+
+
+# --- Designs to compare a found one with (section 4.2.4), its picture, and the command --------------------
+def perturb(design: Design, strength: str, rng: random.Random) -> Design:
+    """A design with two changes: "R1", two other convolutions; "R2", two edges from elsewhere (tables 6, 7).
+
+    The paper shows them in pictures only: two, drawn uniformly, is our choice. ValueError if there are fewer.
+    """
+    if strength == "R1":
+        places = [place for place, edge in design.edges().items() if edge.operation != "skip"]
+    else:  # node 0 takes both of its sources; of any other node one edge can move
+        places = [place for place in design.edges() if place[1] > 0]
+    if strength not in ("R1", "R2") or len({place[:3 if strength == "R1" else 2] for place in places}) < 2:
+        raise ValueError(f"The design has too few convolutions or nodes to be perturbed by {strength}.")
+    chosen, edges = rng.sample(places, 2), design.edges()
+    while strength == "R2" and chosen[0][:2] == chosen[1][:2]:
+        chosen = rng.sample(places, 2)
+    for number, node, place in chosen:
+        source, operation = edges[number, node, place]
+        if strength == "R1":
+            operation = rng.choice([name for name in OPERATIONS if name not in (operation, "skip")])
+        else:
+            taken = [edge.source for edge in design.cells[number][node]]
+            source = rng.choice([other for other in range(node + 2) if other not in taken])
+        edges[number, node, place] = Edge(source, operation)
+    return design.with_edges(edges)
+
+
+def random_cells(design: Design, rng: random.Random, tolerance: float = 0.05) -> Design:
+    """Random cells of the same widths, with the design's number of parameters within `tolerance` of it.
+
+    Single operations are drawn again until the number is near enough; ValueError where that never is.
+    """
+    drawn = replace(design, cells=tuple(random_nodes(design.nodes, rng) for _ in design.cells))
+    edges, target = drawn.edges(), count_parameters(design)
+    off, sizes = count_parameters(drawn) - target, {}
+    for name, width in itertools.product(OPERATIONS, design.widths):
+        with torch.device("meta"):  # shapes only
+            sizes[name, width] = sum(weight.numel() for weight in OPERATIONS[name](width, True).parameters())
+    for _ in range(20000):
+        if abs(off) <= tolerance * target:
+            return drawn.with_edges(edges)
+        place, name = rng.choice(list(edges)), rng.choice(tuple(OPERATIONS))
+        width, edge = design.widths[place[0]], edges[place]
+        change = sizes[name, width] - sizes[edge.operation, width]
+        if abs(off + change) < abs(off):
+            edges[place], off = Edge(edge.source, name), off + change
+    raise ValueError(f"No random cells with {target} parameters within {tolerance:.0%} were found.")
+
+
+def draw_network(design: Design) -> str:
+    """A picture of a network as SVG text: of each layer a bar as long as its width, and its cell as a graph:
+    dots are inputs and nodes, arcs are edges. An arc is as high as it is long, so no names overlap."""
+    xs, y, body = [80 + 96 * column for column in range(max(design.nodes + 2, 5))], 28, []
+
+    def text(kind, x, y, words):
+        body.append(f'<text class="{kind}" x="{x:g}" y="{y:g}">{words}</text>')
+
+    text("title", 20, y, f"HiNAS: {design.task} x{design.scale}, {design.channels} channels, base width "
+                         f"{design.base_width}")
+    names = ["stem", "stem", *(f"layer {number}" for number in range(len(design.cells)))]
+    for number, (width, nodes) in enumerate(zip(design.widths, design.cells)):
+        text("title", 20, y + 36, f"layer {number}: width {width}")
+        body.append(f'<rect x="150" y="{y + 26}" width="{4 * width}" height="12"/>')
+        arcs = [(edge.source, index + 2, edge.operation) for index, node in enumerate(nodes) for edge in node]
+        y += 70 + 30 * max(end - start for start, end, _ in arcs)  # of the dots
+        for start, end, _ in arcs:
+            left, right, peak = xs[start] + 5, xs[end] - 5, y - 6 - 40 * (end - start)  # of its handles
+            body.append(f'<path d="M{left} {y - 6} C{left} {peak} {right} {peak} {right} {y - 6}"/>')
+        for start, end, operation in arcs:  # over all arcs
+            text("name", (xs[start] + xs[end]) / 2, y - 2 - 30 * (end - start), operation)
+        for x, name in zip(xs, (names[number + 1], names[number], *(f"node {n}" for n in range(len(nodes))))):
+            body.append(f'<circle cx="{x}" cy="{y}" r="6"/>')
+            text("dot", x, y + 24, name)
+        y += 24
+    style = ("text{font:12px sans-serif;text-anchor:middle} .title{text-anchor:start;font-weight:bold} "
+             "path{fill:none;stroke:#47a} circle,rect{fill:#47a} .name{stroke:#fff;stroke-width:5px;"
+             "paint-order:stroke}")
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{xs[-1] + 60}" height="{y + 20}">',
+                      f"<style>{style}</style>", *body, "</svg>", ""])
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hinas.py", usage="python hinas.py [options]",
-        description="Draw a found network, or make another one out of it to compare it with.",
-        epilog="examples:\n  python hinas.py --arch runs/search/arch.json --output network.svg\n"
-               "  python hinas.py --change R2 --output runs/r2/arch.json\n"
-               "  python hinas.py --change random --output runs/random/arch.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description="Draw a found network, or make another one out of it to compare it with.")
     parser.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
                         help="record of the network, from search.py --model hinas (default: %(default)s)")
     parser.add_argument("--change", choices=("R1", "R2", "random"),
-                        help="write the record of a changed network: R1, two other convolutions; R2, two edges from elsewhere "
-                             "(tables 6 and 7, as we take them); random, other cells of about the same size (default: draw the "
-                             "network)")
-    parser.add_argument("--output", metavar="FILE", help="picture or record to write (default of a picture: network.svg)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the change (default: %(default)s)")
+                        help="write a changed network: R1, two other convolutions; R2, two edges from "
+                             "elsewhere (our reading of tables 6 and 7); random, other cells of about the "
+                             "same size (default: draw the network)")
+    parser.add_argument("--output", metavar="FILE",
+                        help="picture or record to write (default of a picture: network.svg)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a change (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    import models
-
     parser = build_parser()
     args = parser.parse_args(argv)
+    output, rng = args.output or "network.svg", random.Random(args.seed)
     if args.output is None and args.change:
         parser.error("name the record to write with --output FILE.")
-    args.output = args.output or "network.svg"
     try:
-        record = models.load_record(args.arch)
+        import files
+
+        record = files.load_record(args.arch)
         if record["method"] != "hinas":
-            raise ValueError(f"{args.arch} is of {record['method']}; search one with: python search.py --model hinas")
-        design, rng = Design.from_dict(record["design"]), random.Random(args.seed)
+            raise ValueError(f"{args.arch} is of {record['method']}; run: python search.py --model hinas")
+        design = design_of(record)
         if args.change is None:
-            models.write_file(args.output, lambda temporary: temporary.write_text(draw(design)))
+            files.write_file(output, lambda temporary: temporary.write_text(draw_network(design)))
         else:
-            changed = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
-            kept = {name: value for name, value in record.items() if name not in ("latency", "parameters", "macs", "decisions")}
-            models.write_json(args.output, {**kept, "made": models.provenance("none", args.seed),
-                                            "parameters": count_parameters(changed), "design": changed.to_dict()})
-            print(f"{count_parameters(design):,} parameters before, {count_parameters(changed):,} after")
+            new = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
+            kept = {x: value for x, value in record.items() if x not in ("latency", "macs", "decisions")}
+            files.write_json(output, kept | record_content(new) | {
+                "made": files.provenance("none", args.seed), "parameters": count_parameters(new)})
+            print(f"{count_parameters(design):,} parameters before, {count_parameters(new):,} after")
+    except ImportError as error:
+        parser.error(f"to read records, files.py and models.py must lie beside hinas.py ({error}).")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {args.output}")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

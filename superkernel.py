@@ -1,23 +1,23 @@
-"""Superkernels: convolutions that find their own kernel size and number of filters while they are trained.
+"""Superkernels: convolutions that learn their own kernel size and number of filters while they are trained.
 
-    python search.py --model superkernel --data photos            # searches a denoising U-Net; see search.py --help
+    python search.py --model superkernel --data photos    # searches a denoising U-Net
 
-    from superkernel import SuperConv2d                           # in a network of your own, with this file alone:
-    layer = SuperConv2d.from_conv(nn.Conv2d(64, 64, 5, padding=2), kernel_sizes=(1, 3, 5), filters=(16, 32, 64))
-    ...                                                           # train as ever; every step draws another slice
-    plain = layer.distill(same_width=True)                        # an nn.Conv2d with what was found
+    from superkernel import SuperConv2d                   # in a network of your own, with this file alone:
+    layer = SuperConv2d.from_conv(nn.Conv2d(64, 64, 5, padding=2), (1, 3, 5), filters=(16, 32, 64))
+    ...                                                   # train as usual; every step samples another slice
+    plain = layer.distill(same_width=True)                # an nn.Conv2d with the likeliest slice
 
-One maximal kernel is trained, and smaller ones are slices of it: its centre, and some of its filters. Which slice is drawn
-from a distribution whose parameters are trained with the weights, by Gumbel softmax and relaxed Bernoulli samples of masks.
-The memory is that of the largest network, not of all of them. Reads and writes no files. Needs torch and torchvision only.
-Source: Mozejko et al. 2020, Superkernel Neural Architecture Search for Image Denoising (numbers below are its sections).
+Only the largest kernel is trained; smaller ones are slices of it: its centre, and some of its filters. The
+distribution over slices is trained with the weights, by Gumbel softmax and relaxed Bernoulli samples. Source:
+Mozejko et al. 2020, Superkernel Neural Architecture Search for Image Denoising; numbers in docstrings are its
+sections, equations and tables. `training` says how we train, and where that departs from the paper.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -25,96 +25,74 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
-# ---------------------------------------------------------------------------------------------------------------
-# Distributions over the slices of a kernel
-#
-# A slice is a kernel size and a set of filters. What a convolution needs of a sample is one matrix, (K, C): how much of
-# kernel size k filter c has. A one-hot sample has ones in one row, at the filters that it keeps.
+# --- Distributions over the slices of a kernel --------------------------------------------------------------
 
 
-class Sample:
-    """A relaxed sample: Gumbel softmax and relaxed Bernoulli at a temperature (4.5.1). Random numbers are torch's own."""
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def softmax(self, logits: Tensor) -> Tensor:
-        return F.gumbel_softmax(logits, self.temperature)
-
-    def bernoulli(self, logits: Tensor) -> Tensor:
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        return torch.sigmoid((logits + uniform.log() - (-uniform).log1p()) / self.temperature)
+class Slice(NamedTuple):
+    """A kernel size and a number of filters, S_{k,f} in the paper."""
+    kernel_size: int
+    filters: int
 
 
-class Mean:
-    """The expectation instead of a sample."""
-
-    def softmax(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)
-
-    def bernoulli(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
+def sample(logits: Tensor, temperature: float | None) -> Tensor:
+    """A Gumbel softmax sample of (N,) options (4.5.1); at temperature None the likeliest option, one-hot."""
+    if temperature is None:
+        return F.one_hot(logits.argmax(), len(logits)).to(logits)
+    return F.gumbel_softmax(logits, temperature)
 
 
-class Likeliest:
-    """The one slice that is kept in the end (4.5.5): the likeliest option, filters of probability above 0.5, at least one.
+def sample_each(logits: Tensor, temperature: float | None) -> Tensor:
+    """Relaxed Bernoulli samples (4.5.1); at temperature None those of probability above 0.5, at least one.
 
-    The paper keeps filters "if its logit was greater than 0.5"; we take it that a probability was meant.
+    The paper keeps a filter "if its logit was greater than 0.5" (4.5.5); we take it to mean a probability.
     """
-
-    def softmax(self, logits: Tensor) -> Tensor:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
-
-    def bernoulli(self, logits: Tensor) -> Tensor:
-        return ((logits > 0) | (torch.arange(len(logits), device=logits.device) == logits.argmax())).to(logits)
-
-
-class Choice(NamedTuple):
-    """A slice: the place of its size among `kernel_sizes`, and the places of its filters, ascending."""
-
-    kernel: int
-    kept: tuple[int, ...]
+    if temperature is None:
+        return torch.where(logits > 0, 1.0, sample(logits, None))
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid((logits + uniform.log() - (-uniform).log1p()) / temperature)
 
 
 class Structure(nn.Module):
-    """A distribution over the slices of a kernel with these sizes and numbers of filters."""
+    """A distribution over the slices of a kernel with these sizes and numbers of filters. Subclasses have:
+
+    weights(temperature): a sample (K, C), how much of kernel size k filter c has; a slice at temperature None
+    probabilities(): of each kernel size with each number of filters of `grid`, (K, G)
+    distributions(): the probabilities of each independent choice, (options,) or (filters, options)
+    set_choice(kernel_size, kept, logit): makes the slice with these filters almost certain
+    """
 
     def __init__(self, kernel_sizes: tuple[int, ...], filters: tuple[int, ...]):
         super().__init__()
         self.kernel_sizes, self.filters = kernel_sizes, filters
         first = torch.arange(filters[-1]) < torch.tensor(filters)[:, None]
-        self.register_buffer("first", first.float(), persistent=False)  # (F, C): the first 16, 32, 64 filters
+        self.register_buffer("first", first.float(), persistent=False)  # (F, C): the first 16, 32, 64
 
-    def weights(self, draw) -> Tensor:
-        """How much of kernel size k filter c has, (K, C), by a Sample, Mean or Likeliest."""
-        raise NotImplementedError
-
-    def logits(self) -> list[Tensor]:
-        """The logits of each softmax, (N,), and of each Bernoulli, (C,), as these are in the structure."""
-        raise NotImplementedError
-
-    def options(self, present: Choice) -> list[tuple[Choice, float]]:
-        """The slices that are one exchange away from `present`, and how much log probability each exchange costs."""
-        raise NotImplementedError
-
-    def choice(self) -> Choice:
-        """The likeliest slice."""
-        kept = self.weights(Likeliest()) > 0  # (K, C)
+    def likeliest(self) -> Slice:
+        kept = self.weights(None) > 0  # (K, C)
         kernel = int(kept.any(1).nonzero()[0])
-        return Choice(kernel, tuple(kept[kernel].nonzero()[:, 0].tolist()))
+        return Slice(self.kernel_sizes[kernel], int(kept[kernel].sum()))
 
-    @torch.no_grad()
-    def set_choice(self, choice: Choice, logit: float = 30.0) -> None:
-        """Make one slice all but certain; its filters must be ones that this structure can keep."""
-        raise NotImplementedError
+    def kept(self, count: int) -> list[int]:
+        """The filters of a slice with `count` of them, ascending."""
+        return list(range(count))
 
     def grid(self) -> tuple[int, ...]:
         """The numbers of filters between which costs are interpolated."""
         return self.filters
 
-    def probabilities(self) -> Tensor:
-        """The probability of each kernel size with each number of filters of `grid`, (K, G)."""
-        raise NotImplementedError
+    def options(self, present: Slice) -> list[tuple[Slice, float]]:
+        """The slices that are one exchange away from `present`, and the log probability that each loses."""
+        log_p = self.probabilities().detach().double().clamp(min=1e-300).log()
+        here = log_p[self.kernel_sizes.index(present.kernel_size), self.filters.index(present.filters)]
+        return [(Slice(size, count), float(here - log_p[k, f]))
+                for k, size in enumerate(self.kernel_sizes) for f, count in enumerate(self.filters)]
+
+    @torch.no_grad()
+    def entropy(self) -> float:
+        """The mean over the distributions of entropy / largest possible entropy: 1 undecided, 0 decided."""
+        values = [float(-torch.xlogy(p, p).sum(-1).mean() / math.log(p.shape[-1]))
+                  for p in self.distributions() if p.shape[-1] > 1]
+        return sum(values) / len(values) if values else 0.0
 
 
 class Joint(Structure):
@@ -124,48 +102,42 @@ class Joint(Structure):
         super().__init__(kernel_sizes, filters)
         self.theta = nn.Parameter(torch.zeros(len(kernel_sizes), len(filters)))
 
-    def weights(self, draw):
-        return draw.softmax(self.theta.flatten()).view_as(self.theta) @ self.first
-
-    def logits(self):
-        return [self.theta.flatten()]
+    def weights(self, temperature):
+        return sample(self.theta.flatten(), temperature).view_as(self.theta) @ self.first
 
     def probabilities(self):
         return self.theta.flatten().softmax(0).view_as(self.theta)
 
-    def options(self, present):
-        log_p = self.probabilities().detach().double().clamp(min=1e-300).log()
-        here = log_p[present.kernel, self.filters.index(len(present.kept))]
-        return [(Choice(k, tuple(range(count))), float(here - log_p[k, f]))
-                for k in range(len(self.kernel_sizes)) for f, count in enumerate(self.filters)]
+    def distributions(self):
+        return [self.theta.flatten().double().softmax(0)]
 
     @torch.no_grad()
-    def set_choice(self, choice, logit=30.0):
-        self.theta.zero_()
-        self.theta[choice.kernel, self.filters.index(len(choice.kept))] = logit
+    def set_choice(self, kernel_size, kept, logit=30.0):
+        self.theta.zero_()[self.kernel_sizes.index(kernel_size), self.filters.index(len(kept))] = logit
 
 
-class Factorized(Joint):
+class Factorized(Structure):
     """A softmax over kernel sizes and one over numbers of filters (4.2)."""
 
     def __init__(self, kernel_sizes, filters):
-        Structure.__init__(self, kernel_sizes, filters)
+        super().__init__(kernel_sizes, filters)
         self.theta_kernel = nn.Parameter(torch.zeros(len(kernel_sizes)))
         self.theta_filters = nn.Parameter(torch.zeros(len(filters)))
 
-    def weights(self, draw):
-        return draw.softmax(self.theta_kernel)[:, None] * (draw.softmax(self.theta_filters) @ self.first)
-
-    def logits(self):
-        return [self.theta_kernel, self.theta_filters]
+    def weights(self, temperature):
+        kernels, counts = sample(self.theta_kernel, temperature), sample(self.theta_filters, temperature)
+        return kernels[:, None] * (counts @ self.first)
 
     def probabilities(self):
         return self.theta_kernel.softmax(0)[:, None] * self.theta_filters.softmax(0)
 
+    def distributions(self):
+        return [self.theta_kernel.double().softmax(0), self.theta_filters.double().softmax(0)]
+
     @torch.no_grad()
-    def set_choice(self, choice, logit=30.0):
-        self.theta_kernel.zero_()[choice.kernel] = logit
-        self.theta_filters.zero_()[self.filters.index(len(choice.kept))] = logit
+    def set_choice(self, kernel_size, kept, logit=30.0):
+        self.theta_kernel.zero_()[self.kernel_sizes.index(kernel_size)] = logit
+        self.theta_filters.zero_()[self.filters.index(len(kept))] = logit
 
 
 class Filterwise(Structure):
@@ -179,166 +151,162 @@ class Filterwise(Structure):
     def filter_logits(self) -> Tensor:
         return self.theta_filters
 
-    def weights(self, draw):
-        return draw.softmax(self.theta_kernel)[:, None] * draw.bernoulli(self.filter_logits())
+    def weights(self, temperature):
+        kernels = sample(self.theta_kernel, temperature)
+        return kernels[:, None] * sample_each(self.filter_logits(), temperature)
 
-    def logits(self):
-        return [self.theta_kernel, self.filter_logits()]
+    def ranking(self) -> list[int]:
+        """The filters of the likeliest slice, then the others, by probability; of equal ones the last."""
+        logits = self.filter_logits().detach()
+        keys = list(zip(sample_each(logits, None).tolist(), logits.tolist(), range(len(logits))))
+        return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+
+    def kept(self, count):
+        return sorted(self.ranking()[:count])
 
     def grid(self):
         return (1, *(count for count in self.filters if count > 1))
 
     def probabilities(self):
-        # The expected number of filters lies between two of the grid: the nearer one has the larger share. What costs are
-        # made of, products of kernel areas and channels, is linear in each number, so nothing is lost by this.
+        # The expected number of filters lies between two of the grid; the nearer one has the larger share.
         count = self.filter_logits().sigmoid().sum()
-        grid = torch.tensor(self.grid(), dtype=count.dtype, device=count.device)
-        return self.theta_kernel.softmax(0)[:, None] * interpolate(count, grid)
+        return self.theta_kernel.softmax(0)[:, None] * interpolate(count, count.new_tensor(self.grid()))
+
+    def distributions(self):
+        p = self.filter_logits().double().sigmoid()
+        return [self.theta_kernel.double().softmax(0), torch.stack((p, 1 - p), 1)]
 
     def options(self, present):
+        size, count = present
         log_p = self.theta_kernel.detach().double().log_softmax(0)
-        logits = self.filter_logits().detach()
-        result = [(Choice(k, present.kept), float(log_p[present.kernel] - log_p[k])) for k in range(len(self.kernel_sizes))]
-        if len(present.kept) > 1:
-            weakest = min(present.kept, key=lambda c: float(logits[c]))
-            result.append((Choice(present.kernel, tuple(c for c in present.kept if c != weakest)), float(logits[weakest])))
+        here = log_p[self.kernel_sizes.index(size)]
+        result = [(Slice(other, count), float(here - p)) for other, p in zip(self.kernel_sizes, log_p)]
+        if count > 1:
+            weakest = self.ranking()[count - 1]
+            result.append((Slice(size, count - 1), self.filter_logits()[weakest].item()))
         return result
 
     @torch.no_grad()
-    def set_choice(self, choice, logit=30.0):
-        self.theta_kernel.zero_()[choice.kernel] = logit
-        self.theta_filters.fill_(-logit)[list(choice.kept)] = logit
+    def set_choice(self, kernel_size, kept, logit=30.0):
+        self.theta_kernel.zero_()[self.kernel_sizes.index(kernel_size)] = logit
+        self.theta_filters.fill_(-logit)[list(kept)] = logit
 
 
 class FilterwiseAttention(Filterwise):
-    """Filterwise, with logits that are averages over all filters, weighted by the likeness of their keys (4.4, eq. 1).
+    """Filterwise, with logits averaged over all filters, weighted by the likeness of keys (4.4, eq. 1).
 
-    The paper does not state the length of the keys; here it is 8.
+    The paper does not state the length of the keys and how they begin; here 8, from a normal distribution.
     """
-
-    KEY = 8
 
     def __init__(self, kernel_sizes, filters):
         super().__init__(kernel_sizes, filters)
-        self.keys = nn.Parameter(torch.randn(filters[-1], self.KEY))
+        self.keys = nn.Parameter(torch.randn(filters[-1], 8))
 
     def filter_logits(self):
         return (self.keys @ self.keys.T).softmax(1) @ self.theta_filters
 
     @torch.no_grad()
-    def set_choice(self, choice, logit=30.0):
-        super().set_choice(choice, logit)
-        # Keys that are far from each other but for those of filters that go together: two groups, two corners.
-        corners = torch.where(self.theta_filters[:, None] > 0, 1.0, -1.0)
-        self.keys.copy_(corners * self.keys.new_ones(self.KEY))
+    def set_choice(self, kernel_size, kept, logit=30.0):
+        super().set_choice(kernel_size, kept, logit)
+        self.keys.copy_(self.theta_filters.sign()[:, None].expand_as(self.keys))  # the two groups stay apart
 
 
-STRUCTURES = {"joint": Joint, "factorized": Factorized, "filterwise": Filterwise, "attention": FilterwiseAttention}
+STRUCTURES = {"joint": Joint, "factorized": Factorized, "filterwise": Filterwise,
+              "attention": FilterwiseAttention}
 FORMS = ("full", "separate")
 
 
 def interpolate(value: Tensor, grid: Tensor) -> Tensor:
-    """The shares (G,) of the ascending `grid` values that make up `value`, linearly between two; the ends beyond the grid."""
+    """The shares (G,) of the ascending `grid` that make up `value`, of two neighbours or one end."""
     if len(grid) == 1:
         return torch.ones_like(grid)
     value = value.clamp(grid[0], grid[-1])
     left = int((value.detach() >= grid[1:-1]).sum())
     share = (value - grid[left]) / (grid[left + 1] - grid[left])
-    places = torch.arange(len(grid), device=grid.device)
-    return torch.where(places == left, 1 - share, torch.where(places == left + 1, share, torch.zeros_like(share)))
+    return F.pad(torch.stack((1 - share, share)), (left, len(grid) - left - 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The superkernel
+# --- The superkernel ----------------------------------------------------------------------------------------
 
 
 class SuperConv2d(nn.Module):
-    """A convolution whose kernel size and filters are drawn anew at every step: (B, in, H, W) -> (B, filters[-1], H', W').
+    """A convolution that samples another slice in every step: (B, in, H, W) -> (B, filters[-1], H', W').
 
-    `kernel_sizes` are odd and ascending, `filters` ascending. `activation` follows, if given; it must leave zero at zero, as
-    ReLU and PReLU do. `form` "full": one convolution with the kernel times the averaged mask (eq. 4, right side); "separate":
-    one for each kernel size, and the average behind the activation (eq. 5, left side; filters that share a kernel size share
-    its convolution, which gives the same). Both are the same without an activation.
+    `kernel_sizes` are odd and ascending, `filters` ascending. `activation` follows; it must leave zero at
+    zero. `form` "full": one convolution with the kernel times the averaged mask (eq. 4, right side);
+    "separate": one for each kernel size, averaged behind the activation (eq. 5, left side; without an
+    activation both are the same). In eval mode, or at `temperature` None, the likeliest slice; filters that
+    are not kept are zero.
 
-    The bias of a filter is scaled by how much of the filter is drawn, whatever the kernel size. (The paper averages the
-    kernel's mask, by which a 3x3 slice of a 5x5 kernel would have 9/25 of its bias: a one-hot sample would not be the slice.)
-    In eval mode, and at `temperature` None, the likeliest slice is computed. Filters that are not kept are zero.
+    The bias of a filter is scaled by how much of the filter is sampled. (The paper averages the kernel's
+    mask, 4.5.4, which would leave a 3x3 slice of a 5x5 kernel 9/25 of its bias: a one-hot sample would not be
+    the slice.)
     """
 
-    def __init__(self, in_channels: int, kernel_sizes: tuple[int, ...], filters: tuple[int, ...], structure: str = "joint",
+    def __init__(self, in_channels: int, kernel_sizes: tuple, filters: tuple, structure: str = "joint",
                  form: str = "full", stride: int = 1, bias: bool = True, activation: nn.Module | None = None):
         super().__init__()
-        kernel_sizes, filters = tuple(kernel_sizes), tuple(filters)
-        for name, values in (("kernel sizes", kernel_sizes), ("numbers of filters", filters)):
-            if not values or list(values) != sorted(set(values)) or values[0] < 1:
-                raise ValueError(f"The {name} must be positive and ascending, not {values}.")
-        if any(size % 2 == 0 for size in kernel_sizes):
-            raise ValueError(f"The kernel sizes must be odd, so that they have one centre, not {kernel_sizes}.")
+        self.kernel_sizes, self.filters = kernel_sizes, filters = tuple(kernel_sizes), tuple(filters)
+        ascending = all(values and values[0] > 0 and list(values) == sorted(set(values))
+                        for values in (kernel_sizes, filters))
+        if not ascending or any(size % 2 == 0 for size in kernel_sizes):
+            raise ValueError(f"Kernel sizes must be odd, positive and ascending, not {kernel_sizes}; numbers "
+                             f"of filters positive and ascending, not {filters}.")
         if structure not in STRUCTURES or form not in FORMS:
-            raise ValueError(f"The structure must be one of {', '.join(STRUCTURES)} and the form one of {', '.join(FORMS)}, "
-                             f"not {structure!r} and {form!r}.")
-        self.kernel_sizes, self.filters, self.form, self.stride = kernel_sizes, filters, form, stride
-        largest = nn.Conv2d(in_channels, filters[-1], kernel_sizes[-1], stride, kernel_sizes[-1] // 2, bias=bias)
+            raise ValueError(f"The structure must be one of {', '.join(STRUCTURES)}, and the form one of "
+                             f"{', '.join(FORMS)}, not {structure!r} and {form!r}.")
+        self.form, self.stride, size = form, stride, kernel_sizes[-1]
+        largest = nn.Conv2d(in_channels, filters[-1], size, stride, size // 2, bias=bias)
         self.weight, self.bias = largest.weight, largest.bias
         self.structure = STRUCTURES[structure](kernel_sizes, filters)
-        self.activation = activation
+        self.activation = nn.Identity() if activation is None else activation
         self.temperature: float | None = 1.0
-        reach = (torch.arange(kernel_sizes[-1]) - kernel_sizes[-1] // 2).abs()
-        reach = torch.maximum(reach[:, None], reach)  # distance from the centre, (k, k)
-        inside = reach <= torch.tensor(kernel_sizes)[:, None, None] // 2
-        self.register_buffer("inside", inside.float(), persistent=False)  # (K, k, k)
+        inside = [F.pad(torch.ones(each, each), [(size - each) // 2] * 4) for each in kernel_sizes]
+        self.register_buffer("inside", torch.stack(inside), persistent=False)  # (K, k, k)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, kernel_sizes: tuple[int, ...], filters: tuple[int, ...] | None = None,
-                  **how) -> SuperConv2d:
-        """A superkernel in place of a convolution, with its weights. ValueError where it is not one that this can stand for.
+    def from_conv(cls, conv: nn.Conv2d, kernel_sizes: tuple, filters: tuple | None = None, **how):
+        """A superkernel in place of a convolution, with its weights; ValueError where it cannot replace it.
 
-        The largest kernel size must be that of `conv`, and the largest number of filters its out_channels (the default:
-        only the kernel size is searched). `how`: structure, form, activation.
+        The largest kernel size and number of filters must be those of `conv` (default: only the kernel size
+        is searched). `how`: structure, form, activation.
         """
-        filters = filters or (conv.out_channels,)
-        size = kernel_sizes[-1]
+        size, filters = kernel_sizes[-1], filters or (conv.out_channels,)
         if (conv.kernel_size != (size, size) or filters[-1] != conv.out_channels or conv.groups != 1
                 or conv.dilation != (1, 1) or conv.stride[0] != conv.stride[1] or conv.padding_mode != "zeros"
                 or conv.padding not in ((size // 2,) * 2, "same")):
-            raise ValueError(f"A superkernel of sizes {kernel_sizes} and {filters} filters cannot stand for {conv}: it needs one "
-                             "group, no dilation, padding of half the kernel with zeros, and the convolution's own size as the "
-                             "largest.")
-        layer = cls(conv.in_channels, kernel_sizes, filters, stride=conv.stride[0], bias=conv.bias is not None, **how)
+            raise ValueError(f"A superkernel of sizes {kernel_sizes} and {filters} filters cannot stand for "
+                             f"{conv}: it needs the same size, one group, no dilation and zeros around.")
+        bias = conv.bias is not None
+        layer = cls(conv.in_channels, kernel_sizes, filters, stride=conv.stride[0], bias=bias, **how)
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.to(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        draw = Sample(self.temperature) if self.training and self.temperature is not None else Likeliest()
-        weights = self.structure.weights(draw).to(self.weight.dtype)  # (K, C)
-        if self.form == "full":
+        weights = self.structure.weights(self.temperature if self.training else None).to(self.weight.dtype)
+        if self.form == "full":  # weights: (K, C)
             mask = torch.einsum("kc,kij->cij", weights, self.inside)[:, None]  # (C, 1, k, k)
             bias = None if self.bias is None else self.bias * weights.sum(0)
-            return self._act(F.conv2d(x, self.weight * mask, bias, self.stride, self.kernel_sizes[-1] // 2))
-        parts = []
-        for size, share in zip(self.kernel_sizes, weights):
-            y = F.conv2d(x, centre(self.weight, size), self.bias, self.stride, size // 2)
-            parts.append(share[:, None, None] * self._act(y))
-        return sum(parts)
-
-    def _act(self, x: Tensor) -> Tensor:
-        return x if self.activation is None else self.activation(x)
+            padding = self.kernel_sizes[-1] // 2
+            return self.activation(F.conv2d(x, self.weight * mask, bias, self.stride, padding))
+        return sum(share[:, None, None] * self.activation(  # filters of one kernel size share its convolution
+            F.conv2d(x, centre(self.weight, size), self.bias, self.stride, size // 2))
+            for size, share in zip(self.kernel_sizes, weights))
 
     @torch.no_grad()
-    def distill(self, choice: Choice | None = None, same_width: bool = False) -> nn.Conv2d:
-        """The convolution of a slice, the likeliest unless stated, with copied weights (4.5.5); without the activation.
+    def distill(self, chosen: Slice | None = None, same_width: bool = False) -> nn.Conv2d:
+        """The convolution of a slice (None: the likeliest) with copied weights, without activation (4.5.5).
 
-        It has as many filters as the slice: what follows must lose the inputs of the others (`choice.kept` are those that
-        stay). With `same_width` it has all of them, those that are not kept being zero.
+        It has the filters `structure.kept(chosen.filters)`: what follows must lose its other inputs. With
+        `same_width` it has all filters, and those that are not kept are zero.
         """
-        choice = self.structure.choice() if choice is None else choice
-        size, kept = self.kernel_sizes[choice.kernel], list(choice.kept)
-        conv = nn.Conv2d(self.weight.shape[1], self.filters[-1] if same_width else len(kept), size, self.stride, size // 2,
-                         bias=self.bias is not None, device=self.weight.device, dtype=self.weight.dtype)
+        size, count = chosen or self.structure.likeliest()
+        kept, width = self.structure.kept(count), self.filters[-1] if same_width else count
+        bias = self.bias is not None
+        conv = nn.Conv2d(self.weight.shape[1], width, size, self.stride, size // 2, bias=bias).to(self.weight)
         for old, new in ((centre(self.weight, size), conv.weight), (self.bias, conv.bias)):
             if old is not None:
-                new.zero_()
-                new[kept if same_width else slice(None)] = old[kept]
+                new.zero_()[kept if same_width else slice(None)] = old[kept]
         return conv
 
 
@@ -348,20 +316,11 @@ def centre(weight: Tensor, size: int) -> Tensor:
     return weight[..., edge:weight.shape[-1] - edge, edge:weight.shape[-1] - edge]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The spaces and what is found in them
-
-
-class Layer(NamedTuple):
-    """One of the two searched convolutions of a block."""
-
-    kernel_size: int
-    filters: int
+# --- The spaces, their designs, and what these cost ---------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """What the cost of a convolution in a block depends on. `layer` 1 and 2 are searched, 3 brings the channels back."""
-
+    """What the cost of a block's convolution depends on; layers 1 and 2 are searched, 3 restores channels."""
     level: int  # 0: full resolution, 1: half ...
     layer: int
     kernel_size: int
@@ -369,10 +328,8 @@ class Part(NamedTuple):
     out_channels: int
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the networks of a family share: kernel sizes, growth rates (filters per channel of the block), shape."""
-
+class Family(NamedTuple):
+    """What the networks of a family share; growths are numbers of filters per channel of the block."""
     kernel_sizes: tuple[int, ...]
     growths: tuple[float, ...]
     blocks: int  # dense blocks in a row, at each level of the encoder and of the decoder
@@ -381,18 +338,16 @@ class Family:
     attention: bool  # channel attention in the decoder, and before the end
 
 
-FAMILIES = {
-    "skipinit": Family((3, 5), (0.2, 0.4, 0.6), 2, False, True, False),  # 3.2, 5.2
-    "attention": Family((3, 5, 7), (0.25, 0.5, 1.0), 1, True, False, True),  # 3.1, 5.3.1
-}
+FAMILIES = {"skipinit": Family((3, 5), (0.2, 0.4, 0.6), 2, False, True, False),  # 3.2, 5.2
+            "attention": Family((3, 5, 7), (0.25, 0.5, 1.0), 1, True, False, True)}  # 3.1, 5.3.1
 
 
 @dataclass(frozen=True)
 class Space:
-    """A family at a width: the space that is searched.
+    """A family at a width, the space that is searched; ValueError in one sentence where it is not possible.
 
-    `base_width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by side
-    ("attention"); `channels` of the image: 1, 3, 4 (packed raw) or any.
+    `base_width`: channels at full resolution; `levels`: how often it is halved; `subnetworks`: U-Nets side by
+    side ("attention"); `channels` of the image: 1, 3, 4 (packed raw) or any.
     """
 
     family: str = "skipinit"
@@ -406,7 +361,7 @@ class Space:
             raise ValueError(f"There is no family {self.family!r}; possible: {', '.join(FAMILIES)}.")
         for name, high in (("base_width", 1024), ("levels", 8), ("subnetworks", 64), ("channels", 1024)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            if type(value) is not int or not 1 <= value <= high:
                 raise ValueError(f"{name} must be a whole number from 1 to {high}, not {value!r}.")
 
     @property
@@ -414,7 +369,7 @@ class Space:
         return FAMILIES[self.family]
 
     def block_levels(self) -> list[int]:
-        """The level of each dense block, in the order of the network: down, then up, subnetwork by subnetwork."""
+        """The level of each dense block: down, then up, subnetwork by subnetwork."""
         down = list(range(self.levels + 1))
         return [level for level in down + down[-2::-1] for _ in range(self.rules.blocks)] * self.subnetworks
 
@@ -423,151 +378,188 @@ class Space:
 
     def filters_at(self, level: int) -> tuple[int, ...]:
         """The numbers of filters to choose from at a level."""
-        return tuple(sorted({max(1, round(growth * self.channels_at(level))) for growth in self.rules.growths}))
+        channels = self.channels_at(level)
+        return tuple(sorted({max(1, round(growth * channels)) for growth in self.rules.growths}))
+
+    def counts_at(self, level: int) -> tuple[int, ...]:
+        """The numbers of filters of the parts at a level; a filterwise structure can have as few as 1."""
+        return tuple(sorted({1, *self.filters_at(level)}))
 
     def design(self, choose) -> Design:
-        """The design whose layers are choose(kernel sizes, numbers of filters) -> Layer."""
-        return Design(self, tuple(tuple(choose(self.rules.kernel_sizes, self.filters_at(level)) for _ in range(2))
-                                  for level in self.block_levels()))
+        """The design whose searched layers are choose(kernel sizes, numbers of filters) -> Slice."""
+        choices = [(self.rules.kernel_sizes, self.filters_at(level)) for level in self.block_levels()]
+        return Design(self, tuple((choose(*each), choose(*each)) for each in choices))
 
     def plain_design(self) -> Design:
-        """3x3 kernels and the middle number of filters everywhere: the "no superkernel" of tables 1 to 4, as we take it.
+        """3x3 kernels and the middle number of filters: what we take for "no superkernel" in tables 1 to 4.
 
-        The paper does not state its baseline; in the attention family this is the network that it modifies (its [26]).
+        The paper does not state it; in the attention family this is the network that it modifies ([26]).
         """
-        return self.design(lambda sizes, filters: Layer(sizes[0], filters[len(filters) // 2]))
+        return self.design(lambda sizes, filters: Slice(sizes[0], filters[len(filters) // 2]))
+
+    reference_design = plain_design  # whose time tells how fast a device is at the moment
 
     def largest_design(self) -> Design:
-        return self.design(lambda sizes, filters: Layer(sizes[-1], filters[-1]))
+        return self.design(lambda sizes, filters: Slice(sizes[-1], filters[-1]))
 
     def random_design(self, rng: random.Random) -> Design:
-        return self.design(lambda sizes, filters: Layer(rng.choice(sizes), rng.choice(filters)))
+        return self.design(lambda sizes, filters: Slice(rng.choice(sizes), rng.choice(filters)))
 
-    # What latency.py times: networks that hold all parts, and the parts of a network.
+    def network(self, design: Design) -> ResidualUNet:
+        return ResidualUNet(design)
+
+    def holds(self, design: Design) -> bool:
+        return design.space == self
+
+    def kinds(self, design: Design) -> list[str]:
+        """Under which names a table keeps the cost of all else."""
+        return ["network"]
 
     def identity(self) -> dict:
         """What a table is for, as JSON."""
         return {"method": "superkernel", **asdict(self)}
 
-    def _count_grid(self, level: int) -> tuple[int, ...]:
-        return tuple(sorted({1, *self.filters_at(level)}))  # 1: of filterwise structures
+    @classmethod
+    def from_identity(cls, identity: dict) -> Space:
+        """The space of `identity`; KeyError where a field is missing."""
+        return cls(**{field.name: identity[field.name] for field in fields(cls)})
+
+    def table_flags(self) -> str:
+        """The flags of latency.py that make a table for this space."""
+        network = [f" --network {name} --width {self.base_width}" for name, preset in PRESETS.items()
+                   if replace(preset, base_width=self.base_width, channels=self.channels) == self]
+        return f"--method superkernel{''.join(network)}" + " --grey" * (self.channels == 1)
 
     def possible_parts(self) -> set[Part]:
         """Every part that costs are interpolated between."""
         parts = set()
         for level in set(self.block_levels()):
-            channels, counts = self.channels_at(level), self._count_grid(level)
+            channels, counts = self.channels_at(level), self.counts_at(level)
             for a in counts:
                 parts |= {Part(level, 1, size, channels, a) for size in self.rules.kernel_sizes}
-                for b in counts:
-                    parts |= {Part(level, 2, size, channels + a, b) for size in self.rules.kernel_sizes}
-                    parts.add(Part(level, 3, 3, channels + a + b, channels))
+                for size in self.rules.kernel_sizes:
+                    parts |= {Part(level, 2, size, channels + a, b) for b in counts}
+                parts |= {Part(level, 3, 3, channels + a + b, channels) for b in counts}
+        return parts
+
+    def parts(self, network: ResidualUNet) -> list[tuple[Part, nn.Module]]:
+        """The convolutions in the blocks of a design's network."""
+        parts = []
+        for block, level, slices in zip(network.blocks(), self.block_levels(), network.design.blocks):
+            channels = self.channels_at(level)
+            for number, ((size, count), module) in enumerate(zip(slices, block.layers), 1):
+                parts.append((Part(level, number, size, channels, count), module))
+                channels += count
+            parts.append((Part(level, 3, 3, channels, self.channels_at(level)), block.output))
         return parts
 
     def carriers(self, rng: random.Random, rounds: int) -> list[Design]:
         """Designs that together hold every part `rounds` times or more."""
-        decks: dict[int, list] = {}
+        sizes, levels, decks = self.rules.kernel_sizes, self.block_levels(), {}
 
-        def deal(level: int) -> tuple[Layer, Layer]:
+        def deal(level: int) -> tuple[Slice, Slice]:
             if not decks.get(level):
-                counts, sizes = self._count_grid(level), self.rules.kernel_sizes
-                # Every second layer comes with every number of filters before it; kernel sizes of the first go round.
-                pairs = [(Layer(sizes[(i + j + k) % len(sizes)], a), Layer(size, b)) for i, a in enumerate(counts)
-                         for j, b in enumerate(counts) for k, size in enumerate(sizes)]
-                decks[level] = rng.sample(pairs, len(pairs))
+                # Every second layer with every number of filters before it; the first's kernel sizes in turn.
+                counts = list(enumerate(self.counts_at(level)))
+                deck = [(Slice(sizes[(i + j + k) % len(sizes)], a), Slice(size, b))
+                        for i, a in counts for j, b in counts for k, size in enumerate(sizes)]
+                decks[level] = rng.sample(deck, len(deck))
             return decks[level].pop()
 
-        levels = self.block_levels()
-        needed = max(math.ceil(rounds * len(self._count_grid(level)) ** 2 * len(self.rules.kernel_sizes) / levels.count(level))
-                     for level in set(levels))
+        pairs = {level: len(self.counts_at(level)) ** 2 * len(sizes) for level in levels}
+        needed = max(math.ceil(rounds * count / levels.count(level)) for level, count in pairs.items())
         return [Design(self, tuple(deal(level) for level in levels)) for _ in range(needed)]
 
-    def holds(self, design: Design) -> bool:
-        return design.space == self
-
-    def network(self, design: Design) -> ResidualUNet:
-        return build(design)
-
-    def parts(self, network: ResidualUNet) -> list[tuple[Part, nn.Module]]:
-        """The convolutions of a derived network's blocks."""
-        parts = []
-        for block, level, layers in zip(network.blocks(), self.block_levels(), network.design.blocks):
-            channels = self.channels_at(level)
-            for number, (layer, module) in enumerate(zip(layers, block.layers), 1):
-                parts.append((Part(level, number, layer.kernel_size, channels, layer.filters), module))
-                channels += layer.filters
-            parts.append((Part(level, 3, 3, channels, self.channels_at(level)), block.output))
-        return parts
-
     def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
-        """The cost of a design from those of all parts; numbers of filters between those of `possible_parts` are interpolated."""
-        tables, total = CostTables(self, costs), rest
-        for level, layers in zip(self.block_levels(), design.blocks):
-            total += float(tables.block(level, *(tables.certain(level, layer) for layer in layers)))
-        return total
+        """The cost of a design, interpolated between those of possible_parts; KeyError where one lacks."""
+        return sum((BlockCosts(self, level, costs).of(slices)
+                    for level, slices in zip(self.block_levels(), design.blocks)), rest)
 
 
 @dataclass(frozen=True)
 class Design:
-    """A network of a space: the two searched layers of every dense block, in the order of Space.block_levels."""
+    """A network of a space: the searched layers of every dense block, in the order of Space.block_levels."""
 
     space: Space
-    blocks: tuple[tuple[Layer, Layer], ...]
+    blocks: tuple[tuple[Slice, Slice], ...]
 
     def to_dict(self) -> dict:
-        return {**asdict(self.space),
-                "blocks": [{"level": level, "layers": [layer._asdict() for layer in layers]}
-                           for level, layers in zip(self.space.block_levels(), self.blocks)]}
+        blocks = zip(self.space.block_levels(), self.blocks)
+        return {**asdict(self.space), "blocks": [
+            {"level": level, "layers": [chosen._asdict() for chosen in slices]} for level, slices in blocks]}
 
     @classmethod
     def from_dict(cls, record: dict) -> Design:
         """From a record; ValueError in one sentence when something in it is wrong."""
         try:
-            space = Space(**{field.name: record[field.name] for field in fields(Space)})
-            levels = space.block_levels()
-            if [block["level"] for block in record["blocks"]] != levels:
-                raise ValueError(f"its blocks must be at the levels {levels}")
-            blocks = tuple(tuple(Layer(**layer) for layer in block["layers"]) for block in record["blocks"])
-        except KeyError as error:
-            raise ValueError(f"The record is not valid: the field {error} is missing.") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The record is not valid: {str(error).rstrip('.')}.") from None
-        for level, layers in zip(levels, blocks):
-            most = space.filters_at(level)[-1]
-            if len(layers) != 2 or not all(_is_int(layer.filters) and 1 <= layer.filters <= most and _is_int(layer.kernel_size)
-                                           and layer.kernel_size in space.rules.kernel_sizes for layer in layers):
-                raise ValueError(f"The record is not valid: a block at level {level} has two layers with kernels of "
-                                 f"{space.rules.kernel_sizes} and 1 to {most} filters, not {layers}.")
+            space = Space.from_identity(record)
+            if [block["level"] for block in record["blocks"]] != space.block_levels():
+                raise ValueError(f"its blocks must be at the levels {space.block_levels()}")
+            layers = [block["layers"] for block in record["blocks"]]
+            blocks = tuple(tuple(Slice(**layer) for layer in pair) for pair in layers)
+            for level, slices in zip(space.block_levels(), blocks):
+                sizes, most = space.rules.kernel_sizes, space.filters_at(level)[-1]
+                if len(slices) != 2 or not all(type(size) is type(count) is int and size in sizes
+                                               and 1 <= count <= most for size, count in slices):
+                    raise ValueError(f"a block at level {level} has two layers, kernels of {sizes} and 1 to "
+                                     f"{most} filters, not {slices}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            text = f"the field {error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+            raise ValueError(f"The record is not valid: {text}.") from None
         return cls(space, blocks)
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+PRESETS = {  # the paper's networks; another base width makes one smaller. Those of "attention" are ours
+    "skipinit-1": Space("skipinit", 32, 3), "skipinit-2": Space("skipinit", 64, 2),  # tables 1 and 2
+    **{f"attention-{n}": Space("attention", 32, 3, n) for n in (1, 3, 6)}}  # tables 3 and 4
 
 
-# Networks of the paper; another base width makes one smaller.
-PRESETS = {
-    "skipinit-1": Space("skipinit", 32, 3),  # model 1 of tables 1 and 2
-    "skipinit-2": Space("skipinit", 64, 2),  # model 2
-    # Tables 3 and 4. Width and levels are not stated; these are ours.
-    **{f"attention-{n}": Space("attention", 32, 3, n) for n in (1, 3, 6)},
-}
+class BlockCosts:
+    """The costs of the three convolutions of a block, as arrays over kernel sizes and numbers of filters."""
+
+    def __init__(self, space: Space, level: int, costs: dict[Part, float]):
+        channels, sizes, counts = space.channels_at(level), space.rules.kernel_sizes, space.counts_at(level)
+
+        def cost(layer: int, size: int, grown: int, out: int) -> float:
+            return float(costs[Part(level, layer, size, channels + grown, out)])
+
+        self.sizes, self.counts = sizes, counts
+        self.first = torch.tensor([[cost(1, size, 0, b) for b in counts] for size in sizes])
+        self.second = torch.tensor([[[cost(2, size, a, b) for b in counts] for a in counts]
+                                    for size in sizes])
+        self.third = torch.tensor([[cost(3, 3, a + b, channels) for b in counts] for a in counts])
+
+    def expected(self, first: Tensor, second: Tensor) -> Tensor:
+        """The expected cost of a block whose layers are distributed as `first` and `second`, (K, G)."""
+        before = first.sum(0)  # over the numbers of filters of the first layer
+        return ((first * self.first).sum() + torch.einsum("kb,a,kab->", second, before, self.second)
+                + torch.einsum("a,b,ab->", before, second.sum(0), self.third))
+
+    def of(self, slices: tuple[Slice, Slice]) -> float:
+        """The cost of a block with these layers."""
+        counts = torch.tensor(self.counts, dtype=torch.float32)
+        rows = [F.one_hot(torch.tensor(self.sizes.index(size)), len(self.sizes))[:, None]
+                * interpolate(torch.tensor(float(count)), counts) for size, count in slices]
+        return float(self.expected(*rows))
+
+    def spread(self, structure: Structure) -> Tensor:
+        """The probabilities of a structure over all kernel sizes and numbers of filters, (K, G)."""
+        places = torch.tensor([self.counts.index(count) for count in structure.grid()])
+        return torch.zeros_like(self.first).index_add(1, places, structure.probabilities().cpu())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Networks
+# --- Networks -----------------------------------------------------------------------------------------------
 
 
 class Output(NamedTuple):
     """What a network returns. `logits` is None: these networks do not classify."""
-
     image: Tensor | None
     logits: Tensor | None = None
 
 
 class DenseBlock(nn.Module):
-    """Densely connected residual block (fig. 3 and 4): two searched convolutions, each of which sees all before it, and a 3x3
-    that brings the channels back; all with ReLU. With `skipinit` the branch is multiplied by a scalar that begins at zero."""
+    """Densely connected residual block (fig. 3, 4): two searched convolutions, which see all before them, and
+    a 3x3 that restores the channels, with ReLU; with `skipinit` a scalar, first zero, scales the branch."""
 
     def __init__(self, channels: int, layers: list[nn.Module], grown: int, skipinit: bool):
         super().__init__()
@@ -586,73 +578,74 @@ class DenseBlock(nn.Module):
 class UNet(nn.Module):
     """One subnetwork (fig. 2): (B, channels, H, W), H and W multiples of 2^levels, -> (B, base_width, H, W).
 
-    Encoder: a 3x3 convolution, of stride 2 below full resolution, with ReLU, then dense blocks. Decoder: a 1x1 convolution
-    and a pixel shuffle, the skip beside it, channel attention in the attention family, a 3x3 convolution with ReLU, dense
-    blocks. (The paper does not say how channels change beside a strided convolution and a shuffle; this is ours.)
+    Encoder: a 3x3 convolution, of stride 2 below full resolution, with ReLU, then dense blocks. Decoder: a
+    1x1 convolution and a pixel shuffle, the skip beside it, channel attention ([39], squeezes 16 to 1), a 3x3
+    convolution with ReLU, dense blocks. (The paper does not say how channels change at strides and shuffles.)
     """
 
-    def __init__(self, space: Space, blocks: list[DenseBlock]):
+    def __init__(self, space: Space, blocks):  # an iterator of dense blocks
         super().__init__()
-        blocks, count, widths = iter(blocks), space.rules.blocks, [space.channels_at(n) for n in range(space.levels + 1)]
+        widths = [space.channels_at(level) for level in range(space.levels + 1)]
 
         def stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.ReLU(),
-                                 *(next(blocks) for _ in range(count)))
+                                 *(next(blocks) for _ in range(space.rules.blocks)))
 
-        self.down = nn.ModuleList(stage(source, width, 1 if level == 0 else 2)
-                                  for level, (source, width) in enumerate(zip([space.channels, *widths], widths)))
+        self.down = nn.ModuleList([stage(space.channels, widths[0], 1)])
+        self.down.extend(stage(above, width, 2) for above, width in zip(widths, widths[1:]))
         self.up, self.joined = nn.ModuleList(), nn.ModuleList()
         for below, width in zip(widths[:0:-1], widths[-2::-1]):
             self.up.append(nn.Sequential(nn.Conv2d(below, 4 * width, 1), nn.PixelShuffle(2)))
-            attention = [channel_attention(2 * width)] if space.rules.attention else []
+            attention = [SqueezeExcitation(2 * width, max(1, width // 8))] if space.rules.attention else []
             self.joined.append(nn.Sequential(*attention, *stage(2 * width, width, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        skips = []
+        features = [x]
         for stage in self.down:
-            x = stage(x)
-            skips.append(x)
-        skips.pop()
+            features.append(stage(features[-1]))
+        x = features.pop()
         for up, joined in zip(self.up, self.joined):
-            x = joined(torch.cat((skips.pop(), up(x)), 1))
+            x = joined(torch.cat((features.pop(), up(x)), 1))
         return x
 
 
-def channel_attention(channels: int) -> SqueezeExcitation:
-    """The channel attention block of RCAN (the paper's [39]), which squeezes 16 channels into one."""
-    return SqueezeExcitation(channels, max(1, channels // 16))
+def plain_layer(in_channels: int, kernel_sizes: tuple, filters: tuple, chosen: Slice) -> nn.Sequential:
+    """The convolution of a design, with ReLU."""
+    size, count = chosen
+    return nn.Sequential(nn.Conv2d(in_channels, count, size, padding=size // 2), nn.ReLU())
 
 
 class ResidualUNet(nn.Module):
-    """A denoiser: (B, channels, H, W), images in [0, 1] plus noise, any H and W, -> Output(image (B, channels, H, W)).
+    """A denoiser for any H, W: (B, channels, H, W), images in [0, 1] plus noise -> Output(image like that).
 
-    `make_layer(in_channels, kernel_sizes, filters, layer)` builds a searched layer with its activation: a superkernel, or
-    the convolution of a design.
+    `make_layer(in_channels, kernel_sizes, filters, chosen)` builds a searched layer with its activation.
     """
 
     denoises, classifies = True, False
 
-    def __init__(self, design: Design, make_layer=None):
+    def __init__(self, design: Design, make_layer=plain_layer):
         super().__init__()
         self.design, space = design, design.space
         self.channels, self.multiple = space.channels, 2 ** space.levels
-        make_layer = make_layer or plain_layer
         blocks = []
-        for level, (first, second) in zip(space.block_levels(), design.blocks):
-            channels, choices = space.channels_at(level), (space.rules.kernel_sizes, space.filters_at(level))
-            blocks.append(DenseBlock(channels, [make_layer(channels, *choices, first),
-                                                make_layer(channels + first.filters, *choices, second)],
-                                     first.filters + second.filters, space.rules.skipinit))
-        each = len(blocks) // space.subnetworks
-        self.subnetworks = nn.ModuleList(UNet(space, blocks[n * each:(n + 1) * each]) for n in range(space.subnetworks))
+        for level, slices in zip(space.block_levels(), design.blocks):
+            layers, channels, grown = [], space.channels_at(level), 0
+            for chosen in slices:
+                sizes, counts = space.rules.kernel_sizes, space.filters_at(level)
+                layers.append(make_layer(channels + grown, sizes, counts, chosen))
+                grown += chosen.filters
+            blocks.append(DenseBlock(channels, layers, grown, space.rules.skipinit))
+        blocks = iter(blocks)
+        self.subnetworks = nn.ModuleList(UNet(space, blocks) for _ in range(space.subnetworks))
         joined = space.base_width * space.subnetworks
-        self.attention = channel_attention(joined) if space.rules.attention else nn.Identity()
+        self.attention = nn.Identity()
+        if space.rules.attention:
+            self.attention = SqueezeExcitation(joined, max(1, joined // 16))
         self.image = nn.Conv2d(joined, space.channels, 3, padding=1)
 
     def blocks(self) -> list[DenseBlock]:
         """The dense blocks in the order of `design.blocks`."""
-        return [block for unet in self.subnetworks for stage in (*unet.down, *unet.joined) for block in stage
-                if isinstance(block, DenseBlock)]
+        return [module for module in self.modules() if isinstance(module, DenseBlock)]
 
     def forward(self, x: Tensor) -> Output:
         height, width = x.shape[-2:]
@@ -660,28 +653,20 @@ class ResidualUNet(nn.Module):
         mirrored = bottom < height and right < width  # too small an image is repeated at its border instead
         padded = F.pad(x, (0, right, 0, bottom), mode="reflect" if mirrored else "replicate")
         features = torch.cat([unet(padded) for unet in self.subnetworks], 1)
-        residual = self.image(self.attention(features))
-        return Output(x + residual[..., :height, :width])
+        return Output(x + self.image(self.attention(features))[..., :height, :width])
 
 
-def plain_layer(in_channels: int, kernel_sizes: tuple[int, ...], filters: tuple[int, ...], layer: Layer) -> nn.Sequential:
-    """The convolution of a design, with ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, layer.filters, layer.kernel_size, padding=layer.kernel_size // 2), nn.ReLU())
+build = ResidualUNet  # the network of a design with fresh weights
 
 
-def build(design: Design) -> ResidualUNet:
-    """The network of a design with fresh weights."""
-    return ResidualUNet(design)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The supernet
+# --- The supernet -------------------------------------------------------------------------------------------
 
 
 class SuperNet(nn.Module):
-    """The largest network of a space with superkernels in it: every step of training draws another network.
+    """The largest network of a space with superkernels in it: every training step samples another network.
 
-    forward: as ResidualUNet; in eval mode, the likeliest network. `temperature` is that of all samples.
+    forward: as ResidualUNet; in eval mode, the likeliest network. Activations are ReLU; the paper used ReLU
+    and PReLU (4.5.3), but does not say where.
     """
 
     denoises, classifies = True, False
@@ -700,6 +685,7 @@ class SuperNet(nn.Module):
         return [layer for block in self.network.blocks() for layer in block.layers]
 
     def set_temperature(self, temperature: float | None) -> None:
+        """The temperature of all samples from now on."""
         for layer in self.superkernels():
             layer.temperature = temperature
 
@@ -707,159 +693,213 @@ class SuperNet(nn.Module):
         return [parameter for layer in self.superkernels() for parameter in layer.structure.parameters()]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        structural = {id(parameter) for parameter in self.arch_parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in structural]
+        return [parameter for name, parameter in self.named_parameters() if ".structure." not in name]
 
-    @torch.no_grad()
     def entropy(self) -> Tensor:
-        """How undecided each superkernel is: the mean over its distributions of entropy / largest possible entropy."""
-        return torch.tensor([entropy_of(layer.structure) for layer in self.superkernels()])
+        """How undecided each superkernel is, from 0 to 1."""
+        return torch.tensor([layer.structure.entropy() for layer in self.superkernels()])
+
+    def decisions(self) -> list[dict]:
+        return [{"entropy": round(value, 4)} for value in self.entropy().tolist()]
 
     def expected_cost(self, costs: dict[Part, float], rest: float) -> Tensor:
-        """The expected cost of the distilled network, differentiable; all slices are drawn independently.
+        """The expected cost of the exported network, differentiable; all slices are sampled independently.
 
-        Exact for joint and factorized structures. For filterwise ones it is the cost at the expected number of filters,
-        interpolated: exact for costs that are linear in it, as multiply-accumulates are.
+        For filterwise structures that at the expected number of filters: exact where costs are linear in it.
         """
-        tables = CostTables(self.space, costs)
         total = torch.as_tensor(float(rest))
         for level, block in zip(self.space.block_levels(), self.network.blocks()):
-            total = total + tables.block(level, *(tables.spread(level, layer.structure) for layer in block.layers))
+            table = BlockCosts(self.space, level, costs)
+            total = total + table.expected(*(table.spread(layer.structure) for layer in block.layers))
         return total
 
-    def choices(self) -> list[Choice]:
-        """The likeliest slice of each superkernel."""
-        return [layer.structure.choice() for layer in self.superkernels()]
+    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
+        """The costs of the networks with the smallest and with the largest kernels and numbers of filters."""
+        structures = [layer.structure for layer in self.superkernels()]
+        least = self._design([Slice(each.kernel_sizes[0], each.grid()[0]) for each in structures])
+        return self.space.cost(least, costs, rest), self.space.cost(self.space.largest_design(), costs, rest)
 
-    def derive(self, choices: list[Choice] | None = None) -> Design:
-        """What is found: the design of the likeliest slices, or of those given."""
-        layers = [Layer(layer.kernel_sizes[choice.kernel], len(choice.kept))
-                  for layer, choice in zip(self.superkernels(), choices or self.choices())]
-        return Design(self.space, tuple(zip(layers[::2], layers[1::2])))
+    def _design(self, slices) -> Design:
+        """The design with these slices of all superkernels."""
+        return Design(self.space, tuple(zip(slices[::2], slices[1::2])))
 
-    def fit(self, costs: dict[Part, float], rest: float, target: float) -> list[Choice]:
-        """The slices of a network within a target cost: the likeliest ones, exchanged until it is met, or none is cheaper.
+    def likeliest(self) -> Design:
+        """The design of the likeliest slice of each superkernel (4.5.5)."""
+        return self._design([layer.structure.likeliest() for layer in self.superkernels()])
 
-        Each exchange is the one that loses the least log probability per cost.
-        """
-        choices, layers, tables = self.choices(), self.superkernels(), CostTables(self.space, costs)
-        levels = self.space.block_levels()
+    # For latency.fit. A state: (slices of all superkernels, what this fit has worked out with `_block`).
 
-        def block_cost(block: int, first: Choice, second: Choice) -> float:
-            pair = (Layer(layer.kernel_sizes[choice.kernel], len(choice.kept))
-                    for layer, choice in zip(layers[2 * block:2 * block + 2], (first, second)))
-            return float(tables.block(levels[block], *(tables.certain(levels[block], layer) for layer in pair)))
+    def starts(self) -> list[tuple[float, tuple]]:
+        """(log probability beside the likeliest network's, state): a fit begins at the likeliest network."""
+        return [(0.0, (sum(self.likeliest().blocks, ()), {}))]
 
-        present = [block_cost(block, *choices[2 * block:2 * block + 2]) for block in range(len(levels))]
-        exchanges: dict[int, list] = {}  # of each block whose choices have not changed since
-        while rest + sum(present) > target:
-            for block in range(len(levels)):
-                if block in exchanges:
-                    continue
-                exchanges[block] = []
-                pair = choices[2 * block:2 * block + 2]
-                for place in range(2):
-                    for choice, loss in layers[2 * block + place].structure.options(pair[place]):
-                        cost = block_cost(block, *(pair[:place] + [choice] + pair[place + 1:]))
-                        if present[block] - cost > 1e-9:
-                            exchanges[block].append((loss / (present[block] - cost), block, place, choice, cost))
-            best = min((exchange for found in exchanges.values() for exchange in found), default=None)
-            if best is None:
-                break
-            _, block, place, choice, cost = best
-            choices[2 * block + place], present[block] = choice, cost
-            del exchanges[block]
-        return choices
+    def _block(self, number: int, state: tuple, costs: dict[Part, float]) -> tuple:
+        """A block's cost in a state, and its exchange that loses the least log probability per cost: (loss /
+        gain, place, slice, loss, gain), or None where nothing is cheaper."""
+        slices, known = state[0][2 * number:2 * number + 2], state[1]
+        if (number, slices) not in known:
+            table, exchanges = BlockCosts(self.space, self.space.block_levels()[number], costs), []
+            present = table.of(slices)
+            for place, layer in enumerate(self.network.blocks()[number].layers):
+                for chosen, loss in layer.structure.options(slices[place]):
+                    gain = present - table.of((*slices[:place], chosen, *slices[place + 1:]))
+                    if gain > 1e-9:
+                        exchanges.append((loss / gain, 2 * number + place, chosen, loss, gain))
+            known[number, slices] = present, min(exchanges, default=None)
+        return known[number, slices]
+
+    def state_cost(self, state: tuple, costs: dict[Part, float], rest: float) -> float:
+        return rest + sum(self._block(number, state, costs)[0] for number in range(len(state[0]) // 2))
+
+    def exchanges(self, state: tuple, costs: dict[Part, float], rest: float, target: float) -> list[tuple]:
+        """Each block's best exchange, (log probability lost, cost saved, state); [] at the target."""
+        if self.state_cost(state, costs, rest) <= target:
+            return []
+        slices, known = state
+        best = [self._block(number, state, costs)[1] for number in range(len(slices) // 2)]
+        return [(loss, gain, ((*slices[:place], chosen, *slices[place + 1:]), known))
+                for _, place, chosen, loss, gain in filter(None, best)]
+
+    def settle(self, state: tuple, costs: dict[Part, float], rest: float, target: float) -> Design:
+        return self._design(state[0])
 
     @torch.no_grad()
-    def distill(self, choices: list[Choice] | None = None) -> ResidualUNet:
-        """A plain network of the likeliest slices, or of those given, with copied weights: the same outputs (4.5.5)."""
-        choices = choices or self.choices()
-        network = build(self.derive(choices)).to(next(self.parameters()).device)
-        state = self.network.state_dict()
-        shared = {name: value for name, value in state.items() if name in network.state_dict()
-                  and value.shape == network.state_dict()[name].shape and ".layers." not in name}
-        network.load_state_dict(shared, strict=False)
-        for number, (source, block) in enumerate(zip(self.network.blocks(), network.blocks())):
-            inputs = list(range(block.output[0].out_channels))  # of the next layer, among those of the largest block
+    def export(self, design: Design) -> ResidualUNet:
+        """The plain network of a design with copied weights (4.5.5); of `likeliest()`: with the same outputs.
+
+        Filterwise structures keep their likeliest filters, as many as the design has.
+        """
+        network = build(design).to(next(self.parameters()).device)
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        network.load_state_dict({name: value for name, value in self.network.state_dict().items()
+                                 if value.shape == shapes.get(name)}, strict=False)
+        for source, block, slices in zip(self.network.blocks(), network.blocks(), design.blocks):
+            inputs = list(range(block.output[0].out_channels))  # of the next layer, in the largest block
             start = len(inputs)
-            for layer, choice, target in zip(source.layers, choices[2 * number:], block.layers):
-                conv = layer.distill(choice)
+            for layer, chosen, target in zip(source.layers, slices, block.layers):
+                conv = layer.distill(chosen)
                 target[0].weight.copy_(conv.weight[:, inputs])
                 target[0].bias.copy_(conv.bias)
-                inputs += [start + place for place in choice.kept]
+                inputs += [start + place for place in layer.structure.kept(chosen.filters)]
                 start += layer.filters[-1]
             block.output[0].weight.copy_(source.output[0].weight[:, inputs])
         return network.train(self.training)
 
-    def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
-        """The costs of the networks with the smallest and the largest kernels and numbers of filters."""
-        fewest = {block[0].filters[-1]: block[0].structure.grid()[0] for block in (b.layers for b in self.network.blocks())}
-        least = self.space.design(lambda sizes, filters: Layer(sizes[0], fewest[filters[-1]]))
-        return self.space.cost(least, costs, rest), self.space.cost(self.space.largest_design(), costs, rest)
+    def set_design(self, design: Design, logit: float = 30.0) -> None:
+        """Make a design almost certain, with the first filters of each superkernel."""
+        for layer, chosen in zip(self.superkernels(), sum(design.blocks, ())):
+            layer.structure.set_choice(chosen.kernel_size, range(chosen.filters), logit)
 
-    def found(self, costs: dict[Part, float], rest: float, target: float | None) -> tuple[Design, ResidualUNet]:
-        """The likeliest design, within a target cost unless that is None, and its network with copied weights."""
-        choices = self.choices() if target is None else self.fit(costs, rest, target)
-        return self.derive(choices), self.distill(choices)
+    def draw_random(self, seed: int) -> None:
+        """Make a random design almost certain, for --strategy random."""
+        self.set_design(self.space.random_design(random.Random(seed)))
 
-    def describe(self, design: Design) -> str:
-        """A design as a table to read: kernel size x filters of the two searched layers of each block, by level."""
+    def describe(self, design: Design, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
+        """A design as a table to read: the two searched layers of each block, by level."""
         lines = [f"{'level':>5} {'channels':>8}   searched layers: kernel size x filters"]
-        for level, layers in zip(self.space.block_levels(), design.blocks):
-            text = "   ".join(f"{layer.kernel_size}x{layer.kernel_size} x {layer.filters:<4}" for layer in layers)
+        for level, slices in zip(self.space.block_levels(), design.blocks):
+            text = "   ".join(f"{size}x{size} x {count:<4}" for size, count in slices)
             lines.append(f"{level:>5} {self.space.channels_at(level):>8}   {text}")
         return "\n".join(lines)
 
-    @torch.no_grad()
-    def set_design(self, design: Design, logit: float = 30.0) -> None:
-        """Make a design all but certain, the first filters of each superkernel being those that it keeps."""
-        for layer, wanted in zip(self.superkernels(), (layer for block in design.blocks for layer in block)):
-            choice = Choice(layer.kernel_sizes.index(wanted.kernel_size), tuple(range(wanted.filters)))
-            layer.structure.set_choice(choice, logit)
+
+# --- How search.py searches ---------------------------------------------------------------------------------
+
+MODELS = ("superkernel",)  # of --model
+STRATEGIES = ("plain",)  # of --strategy: the network without superkernels
+TRAIN_DEFAULTS = {"epochs": 20, "batch_size": 4, "optimizer": "adam", "lr": 1e-3,
+                  "denoising_loss": "charbonnier"}
 
 
-def entropy_of(structure: Structure) -> float:
-    """The mean over a structure's distributions of entropy / largest possible entropy: 1 undecided, 0 decided."""
-    values = []
-    for index, logits in enumerate(structure.logits()):
-        if isinstance(structure, Filterwise) and index == 1:
-            p = logits.double().sigmoid()
-            values.append(float(-(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean() / math.log(2)))
-        elif len(logits) > 1:
-            p = logits.double().softmax(0)
-            values.append(float(-torch.xlogy(p, p).sum() / math.log(len(logits))))
-    return sum(values) / len(values) if values else 0.0
+def add_arguments(parser, model: str) -> None:
+    """Add this method's own flags to those of search.py."""
+    from data import number, whole
+    from train import DENOISING_LOSSES
+
+    add = parser.add_argument_group("superkernel", "U-Nets that denoise, and their search.").add_argument
+    add("--network", choices=PRESETS,
+        help="skipinit: the paper's models 1 and 2; attention: 1, 3 or 6 subnetworks (default: skipinit-1)")
+    add("--width", type=whole(1, 1024), metavar="N",
+        help="base width of the network in channels (default: the paper's, 32 or 64)")
+    add("--target-macs", type=number(1e-6, 1e9), metavar="M",
+        help="instead of --target: multiply-accumulates of the network for one image of --size, in millions "
+             "(default: no limit)")
+    add("--structure", choices=STRUCTURES, default="joint",
+        help="distribution over kernel sizes and filters (default: %(default)s)")
+    add("--form", choices=FORMS, default="full",
+        help="full: one convolution with an averaged kernel; separate: one per size (default: %(default)s)")
+    add("--two-level", action="store_true",
+        help="train the structure on half of the images, in its own steps (default: with the weights)")
+    add("--warmup-epochs", type=whole(0, 100000), metavar="N",
+        help="with --two-level: first epochs, which train the weights only (default: 0)")
+    add("--temperature", type=number(1e-3, 1e3), default=1.0, metavar="T",
+        help="temperature of the samples in the first epoch (default: %(default)s)")
+    add("--temperature-decay", type=number(1e-3, 1), metavar="X",
+        help="factor on the temperature per epoch (default: the one that ends at a tenth)")
+    add("--denoising-loss", choices=DENOISING_LOSSES, default="charbonnier",
+        help="loss of the image (default: %(default)s)")
+    add("--patience", type=whole(0), default=30, metavar="N",
+        help="stop after N epochs without a better validation PSNR; 0: never (default: %(default)s)")
 
 
-class CostTables:
-    """The costs of a block's three convolutions as arrays over kernel sizes and numbers of filters, level by level."""
+def search_defaults(given: dict) -> dict:
+    """Defaults of search.py's flags, for minutes on a CPU; the paper's patches have 128 px too (5.1)."""
+    return {"size": 128, "batch_size": 4, "epochs": 20, "crops": 20, "lr": 1e-3, "sigma": 55 / 255}
 
-    def __init__(self, space: Space, costs: dict[Part, float]):
-        self.space, self.sizes = space, space.rules.kernel_sizes
-        self.counts, self.levels = {}, {}
-        for level in set(space.block_levels()):
-            channels, counts = space.channels_at(level), space._count_grid(level)
-            first = [[costs[Part(level, 1, size, channels, a)] for a in counts] for size in self.sizes]
-            second = [[[costs[Part(level, 2, size, channels + a, b)] for b in counts] for a in counts] for size in self.sizes]
-            third = [[costs[Part(level, 3, 3, channels + a + b, channels)] for b in counts] for a in counts]
-            self.counts[level] = torch.tensor(counts, dtype=torch.float32)
-            self.levels[level] = tuple(torch.tensor(array, dtype=torch.float32) for array in (first, second, third))
 
-    def block(self, level: int, first: Tensor, second: Tensor) -> Tensor:
-        """The expected cost of a block whose layers are distributed as `first` and `second`, each (K, G), independently."""
-        one, two, three = self.levels[level]
-        before = first.sum(0)  # over the numbers of filters of the first layer
-        return ((first * one).sum() + torch.einsum("kb,a,kab->", second, before, two)
-                + torch.einsum("a,b,ab->", before, second.sum(0), three))
+def plan(data, /, *, network: str | None = None, width: int | None = None, two_level: bool = False,
+         warmup_epochs: int | None = None, **_) -> dict:
+    """What is searched on `data` (with `channels`); ValueError in one sentence where flags do not agree."""
+    if warmup_epochs and not two_level:
+        raise ValueError("--warmup-epochs is for --two-level, the structure's own steps; give both.")
+    preset = PRESETS[network or "skipinit-1"]
+    space = replace(preset, base_width=width or preset.base_width, channels=data.channels)
+    return {"space": space, "table_space": space, "loss": "den", "weight_share": 0.5 if two_level else 1.0}
 
-    def spread(self, level: int, structure: Structure) -> Tensor:
-        """A structure's probabilities over all kernel sizes and the level's grid of numbers of filters."""
-        p = structure.probabilities().cpu()
-        places = [self.counts[level].tolist().index(count) for count in structure.grid()]
-        return torch.zeros(len(self.sizes), len(self.counts[level]), dtype=p.dtype).index_add(1, torch.tensor(places), p)
 
-    def certain(self, level: int, layer: Layer) -> Tensor:
-        """The same for one layer of a design."""
-        shares = interpolate(torch.tensor(float(layer.filters)), self.counts[level])
-        return F.one_hot(torch.tensor(self.sizes.index(layer.kernel_size)), len(self.sizes))[:, None] * shares
+def make_supernet(space: Space, *, structure: str = "joint", form: str = "full", **_) -> SuperNet:
+    return SuperNet(space, structure, form)
+
+
+def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr: float,
+             temperature: float = 1.0, temperature_decay: float | None = None, two_level: bool = False,
+             warmup_epochs: int | None = None, **_) -> dict:
+    """How a supernet is trained: Adam at constant rates for weights and structure, in one step (5.1, 7).
+
+    The paper's rate is 2e-5. It states no rate for the structure, no loss (here Charbonnier), no initial
+    logits (here zero: all slices are equally likely) and no temperature (here it falls by a constant factor
+    per epoch, to a tenth in the last one, unless `temperature_decay` is given). search.py clips gradients to
+    a norm of 5, of which the paper says nothing, and validates after every epoch on whole images (the paper:
+    every 1000 steps on patches of 128 px; a search ends after 30 validations without a better PSNR in both).
+    `two_level`, an Adam and images of its own for the structure, is the paper's future work.
+    """
+    weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
+    groups = [{"params": weights, "lr": lr}] + ([] if two_level else [{"params": structure, "lr": arch_lr}])
+    weight_optimizer = torch.optim.Adam(groups, fused=True)
+    decay = temperature_decay or 0.1 ** (1 / max(1, epochs - 1))
+    return {"weight_optimizer": weight_optimizer,
+            "arch_optimizer": torch.optim.Adam(structure, arch_lr) if two_level else None,
+            "lr_schedule": torch.optim.lr_scheduler.ConstantLR(weight_optimizer, 1.0),
+            "warmup_epochs": warmup_epochs or 0, "keep_from": 0,
+            "temperature": lambda epoch: temperature * decay ** epoch}
+
+
+def design_of(record: dict) -> Design:
+    """The design in an arch.json; ValueError in one sentence where it has none."""
+    if not isinstance(record.get("design"), dict):
+        raise ValueError("The record of a superkernel network needs a design.")
+    return Design.from_dict(record["design"])
+
+
+def record_content(design: Design) -> dict:
+    return {"model": "superkernel", "design": design.to_dict()}
+
+
+def explain_choice(supernet: SuperNet, design: Design, rows: list[dict] | None) -> list[str]:
+    """What a user must know about a search that left its decisions open."""
+    values = supernet.entropy().tolist()
+    weak = sum(value > 0.95 for value in values)
+    if not rows or weak <= len(values) / 2:
+        return []
+    return [f"note: {weak} of {len(values)} decisions stayed open (entropy above 0.95): the choice there is "
+            "weak. More epochs or images, or a higher --arch-lr, decide more."]

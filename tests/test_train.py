@@ -1,24 +1,62 @@
-"""train.py: the losses by hand, the loop, resuming, and what its files hold."""
+"""train.py: the losses by hand, the loop, resuming, what its files hold, and where its flags come from."""
 
 import csv
 import math
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import data
 import eval as evaluation
+import files
+import metrics
 import models
+import run
 import train
 
 CPU = torch.device("cpu")
 SMALL = ["--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8"]
 
 
-# --- losses --------------------------------------------------------------------------------------------------
+def train_on_digits(output_dir, *flags):
+    train.main(["--model", "dcnas-k3-e3", "--output-dir", str(output_dir), *SMALL, *flags])
+    return files.read_checkpoint(output_dir / "last.pt")
+
+
+def photos(folder, count=12, size=(40, 30)):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.new("RGB", size, (20 * index, 90, 10)).save(folder / f"{index}.png")
+
+
+def sentence(argv, capsys):
+    """The one line with which wrong usage ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(word) for word in argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and lines[-1].startswith("train.py: error: ") and len(lines) <= 2
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training of 2 epochs that has ended: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr(run, "say", lambda text, err=False: lines.append(text))
+        train_on_digits(folder, "--epochs", "2", "--ema", "0.9")
+    return folder, "\n".join(lines)
+
+
+# --- losses ------------------------------------------------------------------------------------------------
 
 
 def test_charbonnier_by_hand():
@@ -34,9 +72,11 @@ def test_task_losses_are_the_papers_sums():
     logits, labels = torch.randn(2, 5, generator=generator), torch.tensor([1, 4])
     output = models.Output(image, logits)
     ce = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    den = 0.8 * train.charbonnier(image, clean) + 0.2 * (1 - evaluation.ssim(image, clean).mean())
+    den = 0.8 * train.charbonnier(image, clean) + 0.2 * (1 - metrics.ssim(image, clean).mean())
     for loss, expected in (("cls", ce), ("den", den), ("both", 0.1 * ce + 0.9 * den)):
-        assert train.task_loss(output, clean, labels, loss)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+        total, parts = train.task_loss(output, clean, labels, loss)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert set(parts) == {"cls": {"ce"}, "den": {"den"}, "both": {"ce", "den"}}[loss]
 
 
 def test_the_loss_follows_network_and_data():
@@ -44,17 +84,18 @@ def test_the_loss_follows_network_and_data():
     assert (train.choose_loss(both, True), train.choose_loss(den, False), train.choose_loss(cls, True)) == (
         "both", "den", "cls")
     assert train.choose_loss(both, False, "den") == "den"
-    for network, labelled, loss in ((cls, False, None), (both, False, None), (cls, True, "den"), (den, True, "both")):
+    for network, labelled, loss in ((cls, False, None), (both, False, None), (cls, True, "den"),
+                                    (den, True, "both")):
         with pytest.raises(ValueError):
             train.choose_loss(network, labelled, loss)
 
 
-# --- the pieces of the loop ----------------------------------------------------------------------------------
+# --- the pieces of the loop --------------------------------------------------------------------------------
 
 
 def test_schedule_warms_up_and_falls_to_zero():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
-    schedule = train.make_schedule(optimizer, "cosine", epochs=10, warmup_epochs=1, steps_per_epoch=10)
+    schedule = train.make_schedule(optimizer, train.Recipe("cls", epochs=10), steps_per_epoch=10)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -66,216 +107,39 @@ def test_schedule_warms_up_and_falls_to_zero():
 
 
 def test_noise_belongs_to_seed_and_epoch():
-    digits = data.load_data("digits", size=16, train_images=20, val_images=4)
+    digits = data.load_data("digits", size=16, train_images=20, val_images=4, test_images=1)
 
     def first(seed, epoch):
         loader = data.make_loader(digits.train, 8, shuffle=True, seed=seed)
-        noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(1.0), seed).epoch(epoch))
+        noisy, clean, labels = next(data.NoisyBatches(loader, CPU, data.Noise(1.0), seed).epoch(epoch))
         return noisy
     assert torch.equal(first(0, 3), first(0, 3))
     assert not torch.equal(first(0, 3), first(0, 4)) and not torch.equal(first(0, 3), first(1, 3))
     loader = data.make_loader(digits.train, 8)
-    noisy, clean, labels = next(train.NoisyBatches(loader, CPU, data.Noise(0.0), 0).epoch(0))
+    noisy, clean, labels = next(data.NoisyBatches(loader, CPU, data.Noise(0.0), 0).epoch(0))
     assert torch.equal(noisy, clean) and labels.tolist() == digits.train.targets[:8]
-
-
-def test_validation_is_the_same_for_any_batch_size_and_leaves_the_mode():
-    digits = data.load_data("digits", size=16, train_images=10, val_images=13)
-    network = models.Network(models.named_arch("dcnas-k3-e3", 10)).train()
-    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU, noise=data.Noise(1.0))
-               for size in (4, 13)]
-    assert network.training
-    for name in ("accuracy", "psnr_db"):
-        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
-
-
-# --- the command ---------------------------------------------------------------------------------------------
-
-
-def run(output_dir, *flags):
-    train.main(["--model", "dcnas-k3-e3", "--output-dir", str(output_dir), *SMALL, *flags])
-    return models.read_checkpoint(output_dir / "last.pt")
-
-
-def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, monkeypatch, capsys):
-    flags = ["--epochs", "3", "--ema", "0.9"]
-    whole = run(tmp_path / "whole", *flags)
-    original = train.write_summary
-
-    def stop_after_one(path, rows):
-        original(path, rows)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "write_summary", stop_after_one)
-    with pytest.raises(SystemExit) as caught:
-        run(tmp_path / "part", *flags)
-    assert caught.value.code == train.RESUME_ME == 75 and "--resume" in capsys.readouterr().err
-    monkeypatch.undo()
-    train.main(["--resume", str(tmp_path / "part")])  # every setting comes from the run
-    resumed = models.read_checkpoint(tmp_path / "part" / "last.pt")
-    assert resumed["epoch"] == 3
-    for key in ("network", "ema"):
-        assert all(torch.equal(resumed[key][name], value) for name, value in whole[key].items())
-    losses = [[row["train_loss"] for row in state["rows"]] for state in (whole, resumed)]
-    assert losses[0] == losses[1]
-
-
-def test_files_hold_what_rebuilds_the_network(tmp_path):
-    state = run(tmp_path, "--epochs", "2")
-    network, checkpoint = models.load_checkpoint(tmp_path / "best.pt")
-    assert checkpoint["classes"] == [str(d) for d in range(10)] and checkpoint["size"] == 16
-    assert network.denoises and network.classifies and not network.training
-    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert float(rows[1]["train_loss"]) == state["rows"][1]["train_loss"]
-    assert {"train_ce", "train_den", "val_accuracy", "val_psnr_db", "lr"} <= set(rows[0])
-
-
-@pytest.mark.parametrize("optimizer, lr", [("adamw", "0.005"), ("sgd", "0.05")])
-def test_training_learns(tmp_path, optimizer, lr):
-    """A few images, clean: the loss must fall by a lot, or the loop does not learn."""
-    train.main(["--model", "cnas-k3-e3", "--output-dir", str(tmp_path), "--size", "32", "--train-images", "20",
-                "--val-images", "10", "--batch-size", "10", "--epochs", "35", "--sigma", "0", "--dropout", "0",
-                "--drop-connect", "0", "--optimizer", optimizer, "--lr", lr, "--label-smoothing", "0"])
-    rows = models.read_checkpoint(tmp_path / "last.pt")["rows"]
-    assert rows[0]["train_loss"] > 1.5 and rows[-1]["train_loss"] < 0.5
-
-
-def test_a_denoiser_trains_on_images_without_labels(tmp_path):
-    from PIL import Image
-    for split, count in (("train", 6), ("val", 2)):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        for index in range(count):
-            Image.new("RGB", (40, 30), (40 * index, 90, 10)).save(tmp_path / "photos" / split / f"{index}.png")
-    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
-                "--batch-size", "3", "--output-dir", str(tmp_path / "run")])
-    _, checkpoint = models.load_checkpoint(tmp_path / "run" / "best.pt")
-    assert checkpoint["classes"] is None
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, monkeypatch):
-    real = train.task_loss
-    calls = []
-
-    def bad(*args, **kwargs):
-        total, parts = real(*args, **kwargs)
-        calls.append(1)
-        return (total * float("nan") if len(calls) == 8 else total), parts
-    monkeypatch.setattr(train, "task_loss", bad)  # epoch 1: 5 batches and 2 of validation; the 8th is epoch 2, batch 1
-    with pytest.raises(SystemExit) as caught:
-        run(tmp_path, "--epochs", "3")
-    assert "nan at epoch 2, batch 1" in str(caught.value.code)
-    state = models.read_checkpoint(tmp_path / "last.pt")
-    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["network"].values())
-
-
-def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
-    # 32 px: where the feature maps are 1x1, oneDNN's bfloat16 weight gradient of a strided depthwise convolution is NaN
-    # now and then (torch 2.14), at any learning rate.
-    state = run(tmp_path, "--epochs", "1", "--amp", "bfloat16", "--size", "32")
-    assert math.isfinite(state["rows"][0]["train_loss"])
-    assert all(value.dtype != torch.bfloat16 for value in state["network"].values())
-
-
-@pytest.mark.parametrize("argv, word", [
-    (["--arch", "missing.json"], "missing.json"),
-    (["--model", "nothing"], "nothing"),
-    (["--epochs", "0"], "--epochs"),
-    (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--model", "cnas-k3-e3", "--loss", "den"], "den"),
-    (["--model", "dcnas-k3-e3", "--train-images", "1"], "at least 2"),
-    (["--model", "dcnas-k3-e3", "--size", "8"], "SSIM"),
-    (["--model", "dcnas-k3-e3", "--device", "meta"], "meta"),
-    (["--model", "cnas-k3-e3", "--data", "nowhere"], "nowhere"),
-    (["--resume", "nowhere"], "nowhere"),
-    (["--model", "cnas-k3-e3", "--device", "quantum"], "quantum"),
-])
-def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        train.main(argv)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert caught.value.code == 2 and word in lines[-1] and lines[-1].startswith("train.py: error: ") and len(lines) <= 2
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_damaged_image_is_named_and_training_stops(tmp_path, capsys):
-    from PIL import Image
-    for split, count in (("train", 4), ("val", 2)):
-        for name in ("a", "b"):
-            (tmp_path / "photos" / split / name).mkdir(parents=True)
-            for index in range(count):
-                Image.new("RGB", (20, 20), (40 * index, 90, 10)).save(tmp_path / "photos" / split / name / f"{index}.png")
-    (tmp_path / "photos" / "train" / "a" / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--model", "cnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--batch-size", "2",
-                    "--output-dir", str(tmp_path / "run")])
-    assert caught.value.code == 2 and "3.png" in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("model, word", [("cnas-k3-e3", "no labels"), ("dcnas-k3-e3", "--loss den")])
-def test_unlabelled_images_are_refused_for_classifiers_with_a_clear_word(model, word, tmp_path, capsys):
-    from PIL import Image
-    for index in range(4):
-        Image.new("RGB", (20, 20), (40 * index, 90, 10)).save(tmp_path / f"{index}.png")
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--model", model, "--data", str(tmp_path), "--size", "16"])
-    assert caught.value.code == 2 and word in capsys.readouterr().err
-
-
-def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
-    run(tmp_path, "--epochs", "1")
-    for flags in (["--epochs", "2"], ["--ema", "0.9"], ["--amp", "float16"], ["--seed", "3"], ["--model", "dcnas-k5-e3"]):
-        with pytest.raises(SystemExit) as caught:
-            train.main(["--resume", str(tmp_path), *flags])
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert caught.value.code == 2 and flags[0] in error and "keeps its settings" in error
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--resume", str(tmp_path / "best.pt")])
-    assert caught.value.code == 2 and "best.pt" in capsys.readouterr().err
-
-
-def test_a_found_network_trains_on_the_data_it_was_searched_on(tmp_path):
-    record = models.make_record(models.named_arch("cnas-k3-e3", 10), {}, data="digits", data_root="data", size=16)
-    models.write_json(tmp_path / "arch.json", record)
-    train.main(["--arch", str(tmp_path / "arch.json"), "--epochs", "1", "--train-images", "20", "--val-images", "10",
-                "--batch-size", "8", "--output-dir", str(tmp_path / "run")])
-    assert models.read_checkpoint(tmp_path / "run" / "last.pt")["size"] == 16
-
-
-def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
-    path = tmp_path / "arch.json"
-    models.write_json(path, models.make_record(models.named_arch("dcnas-k3-e3", 7), {}))
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--arch", str(path), *SMALL, "--output-dir", str(tmp_path / "run")])
-    assert caught.value.code == 2 and "7 classes" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu_with_amp(tmp_path):
-    state = run(tmp_path, "--epochs", "1", "--device", "cuda", "--amp", "float16")
-    assert math.isfinite(state["rows"][0]["train_loss"]) and Path(tmp_path / "best.pt").is_file()
-
-
-# --- kinds of noise, pairs, grey -----------------------------------------------------------------------------
-
-
-def photos(folder, count=12, size=(40, 30)):
-    from PIL import Image
-    folder.mkdir(parents=True)
-    for index in range(count):
-        Image.new("RGB", size, (20 * index, 90, 10)).save(folder / f"{index}.png")
 
 
 def test_batches_have_the_noise_that_is_asked_for():
     scenes = data.Scenes(torch.full((64, 3, 32, 32), 255, dtype=torch.uint8), [0] * 64)
-    for noise, at_white, levels in ((data.Noise(sigmas=(0.2,)), 0.2, 1), (data.Noise(sigmas=(0.1, 0.4)), None, 2),
+    for noise, at_white, levels in ((data.Noise(sigmas=(0.2,)), 0.2, 1),
+                                    (data.Noise(sigmas=(0.1, 0.4)), None, 2),
                                     (data.Noise(sigmas=(0.3,), kind="poisson-gaussian"), 0.3, 1)):
-        noisy, clean, _ = next(train.NoisyBatches(data.make_loader(scenes, 64), CPU, noise, 0).epoch(0))
+        noisy, clean, _ = next(data.NoisyBatches(data.make_loader(scenes, 64), CPU, noise, 0).epoch(0))
         assert torch.equal(clean, torch.ones_like(clean))
         found = (noisy - clean).std((1, 2, 3))
         assert len((found / 0.1).round().unique()) == levels
         assert at_white is None or found.mean().item() == pytest.approx(at_white, rel=0.02)
+
+
+def test_validation_is_the_same_for_any_batch_size_and_leaves_the_mode():
+    digits = data.load_data("digits", size=16, train_images=10, val_images=13, test_images=1)
+    network = models.Network(models.named_arch("dcnas-k3-e3", 10)).train()
+    results = [train.validate(network, data.make_loader(digits.val, size), loss="both", device=CPU,
+                              noise=data.Noise(1.0)) for size in (4, 13)]
+    assert network.training
+    for name in ("accuracy", "psnr_db"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
 
 
 class Recorder(torch.nn.Module):
@@ -288,30 +152,336 @@ class Recorder(torch.nn.Module):
         return models.Output(x, None)
 
 
-@pytest.mark.parametrize("kind, at_white, in_darkness", [("gaussian", 0.2, 0.2), ("poisson-gaussian", 0.2, 0.2 * 0.1**0.5)])
+def test_validation_noise_is_not_that_of_the_evaluation():
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    loader, noise, network = data.make_loader(data.Scenes(images, [-1] * 4), 4), data.Noise(1.0), Recorder()
+    default = evaluation.build_parser().get_default("seed")
+    seen = []
+    for seed in ({}, {"seed": train.VALIDATION_SEED}, {"seed": default or 0}):
+        result = train.validate(network, loader, loss="den", device=CPU, noise=noise, **seed)
+        seen.append(network.seen)
+        assert result["accuracy"] is None and result["psnr_db"] > 0
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0][1:], seen[2][1:])
+
+
+@pytest.mark.parametrize("kind, at_white, in_darkness", [
+    ("gaussian", 0.2, 0.2), ("poisson-gaussian", 0.2, 0.2 * 0.1**0.5)])
 def test_validation_goes_through_the_levels_of_the_training(kind, at_white, in_darkness):
     images = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
     images[2:] = 255
     noise, network = data.Noise(sigmas=(0.0, 0.2), kind=kind), Recorder()
-    train.validate(network, data.make_loader(data.Scenes(images, [-1] * 4), 4), loss="den", device=CPU, noise=noise)
+    loader = data.make_loader(data.Scenes(images, [-1] * 4), 4)
+    train.validate(network, loader, loss="den", device=CPU, noise=noise)
     found = (network.seen - images / 255).std((1, 2, 3)).tolist()
     assert found == pytest.approx([0, in_darkness, 0, at_white], rel=0.03)
 
 
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(trained, tmp_path, monkeypatch, capsys):
+    original = train.write_summary
+
+    def stop_after_one(path, rows):
+        original(path, rows)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "write_summary", stop_after_one)
+    with pytest.raises(SystemExit) as caught:
+        train_on_digits(tmp_path / "part", "--epochs", "2", "--ema", "0.9")
+    assert caught.value.code == run.RESUME_ME == 75 and "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    train.main(["--resume", str(tmp_path / "part")])  # every setting comes from the run
+    whole, resumed = (files.read_checkpoint(folder / "last.pt") for folder in (trained[0], tmp_path / "part"))
+    assert resumed["epoch"] == 2
+    for key in ("network", "ema"):
+        assert all(torch.equal(resumed[key][name], value) for name, value in whole[key].items())
+    losses = [[row["train_loss"] for row in state["rows"]] for state in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_files_hold_what_rebuilds_the_network(trained):
+    folder, _ = trained
+    state = files.read_checkpoint(folder / "last.pt")
+    network, checkpoint = files.load_checkpoint(folder / "best.pt")
+    assert checkpoint["classes"] == [str(d) for d in range(10)] and checkpoint["size"] == 16
+    assert state["splits"] == checkpoint["splits"] == 2
+    assert network.denoises and network.classifies and not network.training
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["train_loss"]) == state["rows"][1]["train_loss"]
+    assert {"train_ce", "train_den", "val_accuracy", "val_psnr_db", "lr"} <= set(rows[0])
+
+
+def test_it_says_what_it_trains_on(trained):
+    digits = data.load_data("digits", size=16, train_images=40, val_images=10, test_images=1)
+    assert ("40 training and 10 validation images of digits; loss both\n"
+            "images of 16 px, 1 crop of each an epoch, gaussian noise, sigma in [0, 1]\n") in trained[1]
+    assert all(f"{split}: {digits.sources[split]}" in trained[1] for split in ("train", "val", "test"))
+    assert re.search(r"epoch   1/2  train loss .* PSNR .* s, about \d+ s left\n", trained[1])
+    assert re.search(r"epoch   2/2  .* \d+ s\n", trained[1]) and "note: " not in trained[1]
+
+
+def test_a_long_training_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    ticks = iter(range(0, 100000, 4))  # every look at the clock takes four seconds
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    train_on_digits(tmp_path, "--epochs", "3", "--save-minutes", "1000", "--model", "cnas-k3-e3")
+    out = capsys.readouterr().out
+    assert out.count(" in all") == 1 and out.index(" in all") < out.index("epoch   1/3")
+    minutes = int(re.search(r"training: about (\d+) min in all", out)[1])
+    assert abs(minutes - 3 * 5.6 * 8 / 60) <= 1  # a batch looks twice; 5 batches, and 2 of validation at 0.3
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 0.003), ("sgd", 0.03)])
+def test_training_learns(tmp_path, optimizer, lr):
+    """A few images, clean: the loss must fall by a lot, or the loop does not learn."""
+    digits = data.load_data("digits", size=32, train_images=10, val_images=10, test_images=1)
+    again = data.Scenes(digits.train.images.repeat(14, 1, 1, 1), digits.train.targets * 14)
+    loaders = (data.make_loader(again, 10, shuffle=True, drop_last=True), data.make_loader(digits.val, 10))
+    network = models.make_network(models.named_arch("cnas-k3-e3", 10).widened(0.5))
+    recipe = train.Recipe("cls", epochs=5, optimizer=optimizer, lr=lr, label_smoothing=0.0)
+    best = train.train(network, *loaders, recipe, noise=data.Noise(0.0), output_dir=tmp_path, about={},
+                       device=CPU)
+    rows = files.read_checkpoint(tmp_path / "last.pt")["rows"]
+    assert rows[0]["train_loss"] > 1.5 and rows[-1]["train_loss"] < 0.5 and best in rows
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, monkeypatch):
+    real, calls = train.task_loss, []
+
+    def bad(*args, **kwargs):
+        total, parts = real(*args, **kwargs)
+        calls.append(1)
+        return (total * float("nan") if len(calls) == 8 else total), parts
+    monkeypatch.setattr(train, "task_loss", bad)  # of an epoch: 5 batches, 2 of validation
+    with pytest.raises(SystemExit) as caught:
+        train_on_digits(tmp_path, "--epochs", "3")
+    assert "nan at epoch 2, batch 1" in str(caught.value.code)
+    state = files.read_checkpoint(tmp_path / "last.pt")
+    assert state["epoch"] == 1 and all(torch.isfinite(v).all() for v in state["network"].values())
+
+
+def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
+    # 32 px: where the feature maps are 1x1, oneDNN's bfloat16 weight gradient of a strided depthwise
+    # convolution is NaN now and then (torch 2.14), at any learning rate.
+    state = train_on_digits(tmp_path, "--epochs", "1", "--amp", "bfloat16", "--size", "32")
+    assert math.isfinite(state["rows"][0]["train_loss"])
+    assert all(value.dtype != torch.bfloat16 for value in state["network"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_with_amp(tmp_path):
+    state = train_on_digits(tmp_path, "--epochs", "1", "--device", "cuda", "--amp", "float16")
+    assert math.isfinite(state["rows"][0]["train_loss"]) and Path(tmp_path / "best.pt").is_file()
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--arch", "missing.json"], "missing.json"),
+    (["--model", "nothing"], "nothing"),
+    (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--model", "cnas-k3-e3", "--train-images", "9", "--loss", "den"], "den"),
+    (["--model", "dcnas-k3-e3", "--train-images", "1"], "at least 2"),
+    (["--model", "dcnas-k3-e3", "--train-images", "9", "--size", "8"], "SSIM"),
+    (["--model", "dcnas-k3-e3", "--device", "meta"], "meta"),
+    (["--model", "cnas-k3-e3", "--data", "nowhere"], "nowhere"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--model", "cnas-k3-e3", "--device", "quantum"], "quantum"),
+    (["--model", "dcnas-k3-e3", "--grey"], "--grey is for image folders"),
+    (["--model", "dcnas-k3-e3", "--train-folders", "a"], "--train-folders is for image folders"),
+    (["--model", "dcnas-k3-e3", "--sigmas", "11"], "from 0 to 10, not 11"),
+    (["--model", "dcnas-k3-e3", "--sigma", "25/0"], "invalid number value"),
+    (["--model", "dcnas-k3-e3", "--noise", "salt"], "--noise"),
+])
+def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert word in sentence([*argv, *([] if "--val-images" in argv else ["--val-images", "2"])], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_has_a_description_and_a_true_default_for_every_flag():
+    parser = train.build_parser()
+    assert "None" not in parser.format_help()
+    assert all("(default: " in action.help for action in parser._actions[1:])
+    recipe = next(action for action in parser._actions if action.dest == "recipe")
+    assert "(papers: 8 %%)" in recipe.help and "(papers: 0.4)" in recipe.help
+
+
+# --- where the flags come from -----------------------------------------------------------------------------
+
+
+def read(argv):
+    return train.read_command(train.build_parser(), argv)[0]
+
+
+def write_record(path, name="cnas-k3-e3", method="tfnas", **more):
+    record = files.make_record(method, models.named_arch(name, 10).to_dict(), {}, **more)
+    files.write_json(path, record)
+    return record
+
+
+def test_recipes_and_the_images_of_a_search_are_defaults(tmp_path, monkeypatch):
+    assert (read(["--model", "unet-s"]).recipe, read(["--model", "unet-s"]).epochs) == ("short", 25)
+    study = read(["--model", "unet-s", "--recipe", "study", "--epochs", "7"])
+    assert (study.epochs, study.batch_size, study.optimizer) == (7, 64, "adam")
+    assert (study.sigma, study.sigma_levels, study.sigmas) == (1.0, 11, None)
+    images = {"grey": False, "crops": 3, "train_folders": ["a"], "noise": "poisson-gaussian", "sigma": 0.3,
+              "sigma_levels": 5, "sigmas": None, "lr": 9, "output_dir": "elsewhere"}
+    path = str(tmp_path / "arch.json")
+    write_record(tmp_path / "arch.json", data="photos", data_root="root", size=48, images=images)
+    args = read(["--arch", path])
+    assert (args.data, args.data_root, args.size) == ("photos", "root", 48)
+    assert (args.crops, args.train_folders) == (3, ["a"])
+    assert (args.noise, args.sigma, args.sigma_levels, args.sigmas) == ("poisson-gaussian", 0.3, 5, None)
+    assert (args.recipe, args.lr, args.output_dir) == ("tfnas", None, "runs/train")  # no flags of images
+    other = read(["--arch", path, "--data", "digits", "--sigmas", "0.1"])  # crops and folders are of photos
+    assert (other.data, other.size, other.crops, other.train_folders) == ("digits", 48, 1, None)
+    assert (other.noise, other.sigma, other.sigmas) == ("poisson-gaussian", 1.0, [0.1])
+    same = read(["--arch", path, "--data", "photos", "--recipe", "study"])
+    assert (same.crops, same.sigma, same.sigma_levels, same.noise) == (3, 1.0, 11, "poisson-gaussian")
+
+
+@pytest.mark.parametrize("images, words", [
+    ({"sigma": "loud"}, "--sigma of the record"), ({"crops": -1}, "--crops of the record")])
+def test_damaged_flags_of_a_record_end_in_one_sentence(images, words, tmp_path, capsys):
+    write_record(tmp_path / "arch.json", images=images)
+    assert words in sentence(["--arch", tmp_path / "arch.json"], capsys)
+
+
+def test_a_found_network_trains_on_the_data_it_was_searched_on(tmp_path, capsys):
+    small = ["--arch", str(tmp_path / "arch.json"), "--epochs", "1", "--train-images", "20", "--val-images",
+             "10", "--batch-size", "8", "--output-dir", str(tmp_path / "run")]
+    for images, note in (({}, True), ({"images": {"noise": "gaussian", "sigmas": [0.2]}}, False)):
+        write_record(tmp_path / "arch.json", data="digits", data_root="data", size=16, **images)
+        train.main(small)
+        assert files.read_checkpoint(tmp_path / "run" / "last.pt")["size"] == 16
+        out = capsys.readouterr().out
+        assert ("note: the record does not hold the noise of its search" in out) is note
+        assert ("gaussian noise, sigma in [0, 1]" if note else "gaussian noise, sigma 0.2") in out
+
+
+def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
+    files.write_json(tmp_path / "arch.json", models.named_record("dcnas-k3-e3", 7, {}))
+    argv = ["--arch", tmp_path / "arch.json", *SMALL, "--output-dir", tmp_path / "run"]
+    assert "7 classes" in sentence(argv, capsys)
+
+
+def test_a_modified_record_drops_its_latency():
+    record = {**models.named_record("dcnas-k3-e3", 3, {}), "latency": {"target_ms": 1}, "data": "digits"}
+    assert train.modify_record(record) is record
+    other = train.modify_record(record, "dnas", "mb", 2.0)
+    arch = models.Arch.from_dict(record).with_model("dnas").widened(2.0)
+    assert "latency" not in other and other["data"] == "digits" and other["decoder"] == "mb"
+    assert models.Arch.from_dict({**other, "decoder": "conv"}) == arch
+    for bad, model in ((models.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
+        with pytest.raises(ValueError, match="--train-as, --decoder and --widen|has no classifier"):
+            train.modify_record(bad, model)
+
+
+# --- resuming ----------------------------------------------------------------------------------------------
+
+
+def test_resuming_with_other_settings_is_refused(trained, capsys):
+    folder, _ = trained
+    for flags in (["--epochs", "3"], ["--ema", "0.8"], ["--amp", "float16"], ["--seed", "3"],
+                  ["--model", "dcnas-k5-e3"]):
+        error = sentence(["--resume", folder, *flags], capsys)
+        assert flags[0] in error and "keeps its settings" in error
+    assert "best.pt" in sentence(["--resume", folder / "best.pt"], capsys)
+
+
+def test_a_run_of_before_there_were_three_splits_goes_on_as_it_was(trained, tmp_path, monkeypatch, capsys):
+    state = files.read_checkpoint(trained[0] / "last.pt")
+    for name in ("noise", "sigmas", "grey", "crops", "train_folders"):  # not even these flags
+        del state["flags"][name]
+    del state["splits"]
+    state |= {"rows": state["rows"][:1], "best": state["rows"][0], "step": 3}
+    state |= {"sums": {"loss": 40.0}, "count": 20}
+    state["flags"]["gone"] = "a flag of before"
+    files.save_checkpoint(tmp_path / "last.pt", state)
+    seen, load, validate = [], data.load_data, train.validate
+
+    def load_data(*args, **kwargs):
+        seen.append(kwargs["old_splits"])
+        return load(*args, **kwargs)
+
+    def record_seed(*args, **kwargs):
+        seen.append(kwargs["seed"])
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(data, "load_data", load_data)
+    monkeypatch.setattr(train, "validate", record_seed)
+    train.main(["--resume", str(tmp_path)])
+    assert seen == [True, 0]  # the old splits, the old validation noise
+    assert "it keeps its splits" in capsys.readouterr().out
+    ended = files.read_checkpoint(tmp_path / "last.pt")
+    assert ended["epoch"] == 2 and "splits" not in ended
+    assert ended["rows"][1]["train_loss"] > 0.9  # of 36 images: 20 with the 40.0 of before, and 16
+
+
+def test_flags_that_are_lists_survive_a_checkpoint(tmp_path, capsys):
+    for name in ("train", "val", "more"):
+        photos(tmp_path / "photos" / name)
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
+                "--batch-size", "4", "--output-dir", str(tmp_path / "run"), "--sigmas", "15/255", "0.2",
+                "--train-folders", "train", "more", "--crops", "2", "--noise", "poisson-gaussian"])
+    out = capsys.readouterr().out
+    assert "44 training and 2 validation images" in out and "2 crops of each" in out  # two crops of 22
+    flags = files.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
+    assert flags["sigmas"] == [15 / 255, 0.2] and flags["train_folders"] == ["train", "more"]
+    assert (flags["crops"], flags["noise"], flags["sigma"]) == (2, "poisson-gaussian", 1.0)
+    resume = ["--resume", str(tmp_path / "run")]
+    train.main(resume)
+    train.main([*resume, "--sigmas", "15/255", "0.2", "--train-folders", "train", "more"])  # the same again
+    for words in (["--sigmas", "0.2"], ["--train-folders", "train"], ["--crops", "3"],
+                  ["--noise", "gaussian"], ["--grey"]):
+        error = sentence([*resume, *words], capsys)
+        assert words[0] in error and "keeps its settings" in error
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+
+def test_a_denoiser_trains_on_images_without_labels(tmp_path):
+    photos(tmp_path / "photos" / "train", 6)
+    photos(tmp_path / "photos" / "val", 2)
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
+                "--batch-size", "3", "--output-dir", str(tmp_path / "run")])
+    _, checkpoint = files.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert checkpoint["classes"] is None
+
+
+def test_a_damaged_image_is_named_and_training_stops(tmp_path, capsys):
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("a", "b"):
+            photos(tmp_path / "photos" / split / name, count, (20, 20))
+    (tmp_path / "photos" / "train" / "a" / "3.png").write_bytes(b"not a picture")
+    argv = ["--model", "cnas-k3-e3", "--data", tmp_path / "photos", "--size", "16", "--batch-size", "2",
+            "--output-dir", tmp_path / "run"]
+    assert "3.png" in sentence(argv, capsys)
+
+
+@pytest.mark.parametrize("model, word", [("cnas-k3-e3", "no labels"), ("dcnas-k3-e3", "--loss den")])
+def test_unlabelled_images_are_refused_for_classifiers_with_a_clear_word(model, word, tmp_path, capsys):
+    photos(tmp_path / "photos", 4)
+    assert word in sentence(["--model", model, "--data", tmp_path / "photos", "--size", "16"], capsys)
+
+
 def test_a_denoiser_trains_on_pairs_with_their_own_noise(tmp_path, capsys):
-    from PIL import Image
     for index in range(8):
         for kind, level in (("mean", 100), ("real", 130)):
             Image.new("RGB", (40, 30), (level, level, 10 * index)).save(tmp_path / f"{index}_{kind}.png")
     pairs = data.load_data(str(tmp_path), size=16)
-    noisy, clean, _ = next(train.NoisyBatches(data.make_loader(pairs.train, 4), CPU, data.Noise(), 0).epoch(0))
-    assert ((noisy - clean)[:, :2] * 255).round().unique().tolist() == [30] and torch.equal(noisy[:, 2], clean[:, 2])
-    found = train.validate(Recorder(), data.make_loader(pairs.val, 1), loss="den", device=CPU, noise=data.Noise())
+    noisy, clean, _ = next(data.NoisyBatches(data.make_loader(pairs.train, 4), CPU, data.Noise(), 0).epoch(0))
+    assert ((noisy - clean)[:, :2] * 255).round().unique().tolist() == [30]
+    assert torch.equal(noisy[:, 2], clean[:, 2])
+    loader = data.make_loader(pairs.val, 1)
+    found = train.validate(Recorder(), loader, loss="den", device=CPU, noise=data.Noise())
     assert found["psnr_db"] == pytest.approx(-10 * math.log10((30 / 255)**2 * 2 / 3), abs=1e-3)
-    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--batch-size", "3",
-                "--output-dir", str(tmp_path / "run")])
+    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path), "--size", "16", "--epochs", "1",
+                "--batch-size", "3", "--output-dir", str(tmp_path / "run")])
     assert "pairs with real noise" in capsys.readouterr().out
-    assert models.load_checkpoint(tmp_path / "run" / "best.pt")[1]["classes"] is None
+    assert files.load_checkpoint(tmp_path / "run" / "best.pt")[1]["classes"] is None
 
 
 class Grey(torch.nn.Module):
@@ -325,65 +495,23 @@ class Grey(torch.nn.Module):
         return models.Output(x - self.layer(x), None)
 
 
-def test_a_grey_network_trains_on_grey_images_and_on_no_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.METHODS, "grey", lambda *_: Grey())
-    models.write_json(tmp_path / "arch.json", {"format": models.ARCH_FORMAT, "version": models.ARCH_VERSION, "method": "grey",
-                                               "model": "grey", "num_classes": 0})
+def test_a_grey_network_of_a_method_trains_on_grey_images_and_on_no_others(tmp_path, monkeypatch, capsys):
+    method = types.SimpleNamespace(design_of=lambda record: None, build=lambda design: Grey(),
+                                   TRAIN_DEFAULTS={"epochs": 1, "batch_size": 3, "denoising_loss": "mse"})
+    monkeypatch.setitem(sys.modules, "a_method", method)
+    monkeypatch.setitem(models.METHODS, "a_method", ("grey",))
+    record = files.make_record("a_method", {"model": "grey"}, {}, num_classes=0)
+    files.write_json(tmp_path / "arch.json", record)
     photos(tmp_path / "photos")
-    command = ["--arch", str(tmp_path / "arch.json"), "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1",
-               "--batch-size", "3", "--output-dir", str(tmp_path / "run")]
+    command = ["--arch", str(tmp_path / "arch.json"), "--data", str(tmp_path / "photos"), "--size", "16",
+               "--output-dir", str(tmp_path / "run")]
     train.main([*command, "--grey"])
-    assert models.load_checkpoint(tmp_path / "run" / "best.pt")[0].channels == 1
+    flags = files.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
+    assert (flags["recipe"], flags["epochs"], flags["denoising_loss"]) == ("a_method", 1, "mse")
+    assert files.load_checkpoint(tmp_path / "run" / "best.pt")[0].channels == 1
     train.main(["--resume", str(tmp_path / "run")])  # done already: the flag is kept
     named = ["--model", "dnas-k3-e3", *command[2:], "--grey"]
-    for words, sentence in ((command, "takes images of 1 channel, and those of .* are read with 3: give --grey"),
-                            (named, "takes images of 3 channels, and those of .* are read with 1: leave out --grey")):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            train.main(words)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert caught.value.code == 2 and re.search(sentence, error)
-
-
-def test_flags_that_are_lists_survive_a_checkpoint(tmp_path, capsys):
-    for name in ("train", "val", "more"):
-        photos(tmp_path / "photos" / name)
-    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path / "photos"), "--size", "16", "--epochs", "1", "--batch-size",
-                "4", "--output-dir", str(tmp_path / "run"), "--sigmas", "15/255", "0.2", "--train-folders", "train", "more",
-                "--crops", "2", "--noise", "poisson-gaussian"])
-    assert "44 training and 2 validation images" in capsys.readouterr().out  # two crops of 22
-    flags = models.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
-    assert flags["sigmas"] == [15 / 255, 0.2] and flags["train_folders"] == ["train", "more"]
-    assert (flags["crops"], flags["noise"], flags["sigma"]) == (2, "poisson-gaussian", 1.0)
-    resume = ["--resume", str(tmp_path / "run")]
-    train.main(resume)
-    train.main([*resume, "--sigmas", "15/255", "0.2", "--train-folders", "train", "more"])  # the same again
-    for words in (["--sigmas", "0.2"], ["--train-folders", "train"], ["--crops", "3"], ["--noise", "gaussian"], ["--grey"]):
-        with pytest.raises(SystemExit) as caught:
-            train.main([*resume, *words])
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert caught.value.code == 2 and words[0] in error and "keeps its settings" in error
-
-
-def test_a_run_of_before_these_flags_can_be_resumed(tmp_path):
-    state = run(tmp_path, "--epochs", "2")
-    for name in ("noise", "sigmas", "grey", "crops", "train_folders"):
-        del state["flags"][name]
-    models.save_checkpoint(tmp_path / "last.pt", state)
-    train.main(["--resume", str(tmp_path)])
-    assert models.read_checkpoint(tmp_path / "last.pt")["epoch"] == 2
-
-
-@pytest.mark.parametrize("words, sentence", [
-    (["--grey"], "--grey is for image folders"),
-    (["--train-folders", "a"], "--train-folders is for image folders"),
-    (["--sigmas", "11"], "from 0 to 10, not 11"),
-    (["--sigma", "25/0"], "invalid number value"),
-    (["--noise", "salt"], "--noise"),
-])
-def test_wrong_usage_of_noise_and_folders(words, sentence, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--model", "dcnas-k3-e3", *words])
-    assert caught.value.code == 2 and sentence in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "runs").exists()
+    for argv, words in (
+            (command, "takes images of 1 channel, and those of .* are read with 3: give --grey"),
+            (named, "takes images of 3 channels, and those of .* are read with 1: leave out --grey")):
+        assert re.search(words, sentence(argv, capsys))

@@ -1,0 +1,142 @@
+"""What this project writes to disk: JSON that describes itself, records of networks, checkpoints.
+
+A file is written beside its place and renamed: it holds its old content or all of the new one.
+Checkpoints hold tensors, numbers, strings, lists and dicts only; loading one runs nothing in it.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+
+ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
+
+
+def provenance(device_name: str, seed: int | None = None) -> dict:
+    """How a file was made: command, date (UTC), seed, commit of this checkout or None, versions, device."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "date": date, "seed": seed,
+            "commit": commit, "torch": str(torch.__version__), "python": platform.python_version(),
+            "device": device_name}
+
+
+def write_file(path: str | Path, write) -> None:
+    """Call `write(temporary_path)` and rename: `path` holds the old content or all of the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())  # on the disk before the old content goes: a crash must not lose both
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write strict JSON (no NaN) beside and rename."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: str | Path, formats: str | tuple[str, ...], version: int | tuple[int, ...],
+              remedy: str) -> dict:
+    """The object in a JSON file of one of these formats and versions.
+
+    ValueError in one sentence, ending in `remedy`, where the file is missing, damaged or something else.
+    """
+    formats = (formats,) if isinstance(formats, str) else formats
+    versions = (version,) if isinstance(version, int) else version
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from None
+    except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not valid JSON; {remedy}.") from None
+    if not isinstance(content, dict) or content.get("format") not in formats:
+        raise ValueError(f"{path} is not a {' or '.join(formats)} file; {remedy}.")
+    if content.get("version") not in versions:
+        raise ValueError(f"{path} has version {content.get('version')!r} of {content['format']}, and this "
+                         f"code reads version {' and '.join(map(str, versions))}; {remedy}.")
+    return content
+
+
+def make_record(method: str, content: dict, made: dict, **more) -> dict:
+    """The record of a network of a search method; `content` is what the method builds it from.
+
+    Of the joint method that is arch.to_dict(), of the others {"model": method, "design": design.to_dict()}.
+    """
+    return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": method, "made": made, **more, **content}
+
+
+def load_record(path: str | Path) -> dict:
+    """Read and check an `arch.json`; ValueError in one sentence when it is missing, damaged or not valid."""
+    record = read_json(path, ARCH_FORMAT, ARCH_VERSION, "make one with: python search.py --target 12")
+    try:
+        models.build_network(record)
+    except ValueError as error:  # a name in it may have a line break
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return record
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Write tensors, numbers, strings, lists and dicts beside, read it back, and rename.
+
+    OSError in one sentence when it cannot be written (a full disk, say); `path` is then as it was.
+    """
+    content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **content}
+
+    def write(temporary):
+        try:
+            torch.save(content, temporary)
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise OSError(f"The checkpoint {path} could not be written ({reason}); the one before it is "
+                          "intact: make room, and go on with --resume.") from None
+
+    write_file(path, write)
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Load a checkpoint without running anything in it; ValueError in one sentence if it is not ours."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no checkpoint at {path}; train one with: python train.py")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything, though it runs nothing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason[:120]}).") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project.")
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} has checkpoint version {content.get('version')!r}, and this code reads "
+                         f"version {CHECKPOINT_VERSION}; train again or use the code that wrote it.")
+    return content
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """The network of a checkpoint of train.py, in eval mode, with averaged weights if any; its content."""
+    checkpoint = read_checkpoint(path, device)
+    try:
+        network = models.build_network(checkpoint["record"])
+        network.load_state_dict(checkpoint.get("ema") or checkpoint["network"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} does not hold a trained network ({reason[:160]}).") from None
+    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
