@@ -805,8 +805,8 @@ def add_data_arguments(parser, training=True, validation=True):
         "(default: 64 for digits and mnist, 96 for pairs, 224 for a folder)")
     for i, wanted in enumerate((training, validation, not training)):
         if wanted:
-            add(f"--{SPLITS[i]}-images", type=whole(1), metavar="N", help=f"number of {SPLITS[i]} images "
-                f"(default: {SCENES['digits'][1][i]} drawn, {SCENES['mnist-pairs'][1][i]} mnist-pairs, else all)")
+            add(f"--{SPLITS[i]}-images", type=whole(1), metavar="N", help=f"{SPLITS[i]} images (default: "
+                f"{SCENES['digits'][1][i]} drawn, {SCENES['mnist-pairs'][1][i]} mnist-pairs, else all)")
     add("--train-folders", nargs="+", metavar="NAME", help="folders in --data whose images are for training, "
         "all but a tenth for val; test is the folder test or val, or another tenth (default: train)")
     add("--workers", type=whole(0, 1024), default=0, metavar="N",

@@ -461,7 +461,7 @@ def search_defaults(given: dict) -> dict:
     return {}
 
 
-def plan(data, *, model: str, search_loss: str | None, space: int, min_width: float, depth: str, target,
+def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width: float, depth: str, target,
          range: bool, **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not go together.
 
@@ -488,7 +488,7 @@ def plan(data, *, model: str, search_loss: str | None, space: int, min_width: fl
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 
-def make_supernet(space: Space, *, recompute: bool = False, **_) -> SuperNet:
+def make_supernet(space: Space, /, *, recompute: bool = False, **_) -> SuperNet:
     return SuperNet(space, recompute)
 
 
