@@ -1,21 +1,23 @@
-"""Networks made by hand to compare found networks with: other people's, and classifiers of the controlled study.
+"""Networks made by hand to compare found networks with: those of other authors and of the controlled study.
 
-    python models.py                                  # lists them
+    python models.py                 # lists them
     python train.py --model dcnet-s-seq --data digit-pairs --epochs 5
 
-    import baselines, models                          # the import adds the networks of this file to models.NAMED
+    import baselines, models         # the import adds the networks of this file to models.NAMED
     image, logits = models.find_named("dcnet-s-seq").build(10)(torch.rand(1, 3, 96, 96))
 
-A network returns models.Output(image, logits) and has the attributes `denoises` and `classifies`. One that classifies
-places of an image takes their boxes (B, D, 4) as a second argument and has `takes_boxes`. To use a network of your own
-in training, evaluation and timing, write the function that builds it and add a line to the dictionary at the end.
-UNet and DC-Net are in models.py. Sources: Markhorst 2024, section 3 and supplement A (classifiers); torchvision (ResNet,
-MobileNets); Tan and Le 2021 (EfficientNetV2); Conde et al. 2023 (LPIENet); Zhang et al. 2017 (DnCNN).
+A network returns models.Output(image, logits) and has the attributes `denoises` and `classifies`. One that
+classifies places of an image takes their boxes (B, D, 4) as second argument and has `takes_boxes`. To train,
+evaluate and time a network of your own by its name, write the function that builds it and add a line at the
+end of this file. UNet and DC-Net are in models.py. Sources: Markhorst 2024, supplement A (classifiers);
+torchvision (ResNet, MobileNets); Tan and Le 2021 (EfficientNetV2); Conde et al. 2023 (LPIENet); Zhang et al.
+2017 (DnCNN).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import torch
@@ -25,47 +27,44 @@ from torch.nn import functional as F
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 import models
-from models import DIGIT, UNET, UNET_S, DCNet, Named, Output, SequentialNetwork, UNet, cut_out, group_norm, study_mbconv
+from models import DIGIT, UNET, UNET_S, DCNet, Named, Output, SequentialNetwork, UNet, group_norm
 
 
 class StudyClassifier(nn.Module):
-    """Two (3x3 convolution, group norm, max pool, ReLU), global max pool, linear (Markhorst 2024, supplement A.1).
-
-    forward: (B, 3, H, W), averaged to one channel; with boxes (B, D, 4) each is cut out first, and the logits are
-    (B * D, num_classes). `expansion`: the second convolution is an MBConv.
-    """
+    """Two (3x3 convolution, group norm, max pool, ReLU), global max pool, linear (supplement A.1).
+    forward: (B, 3, H, W), averaged to one channel; with boxes (B, D, 4) each is cut out first, and the logits
+    are (B * D, num_classes). `expansion`: the second convolution is an MBConv."""
 
     denoises, classifies, takes_boxes = False, True, True
 
     def __init__(self, first: int, second: int, expansion: float | None = None, num_classes: int = 10):
         super().__init__()
         convolution = (nn.Conv2d(first, second, 3, padding=1) if expansion is None
-                       else study_mbconv(first, second, expansion))
-        self.layers = nn.Sequential(nn.Conv2d(1, first, 3, padding=1), group_norm(first), nn.MaxPool2d(2), nn.ReLU(),
-                                    convolution, group_norm(second), nn.MaxPool2d(2), nn.ReLU(),
-                                    nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(second, num_classes))
+                       else models.study_mbconv(first, second, expansion))
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, first, 3, padding=1), group_norm(first), nn.MaxPool2d(2), nn.ReLU(),
+            convolution, group_norm(second), nn.MaxPool2d(2), nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(second, num_classes))
 
     def forward(self, x: Tensor, boxes: Tensor | None = None) -> Output:
-        x = x if boxes is None else cut_out(x, boxes, DIGIT)
+        x = x if boxes is None else models.cut_out(x, boxes, DIGIT)
         return Output(None, self.layers(x.mean(1, keepdim=True)))
 
 
 def dcnas_tail(in_channels: int, num_classes: int, expansion: int = 3) -> nn.Sequential:
-    """Stages 7, 8 and head of a DC-NAS of MB-k3 operations, on features of another width (thesis, table 5:5)."""
+    """Stages 7, 8 and head of a DC-NAS of MB-k3 blocks, on features of another width (thesis, table 5:5)."""
     blocks = []
-    for stage in models.STAGES[-2:]:
-        for index in range(stage.blocks):
-            blocks.append(models.MBConv(in_channels, expansion * in_channels, stage.out_channels, 3,
-                                        stage.stride if index == 0 else 1, 0, stage.activation))
-            in_channels = stage.out_channels
+    for place in models.searched_positions("cnas"):
+        if place.stage > models.LAST_ENCODER_STAGE:
+            blocks.append(models.MBConv(in_channels, expansion * in_channels, place.out_channels, 3,
+                                        place.stride, 0, place.activation))
+            in_channels = place.out_channels
     return nn.Sequential(*blocks, models.Head(in_channels, models.HEAD_CHANNELS, num_classes, dropout=0.2))
 
 
 class Classifier(nn.Module):
-    """A network from normalised images to logits, in the form of this project: images in [0, 1] plus noise go in.
-
-    The fresh kernels are those of the network's own code, without `models.begin_smooth`.
-    """
+    """A network from normalised images to logits, in the form of this project: it takes images in [0, 1] plus
+    noise. Fresh kernels are those of the network's own code, without models.begin_smooth."""
 
     denoises, classifies = False, True
 
@@ -84,39 +83,36 @@ def from_torchvision(name: str, num_classes: int) -> Classifier:
 
 
 def efficientnet_v2(depth: float, num_classes: int) -> Classifier:
-    """EfficientNetV2-b0 (`depth` 1.0), -b1 (1.1) of width 1, from torchvision's blocks (Tan and Le 2021, their code)."""
-    def repeats(count: int) -> int:
-        return -int(-depth * count // 1)
-
-    stages = [FusedMBConvConfig(1, 3, 1, 32, 16, repeats(1)), FusedMBConvConfig(4, 3, 2, 16, 32, repeats(2)),
-              FusedMBConvConfig(4, 3, 2, 32, 48, repeats(2)), MBConvConfig(4, 3, 2, 48, 96, repeats(3)),
-              MBConvConfig(6, 3, 1, 96, 112, repeats(5)), MBConvConfig(6, 3, 2, 112, 192, repeats(8))]
+    """EfficientNetV2-b0 (`depth` 1.0) or -b1 (1.1), of torchvision's blocks (Tan and Le 2021, their code)."""
+    stages = [FusedMBConvConfig(1, 3, 1, 32, 16, 1), FusedMBConvConfig(4, 3, 2, 16, 32, 2),
+              FusedMBConvConfig(4, 3, 2, 32, 48, 2), MBConvConfig(4, 3, 2, 48, 96, 3),
+              MBConvConfig(6, 3, 1, 96, 112, 5), MBConvConfig(6, 3, 2, 112, 192, 8)]
+    for stage in stages:
+        stage.num_layers = math.ceil(depth * stage.num_layers)
     return Classifier(EfficientNet(stages, dropout=0.2, num_classes=num_classes, last_channel=1280,
                                    norm_layer=partial(nn.BatchNorm2d, eps=1e-3)))
 
 
 class LPIENet(nn.Module):
-    """LPIENet (Conde et al. 2023) with these widths of its encoder and decoder: (B, 3, H, W) of any size -> the same."""
+    """LPIENet (Conde et al. 2023) with these widths of encoder and decoder; (B, 3, H, W) of any size."""
 
     denoises, classifies = True, False
 
     def __init__(self, encoder: tuple[int, ...], decoder: tuple[int, ...]):
         super().__init__()
-
-        def stage(in_channels: int, channels: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), _BaseBlock(channels),
-                                 _BaseBlock(channels), _Attention(channels))
-
+        stage = lambda in_channels, channels: nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1), _BaseBlock(channels), _BaseBlock(channels),
+            _Attention(channels))
         self.down = nn.ModuleList(stage(before, width) for before, width in zip((3, *encoder), encoder))
         self.up, channels = nn.ModuleList(), encoder[-1]
         for width, skip in zip(decoder, encoder[-2::-1], strict=True):
             self.up.append(stage(channels, width))
             channels = width + skip
-        self.path = nn.Sequential(nn.Conv2d(channels, 3, 1), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.ELU(),
-                                  nn.Conv2d(3, 3, 1))
+        self.path = nn.Sequential(nn.Conv2d(channels, 3, 1), nn.Conv2d(3, 3, 3, padding=1, groups=3),
+                                  nn.ELU(), nn.Conv2d(3, 3, 1))
         self.shortcut = nn.Sequential(nn.Conv2d(channels, 3, 1), nn.ReLU())
-        self.gate = nn.Sequential(nn.Conv2d(3, 3, 7, padding=3), nn.ReLU(), nn.Conv2d(3, 3, 5, padding=2), nn.ReLU(),
-                                  nn.Conv2d(3, 3, 3, padding=1), nn.Sigmoid())
+        self.gate = nn.Sequential(nn.Conv2d(3, 3, 7, padding=3), nn.ReLU(), nn.Conv2d(3, 3, 5, padding=2),
+                                  nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Output:
         height, width = x.shape[-2:]
@@ -137,10 +133,10 @@ class _BaseBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.space = nn.Sequential(nn.Conv2d(channels, channels, 1),
-                                   nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.ELU(),
-                                   nn.Conv2d(channels, channels, 1))
-        self.channels = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ELU(), nn.Conv2d(channels, channels, 1))
+        pointwise = lambda: nn.Conv2d(channels, channels, 1)
+        depthwise = lambda: nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.space = nn.Sequential(pointwise(), depthwise(), nn.ELU(), pointwise())
+        self.channels = nn.Sequential(pointwise(), nn.ELU(), pointwise())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.space(x)
@@ -148,7 +144,7 @@ class _BaseBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """A gate from the mean and the maximum over channels, one from the mean alone; a 1x1 convolution joins them."""
+    """Gates from the mean and maximum over channels, and from the mean; a 1x1 convolution joins them."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -163,31 +159,28 @@ class _Attention(nn.Module):
 
 
 class DnCNN(nn.Module):
-    """DnCNN (Zhang et al. 2017): convolutions of 64 channels, batch norm, ReLU that estimate the noise in the image.
-
-    20 layers for colour (CDnCNN-B), 17 for grey images (DnCNN-S).
-    """
+    """DnCNN (Zhang et al. 2017): convolutions of 64 channels, batch norm, ReLU that estimate the noise in an
+    image; 20 layers for colour (CDnCNN-B), 17 for grey images (DnCNN-S)."""
 
     denoises, classifies = True, False
 
     def __init__(self, layers: int = 20, image_channels: int = 3):
         super().__init__()
         self.channels, channels = image_channels, 64
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         inner = [layer for _ in range(layers - 2) for layer in
-                 (nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())]
-        self.layers = nn.Sequential(nn.Conv2d(image_channels, channels, 3, padding=1), nn.ReLU(), *inner,
-                                    nn.Conv2d(channels, image_channels, 3, padding=1))
+                 (conv(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU())]
+        self.layers = nn.Sequential(conv(image_channels, channels), nn.ReLU(), *inner,
+                                    conv(channels, image_channels))
 
     def forward(self, x: Tensor) -> Output:
         return Output(x - self.layers(x), None)
 
 
 def paper_flops(network: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one image (3, size, size) as the controlled study counts them.
-
-    Convolutions, transposed convolutions and linear layers with their biases, and max pools by kernel area per output
-    (not the global one). A network that takes boxes is counted with one digit.
-    """
+    """Multiply-accumulates of one image (3, size, size) as the controlled study counts them: convolutions,
+    transposed convolutions and linear layers with biases, and max pools by kernel area per output (not the
+    global one). A network that takes boxes is counted with one digit."""
     total = 0
 
     def count(module, inputs, output):
@@ -211,11 +204,11 @@ def paper_flops(network: nn.Module, size: int) -> int:
 
 
 def _classifier(first: int, second: int, expansion: float | None, flops: float) -> Named:
-    return Named(lambda num_classes: StudyClassifier(first, second, expansion, num_classes), DIGIT, flops)
+    return Named(partial(StudyClassifier, first, second, expansion), DIGIT, flops)
 
 
-def _sequential(unet: tuple, flops: float) -> Named:
-    return Named(lambda num_classes: SequentialNetwork(UNet(*unet), StudyClassifier(10, 30, 2.5, num_classes)), 96, flops)
+def _dcnet_sequential(unet: tuple, num_classes: int) -> nn.Module:
+    return SequentialNetwork(UNet(*unet), StudyClassifier(10, 30, 2.5, num_classes))
 
 
 models.NAMED.update({
@@ -227,8 +220,8 @@ models.NAMED.update({
     "mb2.5-s": _classifier(6, 23, 2.5, 178e3),
     "mb4-l": _classifier(10, 21, 4, 424e3),
     "mb4-s": _classifier(5, 19, 4, 188e3),
-    "dcnet-seq": _sequential(UNET, 1302.1e6),
-    "dcnet-s-seq": _sequential(UNET_S, 51.5e6),
+    "dcnet-seq": Named(partial(_dcnet_sequential, UNET), 96, 1302.1e6),
+    "dcnet-s-seq": Named(partial(_dcnet_sequential, UNET_S), 96, 51.5e6),
     "dcnet-s-tail": Named(lambda num_classes: DCNet(UNet(*UNET_S), branch=dcnas_tail(27, num_classes))),
     "resnet18": Named(partial(from_torchvision, "resnet18")),
     "mobilenet-v2": Named(partial(from_torchvision, "mobilenet_v2")),

@@ -372,7 +372,7 @@ def _load_scenes(name, root, size, seed, counts, old_splits):
             source = f"{('nine tenths', 'a tenth')[split]} of {source}"
         elif name == "mnist-pairs" and split == 1:
             used = [np.random.default_rng([seed % 2**32, 2, index]).integers(0, len(pool), 2)
-                    for index in range(max(25000, counts[0] or 0))]
+                    for index in range(max(SCENES[name][1][0], counts[0] or 0))]
             pool, source = np.setdiff1d(pool, used), f"digits of {source} that train does not use"
             _refuse(not len(pool), "so many scenes leave no digit for val: give fewer --train-images")
         indices = (pool[_choose(targets[pool], count, seed)].tolist() if name == "mnist" else
@@ -630,7 +630,7 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
     size = SCENES.get(name, (224,))[0] if size is None else size
     counts = (train_images, val_images, test_images)
     _refuse(size < 8, f"the image size must be at least 8 pixels, not {size}")
-    _refuse(0 in counts, "the number of images must be at least 1, not 0")
+    _refuse(any(n is not None and n < 1 for n in counts), "the number of images must be at least 1")
     channels, parts, classes = 1 if grey else 3, [], [str(digit) for digit in range(10)]
     if name in SCENES:
         _refuse(grey or train_folders, f"{'--grey' if grey else '--train-folders'} is for image folders, and "

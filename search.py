@@ -63,8 +63,7 @@ def costs_of_table(table: latency.Table, supernet: nn.Module, space, target: flo
 
 def obtain_table(space, setting: latency.Setting, *, file: str | None, state: dict | None, output_dir: Path,
                  seed: int) -> latency.Table:
-    """The table in a file, that of the resumed run, or a new one, which is made here and written to
-    output_dir."""
+    """The table in a file, that of the resumed run, or a new one, which is written to output_dir."""
     path = output_dir / "latency.json"
     if file or state is not None:
         table = latency.load_table(file) if file else latency.read_table(state["table"])
@@ -299,7 +298,7 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
         forecast = run.Forecast("search", rest)
         for epoch in range(len(rows), epochs):
             if patience and best is not None and len(rows) - best["epoch"] >= patience:
-                run.say(f"The last {patience} epochs were no better than epoch {best['epoch']}: the search ends.")
+                run.say(f"{patience} epochs were no better than epoch {best['epoch']}: the search ends.")
                 break
             start = time.perf_counter() - seconds  # of this epoch, before the run was stopped
             schedule.begin_epoch(epoch, first)
@@ -360,10 +359,9 @@ class Job(NamedTuple):
 
 
 def obtain_costs(job: Job, supernet: nn.Module, argv: list[str]) -> tuple[Costs, float]:
-    """What the space costs, and its dearest network; ValueError in one sentence where a target is below the
-    cheapest.
+    """What the space costs, and its dearest network; prints the range from the cheapest to the dearest one.
 
-    Prints the range from the cheapest to the dearest.
+    ValueError in one sentence where a target is below the cheapest.
     """
     flags, space, output_dir = job.flags, job.plan["table_space"], Path(job.flags["output_dir"])
     targets = flags["target"] or [flags.get("target_macs")]
@@ -507,8 +505,8 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
     warm = sum(map(schedule.is_warm_up, range(flags["epochs"])))
     run.say(f"Searching {flags['model']}{goal} on {data.name}: {len(parts[0]):,} images for the weights, "
             f"{len(parts[1]):,} for the architecture{'' if share < 1 else ' (the same)'}; "
-            f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which {warm} train the weights only.\n"
-            f"{schedule.EXPLANATION}")
+            f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which {warm} train the "
+            f"weights only.\n{schedule.EXPLANATION}")
     if job.state is not None and rank == 0:  # the best supernet so far, into the new folder
         before = Path(flags["resume"]) if Path(flags["resume"]).is_dir() else Path(flags["resume"]).parent
         kept = before / "supernet.pt"
@@ -589,7 +587,7 @@ def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
                            "after the other, with one table, into target_6, target_8 ... below --output-dir "
                            "(default: no limit, where the method allows that)")
     what.add_argument("--range", action="store_true",
-                      help="print the latencies that the space can reach, by --table or a new one, and stop")
+                      help="print the latencies within reach, by --table or a new one, and stop (default: search)")
     what.add_argument("--model", choices=MODELS, default=model,
                       help="cnas classifies, dnas denoises, dcnas does both, dcnas-seq one after the other; "
                            "the other names are files of this project (default: dcnas)")
@@ -650,6 +648,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     run.check_resumed(before, vars(args))
     if args.table and not (args.target or args.range):
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
+    if args.target and getattr(args, "target_macs", None):
+        raise ValueError("--target and --target-macs are two limits; give one of them.")
     return args, state
 
 

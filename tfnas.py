@@ -222,8 +222,9 @@ def table_of_version_1(content: dict) -> dict:
     space = Space(content["space"], content["min_width"], content["setting"]["num_classes"])
     parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts()) if not part.is_searched]
     for row in content["operations"]:
+        fields = {name: row[name] for name in Block.__dataclass_fields__}
         for width, ms in zip(row["mid_channels"], row["ms"], strict=True):
-            block = Block(**{name: row[name] for name in Block.__dataclass_fields__} | {"mid_channels": width})
+            block = Block(**fields | {"mid_channels": width})
             parts.append({**part_of(block)._asdict(), "ms": ms})
     names = ("made", "setting", "reference_ms", "correction", "check", "networks_timed", "reference_spread")
     return {"format": latency.FORMAT, "version": latency.VERSION, "space": space.identity(), "parts": parts,

@@ -1,70 +1,90 @@
-"""The command lines as a newcomer meets them: the README's commands, in their smallest form, one after the other."""
+"""The command lines as a newcomer meets them: the documents' commands, the first run made small,
+--help."""
 
+import argparse
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import files
 import models
 from fake_table import fake_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
 README = (ROOT / "README.md").read_text()
-REPRODUCE = (ROOT / "REPRODUCE.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").glob("*.md"))]
+SEARCHED = [model for names in models.METHODS.values() for model in names]  # --model of search.py
 
-# What makes each command small: appended flags, by script. (On a machine that does ten other things, 12 ms can be too few.)
+# What makes each command small: appended flags, by script.
 SMALLEST = {
-    "search": "--target 1000 --min-width 3 --size 16 --train-images 60 --val-images 20 --epochs 1 --batch-size 8",
+    "search": "--target 1000 --space 4 --min-width 3 --size 16 --train-images 60 --epochs 1 --batch-size 8",
     "train": "--size 16 --train-images 40 --val-images 20 --epochs 1 --batch-size 8",
-    "eval": "--val-images 12 --sigmas 0 0.5",
-    "latency": "--size 16 --rounds 1",
-    "models": "",
-    "data": "--train-images 20 --val-images 10",
+    "eval": "--test-images 12 --sigmas 0 0.5",
 }
 
 
 def commands(text):
-    """Every `python <script>.py ...` line of the shell blocks, without comments and environment set-up."""
+    """Every `python <script>.py ...` line of the shell blocks, also behind torchrun, without comments."""
     found = []
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            line = line.split("#")[0].strip()
-            match = re.search(r"python (\w+)\.py.*", line)
+            match = re.search(r"(?:python|torchrun .*?) (\w+)\.py\b[^#$&|;]*", line.split("#")[0])
             if match and match[1] in SCRIPTS:
-                found.append(match[0])
+                found.append(match[0][match.start(1) - match.start():].strip())
     return list(dict.fromkeys(found))
 
 
-def call(command, folder):
-    run = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600)
-    return run
+def parser_of(script, words=()):
+    """The parser of a script; search.py has one for each method, which --model chooses."""
+    build = importlib.import_module(script).build_parser
+    if script != "search":
+        return build()
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", choices=SEARCHED, default="dcnas")
+    return build(early.parse_known_args(words)[0].model)
+
+
+def call(command, folder, **how):
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600,
+                          **how)
 
 
 def test_the_readme_names_every_script_and_its_numbers_stand_beside_commands():
-    named = {command.split()[1] for command in commands(README)}
+    named = {command.split()[0] for command in commands(README)}
     assert {f"{script}.py" for script in ("search", "train", "eval", "latency", "models", "data")} <= named
-    assert "python search.py --target 12" in commands(README)
+    assert "search.py --target 12" in commands(README)
 
 
-@pytest.mark.parametrize("command", list(dict.fromkeys(commands(README) + commands(REPRODUCE))))
-def test_every_command_of_the_documents_parses(command):
+def test_every_script_stands_in_a_command_of_the_documents():
+    named = {command.split()[0] for document in DOCUMENTS for command in commands(document.read_text())}
+    assert named == {f"{script}.py" for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_every_command_of_the_documents_parses(document):
     """Flags, choices and numbers of every command, with the parser of its script: the long ones too."""
-    words = shlex.split(command)
-    try:
-        importlib.import_module(words[1].removesuffix(".py")).build_parser().parse_args(words[2:])
-    except SystemExit:
-        pytest.fail(f"{command} is wrong usage")
+    wrong = []
+    for command in commands(document.read_text()):
+        script, *words = shlex.split(command)
+        try:
+            parser_of(script.removesuffix(".py"), words).parse_args(words)
+        except SystemExit:
+            wrong.append(command)
+    assert not wrong
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with an image folder, a picture and made-up MNIST beside it, where the README's commands run."""
+    """A folder with an image folder and pictures, where the README's commands run."""
     from PIL import Image
     folder = tmp_path_factory.mktemp("readme")
     for split, count in (("train", 12), ("val", 4)):
@@ -81,14 +101,15 @@ def folder(tmp_path_factory):
 
 def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder):
     """Search, train, evaluate, denoise: each on what the one before wrote."""
-    first = [c for c in commands(README.split("## First run")[1].split("\n## ")[0])]
-    assert [c.split()[1] for c in first] == ["search.py", "train.py", "eval.py"]
+    first = commands(README.split("## First run")[1].split("\n## ")[0])
+    assert [command.split()[0] for command in first] == ["search.py", "train.py", "eval.py"]
     for command in first:
-        words = shlex.split(command)[1:]
-        run = call([str(ROOT / words[0]), *words[1:], *SMALLEST[words[0].removesuffix(".py")].split()], folder)
+        script, *words = shlex.split(command)
+        run = call([str(ROOT / script), *words, *SMALLEST[script.removesuffix(".py")].split()], folder)
         assert run.returncode == 0, f"{command}: {run.stderr}"
     metrics = json.loads((folder / "runs" / "eval" / "metrics.json").read_text())
-    assert metrics["format"] == "joint-eval" and (folder / "runs" / "eval" / "grid.png").stat().st_size > 500
+    assert metrics["format"] == "joint-eval" and metrics["images"] == 12
+    assert (folder / "runs" / "eval" / "grid.png").stat().st_size > 500
     run = call([str(ROOT / "eval.py"), "--input", "my_pictures", "--output-dir", "denoised"], folder)
     assert run.returncode == 0, run.stderr
     assert {p.name for p in (folder / "denoised").iterdir()} >= {"grey_denoised.png", "clear_denoised.png"}
@@ -96,26 +117,28 @@ def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder):
 
 def test_own_data_from_search_to_evaluation(folder):
     small = ["--size", "16", "--batch-size", "4", "--epochs", "1"]
-    models.write_json(folder / "latency.json", fake_table(4, 16, 2))  # a real one is made by the first run
-    run = call([str(ROOT / "search.py"), "--target", "50", "--table", "latency.json", "--data", "photos", "--output-dir",
-                "own/search", *small], folder)
-    assert run.returncode == 0, run.stderr
-    run = call([str(ROOT / "train.py"), "--arch", "own/search/arch.json", "--output-dir", "own/train", *small], folder)
-    assert run.returncode == 0, run.stderr
-    run = call([str(ROOT / "eval.py"), "--checkpoint", "own/train/best.pt", "--sigmas", "0.2", "--output-dir", "own/eval"],
-               folder)
-    assert run.returncode == 0, run.stderr
+    files.write_json(folder / "latency.json", fake_table(4, 16, 2))  # a real one is made by the first run
+    for command in (
+            ["search.py", "--target", "50", "--table", "latency.json", "--data", "photos",
+             "--output-dir", "own/search", *small],
+            ["train.py", "--arch", "own/search/arch.json", "--output-dir", "own/train", *small],
+            ["eval.py", "--checkpoint", "own/train/best.pt", "--sigmas", "0.2", "--output-dir", "own/eval"]):
+        run = call([str(ROOT / command[0]), *command[1:]], folder)
+        assert run.returncode == 0, run.stderr
     metrics = json.loads((folder / "own" / "eval" / "metrics.json").read_text())
     assert metrics["num_classes"] == 2 and metrics["images"] == 8
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_has_every_flag_explained_and_three_examples(script, capsys):
-    parser = importlib.import_module(script).build_parser()
-    assert all(action.help for action in parser._actions)
+@pytest.mark.parametrize("script, model", [(script, None) for script in SCRIPTS if script != "search"]
+                         + [("search", model) for model in SEARCHED])
+def test_help_has_every_flag_explained_and_three_examples(script, model, capsys):
+    parser = parser_of(script, ["--model", model] if model else [])
+    assert [action.dest for action in parser._actions if not action.help or not action.help.strip()] == []
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--help"])
-    assert caught.value.code == 0 and capsys.readouterr().out.count(f"python {script}.py") >= 3
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and text.count(f"python {script}.py") >= 1 + 3  # of the usage, and examples
+    assert re.findall(r"[^()]*\(default:?\s+None\)", text) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -124,6 +147,32 @@ def test_an_unknown_flag_ends_in_one_sentence(script, capsys):
         importlib.import_module(script).main(["--no-such-flag"])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "--no-such-flag" in error and len(error.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("name, command", [
+    ("models", "models.py"), ("data", "data.py --help"), ("latency", "latency.py --help"),
+    ("hinas", "hinas.py --help"), ("superkernel", "-c 'import superkernel'"),
+    ("metrics", "-c 'import metrics'")])
+def test_a_file_works_alone_in_an_empty_folder(name, command, tmp_path):
+    """The files of docs/elsewhere.md; what they compute there is tested beside each."""
+    assert f"| `{name}.py` |" in (ROOT / "docs" / "elsewhere.md").read_text()
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = call(shlex.split(command), tmp_path, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert ("import" in command) == (run.stdout == "")
+
+
+def test_only_the_list_of_methods_names_those_of_other_papers():
+    """A further method is a file of its own and a line in models.METHODS; the others learn of it there."""
+    lines = (ROOT / "models.py").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("METHODS = "))
+    assert all(f'"{method}"' in line for method in models.METHODS)
+    methods = set(models.METHODS) - {"tfnas"}
+    named = [f"{path.name}: {text.strip()}" for path in sorted(ROOT.glob("*.py")) if path.stem not in methods
+             for text in path.read_text().splitlines() if text != line
+             for method in methods if re.search(rf"\b{method}\b", text)]
+    assert named == []
 
 
 def test_the_gate_runs_the_test_command_of_the_readme():

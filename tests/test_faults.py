@@ -1,7 +1,8 @@
-"""Runs that are killed, stopped, starved of disk or fed nonsense: nothing is lost, and what goes on gives the same.
+"""Runs that are killed, stopped, starved of disk or fed nonsense: nothing is lost, and a resumed run
+ends with the same weights.
 
     python -m pytest tests/test_faults.py            # the short form
-    python -m pytest tests/test_faults.py --slow     # 50 kills over search and training, thousands of damaged files
+    python -m pytest tests/test_faults.py --slow     # 50 kills, thousands of damaged files
 """
 
 import contextlib
@@ -17,33 +18,39 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
+import files
 import hinas
 import latency
 import models
+import run
 import search
 import superkernel
 import train
 from fake_table import fake_parts, fake_table
 
 ROOT = Path(train.__file__).parent
-TRAIN = ["train.py", "--model", "dcnas-k3-e3", "--size", "16", "--train-images", "160", "--val-images", "10", "--batch-size", "8",
-         "--epochs", "3", "--ema", "0.9", "--threads", "1", "--device", "cpu", "--save-minutes", "0.002"]
-SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--size", "16", "--train-images", "120", "--val-images", "10",
-          "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--threads", "1", "--device", "cpu", "--save-minutes",
-          "0.002"]
-SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10", "--batch-size", "8", "--device",
-         "cpu"]
+ALIKE = ["--size", "16", "--batch-size", "8", "--epochs", "3", "--threads", "1", "--device", "cpu",
+         "--save-minutes", "0.002"]
+TRAIN = ["train.py", "--model", "dcnas-k3-e3", "--train-images", "160", "--val-images", "10", "--ema", "0.9",
+         *ALIKE]
+SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--train-images", "120",
+          "--warmup-epochs", "1", *ALIKE]
+SELDOM = ["--save-minutes", "10"]  # for runs that nothing disturbs: writing takes longer than computing
+SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10",
+         "--batch-size", "8", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(command, folder):
-    return subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:], "--output-dir", str(folder)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def start(command, folder, **how):
+    words = [sys.executable, str(ROOT / command[0]), *command[1:], "--output-dir", str(folder)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                            **how)
 
 
 def complete(command, folder):
     """Run to the end; the weights and, of a search, the architecture."""
-    process = start(command, folder)
+    process = start([*command, *SELDOM], folder)
     output = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return result(command, folder)
@@ -51,29 +58,30 @@ def complete(command, folder):
 
 def result(command, folder):
     if command[0] == "train.py":
-        state = models.read_checkpoint(folder / "last.pt")
-        return {**{f"network.{k}": v for k, v in state["network"].items()}, **{f"ema.{k}": v for k, v in state["ema"].items()}}
-    arch = models.Arch.from_dict(models.load_record(folder / "arch.json"))
-    return {**models.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "arch": arch}
+        state = files.read_checkpoint(folder / "last.pt")
+        return {f"{part}.{name}": value for part in ("network", "ema") for name, value in state[part].items()}
+    arch = models.Arch.from_dict(files.load_record(folder / "arch.json"))
+    return {**files.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "arch": arch}
 
 
 def same(one, other):
     return one.keys() == other.keys() and all(
-        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name] for name, value in one.items())
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items())
 
 
 def disturbed(command, checkpoint, folder, disturbances, rng, how):
-    """Start again and again, each time disturbed after a random while, then let it end. How many were disturbed."""
+    """Start again and again, each time disturbed after a random while, then let it end; how many were."""
     hit, began = 0, time.monotonic()
     while True:
-        resumable = (folder / checkpoint).exists()
-        process = start([*command, *(["--resume", str(folder)] if resumable else [])], folder)
+        more = ["--resume", str(folder)] if (folder / checkpoint).exists() else []
+        process = start([*command, *more, *(SELDOM if hit == disturbances else [])], folder)
         if hit < disturbances:
             time.sleep(rng.uniform(2.0, 8.0))
             hit += process.poll() is None
             process.send_signal(how)
         output = process.communicate(timeout=600)
-        allowed = {0, -how} | ({train.RESUME_ME, 130} if how != signal.SIGKILL else set())
+        allowed = {0, -how} | ({run.RESUME_ME, 130} if how != signal.SIGKILL else set())
         assert process.returncode in allowed, output
         if process.returncode == 0:
             return hit
@@ -83,7 +91,7 @@ def disturbed(command, checkpoint, folder, disturbances, rng, how):
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
     table = tmp_path_factory.mktemp("table") / "t.json"
-    models.write_json(table, fake_table(size=16))
+    files.write_json(table, fake_table(size=16))
     return {"train": (TRAIN, "last.pt"), "search": ([*SEARCH, "--table", str(table)], "search.pt")}
 
 
@@ -102,7 +110,7 @@ def test_a_run_that_is_disturbed_ends_as_one_that_is_not(name, how, commands, un
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("train", "search"))
 def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
-    """25 kills of each, over as many runs as that takes; every run ends with the weights of an undisturbed one."""
+    """25 kills of each, over as many runs as that takes; each ends with the weights of an undisturbed one."""
     command, checkpoint = commands[name]
     rng, kills, runs = random.Random(7), 0, 0
     while kills < 25:
@@ -115,13 +123,14 @@ def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, capsys):
-    """kill -9 of torchrun and both of its processes at random moments; the run ends as one that was left alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
-               *SMALL, "--train-images", "640", "--epochs", "3", "--threads", "1", "--save-minutes", "0.002", "--output-dir"]
+    """kill -9 of torchrun and both of its processes at random moments; the run ends as an undisturbed one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "train.py"), *SMALL, "--train-images", "640", "--epochs", "3", "--threads", "1",
+               "--save-minutes", "0.002", "--output-dir"]
 
     def begin(name, *more):
-        return subprocess.Popen([*command, str(tmp_path / name), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=ENVIRONMENT)
+        return subprocess.Popen([*command, str(tmp_path / name), *more], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
     assert (process := begin("whole")).communicate() and process.returncode == 0
     rng, kills = random.Random(5), 0
@@ -135,7 +144,7 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
             time.sleep(rng.uniform(0.0, 0.5))
             if process.poll() is None:
                 kills += 1
-                for entry in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's processes have sessions of their own
+                for entry in Path("/proc").glob("[0-9]*/cmdline"):  # each has a session of its own
                     with contextlib.suppress(OSError):
                         if str(tmp_path / "part").encode() in entry.read_bytes():
                             os.kill(int(entry.parent.name), signal.SIGKILL)
@@ -143,7 +152,8 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, output
-    whole, part = (models.read_checkpoint(tmp_path / name / "last.pt")["network"] for name in ("whole", "part"))
+    whole, part = (files.read_checkpoint(tmp_path / name / "last.pt")["network"]
+                   for name in ("whole", "part"))
     assert kills >= 3 and all(torch.equal(value, part[name]) for name, value in whole.items())
     with capsys.disabled():
         print(f"\ntwo processes: {kills} kills, 0 lost")
@@ -158,7 +168,8 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(commands, tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
-        assert process.returncode == train.RESUME_ME and f"python {command[0]} --resume" in error and "Traceback" not in error
+        assert process.returncode == run.RESUME_ME and f"python {command[0]} --resume" in error
+        assert "Traceback" not in error
 
 
 def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way(commands, tmp_path):
@@ -170,10 +181,11 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way
     first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second begins
     second = start(command, tmp_path / "run")
     _, error = second.communicate(timeout=120)
-    assert second.returncode == 2 and "Another run is writing into" in error and len(error.strip().splitlines()) <= 2
+    assert second.returncode == 2 and "Another run is writing into" in error
+    assert len(error.strip().splitlines()) <= 2
     first.kill()
     first.communicate()
-    third = start([*command, "--resume", str(tmp_path / "run")], tmp_path / "run")
+    third = start([*command, *SELDOM, "--resume", str(tmp_path / "run")], tmp_path / "run")
     _, error = third.communicate(timeout=300)
     assert third.returncode == 0, error
 
@@ -182,77 +194,76 @@ def test_a_run_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path, monkeyp
     """Between its last step and its validation: nothing of the epoch is left to do but that."""
     command = [*SMALL, "--epochs", "2", "--output-dir"]
     train.main([*command, str(tmp_path / "whole")])
-    steps, real = [], train.Guard.end_of_step
+    steps, real = [], run.Guard.end_of_step
 
     def stop_at_five(guard, save):  # of 40 images in batches of 8
         steps.append(1)
         guard.stop = guard.stop or len(steps) == 5
         real(guard, save)
 
-    monkeypatch.setattr(train.Guard, "end_of_step", stop_at_five)
+    monkeypatch.setattr(run.Guard, "end_of_step", stop_at_five)
     with pytest.raises(SystemExit) as stopped:
         train.main([*command, str(tmp_path / "part")])
-    assert stopped.value.code == train.RESUME_ME and models.read_checkpoint(tmp_path / "part/last.pt")["step"] == 5
+    assert stopped.value.code == run.RESUME_ME
+    assert files.read_checkpoint(tmp_path / "part/last.pt")["step"] == 5
     monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "part")])
-    whole, part = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
+    whole, part = (files.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
     assert same(whole["network"], part["network"]) and len(part["rows"]) == 2
 
 
 def test_a_checkpoint_of_an_older_version_ends_in_a_sentence(tmp_path, capsys):
-    models.save_checkpoint(tmp_path / "last.pt", {"flags": {}, "optimizer": {}, "rows": []})
+    files.save_checkpoint(tmp_path / "last.pt", {"flags": {}, "optimizer": {}, "rows": []})
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", str(tmp_path)])
     assert stopped.value.code == 2 and "not a last.pt that a run can go on from" in capsys.readouterr().err
-    models.save_checkpoint(tmp_path / "search.pt", {"flags": {}, "step": 0, "optimizer": {}})  # of a training
+    files.save_checkpoint(tmp_path / "search.pt", {"flags": {}, "step": 0, "optimizer": {}})  # of a training
     with pytest.raises(SystemExit) as stopped:
         search.main(["--resume", str(tmp_path)])
     assert stopped.value.code == 2 and "not a search.pt that a run can go on from" in capsys.readouterr().err
 
 
 def test_a_signal_to_the_whole_job_with_workers_is_saved(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--train-images", "800", "--epochs", "50", "--workers",
-                                "2", "--output-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=ENVIRONMENT, start_new_session=True)
+    command = ["train.py", *SMALL, "--train-images", "800", "--epochs", "50", "--workers", "2"]
+    process = start(command, tmp_path, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)  # as timeout and systemd do
     _, error = process.communicate(timeout=120)
-    assert process.returncode == train.RESUME_ME and "Traceback" not in error, error
+    assert process.returncode == run.RESUME_ME and "Traceback" not in error, error
 
 
-# --- A full disk, a loss that is not finite -------------------------------------------------------------------
-
-
+# --- A full disk, a loss that is not finite -----------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     train.main([*SMALL, "--epochs", "1", "--output-dir", str(tmp_path)])
-    before = models.read_checkpoint(tmp_path / "last.pt")
+    before = files.read_checkpoint(tmp_path / "last.pt")
     real = torch.save
 
     def full(content, path):
         real(content, path)
         Path(path).write_bytes(Path(path).read_bytes()[:1000])  # as far as the disk went
-        raise RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file data/3")
+        raise RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stopped:
         train.main([*SMALL, "--epochs", "2", "--output-dir", str(tmp_path)])
     assert "could not be written" in str(stopped.value.code) and "intact" in str(stopped.value.code)
-    after = models.read_checkpoint(tmp_path / "last.pt")
+    after = files.read_checkpoint(tmp_path / "last.pt")
     assert same(before["network"], after["network"]) and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_checkpoint_that_cannot_be_read_back_does_not_replace_the_last_one(tmp_path, monkeypatch):
-    models.save_checkpoint(tmp_path / "c.pt", {"number": 1})
+    files.save_checkpoint(tmp_path / "c.pt", {"number": 1})
     real = torch.save
-    monkeypatch.setattr(torch, "save", lambda content, path: (real(content, path), Path(path).write_bytes(b"PK\3\4 half")))
+    monkeypatch.setattr(torch, "save", lambda content, path: (
+        real(content, path), Path(path).write_bytes(b"PK\3\4 half")))
     with pytest.raises(OSError, match="could not be written"):
-        models.save_checkpoint(tmp_path / "c.pt", {"number": 2})
+        files.save_checkpoint(tmp_path / "c.pt", {"number": 2})
     monkeypatch.undo()
-    assert models.read_checkpoint(tmp_path / "c.pt")["number"] == 1
+    assert files.read_checkpoint(tmp_path / "c.pt")["number"] == 1
 
 
 def spoil(monkeypatch, steps, value=float("nan")):
@@ -275,15 +286,17 @@ def test_steps_that_are_not_finite_are_skipped_when_told(tmp_path, monkeypatch, 
     train.main([*SMALL, "--epochs", "2", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("skipped epoch") == 3 and "skipped epoch 2, batch 2: the loss is nan" in out
-    state = models.read_checkpoint(tmp_path / "last.pt")
+    state = files.read_checkpoint(tmp_path / "last.pt")
     assert all(torch.isfinite(value).all() for value in state["network"].values()) and state["epoch"] == 2
 
 
 def test_skipping_has_a_limit(tmp_path, monkeypatch):
     spoil(monkeypatch, set(range(3, 100)))
     with pytest.raises(SystemExit) as stopped:
-        train.main([*SMALL, "--train-images", "200", "--epochs", "2", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
-    assert "The loss is nan at epoch 1, batch 13" in str(stopped.value.code) and "10 steps in a row" in str(stopped.value.code)
+        train.main([*SMALL, "--train-images", "200", "--epochs", "2", "--nonfinite", "skip", "--output-dir",
+                    str(tmp_path)])
+    message = str(stopped.value.code)
+    assert "The loss is nan at epoch 1, batch 13" in message and "10 steps in a row" in message
 
 
 def test_an_epoch_of_which_every_step_was_skipped_ends_the_run(tmp_path, monkeypatch):
@@ -291,23 +304,23 @@ def test_an_epoch_of_which_every_step_was_skipped_ends_the_run(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stopped:
         train.main([*SMALL, "--epochs", "3", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
     assert "Every step of epoch 2 was skipped, since the loss is nan" in str(stopped.value.code)
-    assert models.read_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+    assert files.read_checkpoint(tmp_path / "last.pt")["epoch"] == 1
 
 
 def test_a_bad_batch_does_not_spoil_the_statistics_of_batch_norms(tmp_path, monkeypatch):
-    real, calls = train.data_module.to_float, []
+    real, calls = data.to_float, []
 
     def bad(images, device):
         calls.append(1)
         return real(images, device) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(train.data_module, "to_float", bad)
+    monkeypatch.setattr(data, "to_float", bad)
     train.main([*SMALL, "--epochs", "1", "--nonfinite", "skip", "--output-dir", str(tmp_path)])
-    state = models.read_checkpoint(tmp_path / "last.pt")
+    state = files.read_checkpoint(tmp_path / "last.pt")
     assert len(calls) > 5 and all(torch.isfinite(value).all() for value in state["network"].values())
 
 
-# --- Damaged files --------------------------------------------------------------------------------------------
+# --- Damaged files ------------------------------------------------------------------------------------------
 
 
 def mutate(value, rng):
@@ -323,8 +336,10 @@ def mutate(value, rng):
         return {**value, key: mutate(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         index = rng.randrange(len(value))
-        return [*value[:index], *([] if rng.random() < 0.3 else [mutate(value[index], rng)]), *value[index + 1:]]
-    return rng.choice([None, True, -1, 0, 1, 3, 1e308, -5e-324, 10**30, 0.5, "", "k3", "cnas", [], [[]], {}, {"a": 1}, "\ud800"])
+        changed = [] if rng.random() < 0.3 else [mutate(value[index], rng)]
+        return [*value[:index], *changed, *value[index + 1:]]
+    return rng.choice([None, True, -1, 0, 1, 3, 1e308, -5e-324, 10**30, 0.5, "", "k3", "cnas", [], [[]], {},
+                       {"a": 1}, "\ud800"])
 
 
 def mutated_text(content, rng):
@@ -336,7 +351,8 @@ def mutated_text(content, rng):
         place = rng.randrange(len(text))
         return text[:place] + rng.choice('{}[],:"0\\x9eN') + text[place + 1:]
     if action == 2:
-        return rng.choice(["", "null", "[]", "NaN", "[" * 5000, '{"format": NaN}', "\x00\x01", text.replace("1", "NaN", 1)])
+        return rng.choice(["", "null", "[]", "NaN", "[" * 5000, '{"format": NaN}', "\x00\x01",
+                           text.replace("1", "NaN", 1)])
     for _ in range(rng.choice((1, 1, 2, 5))):
         content = mutate(content, rng)
     return json.dumps(content)
@@ -353,24 +369,34 @@ class Payload:
 
 
 def fuzz(folder, count, seed):
-    """Load `count` damaged files of each kind: each gives a valid object or a ValueError in one sentence. How many were valid."""
+    """Load `count` damaged files of each kind; how many were valid. Each gives a valid object or a ValueError
+    in one sentence."""
     rng, valid, planted = random.Random(seed), 0, folder / "planted"
-    arch = models.make_record(models.random_arch("dcnas", 8, rng, 10), models.provenance("a CPU", 0))
-    table = fake_table(space=4, size=16)
-    network = models.build_network(models.named_record("mb1-s", 10, {}))
-    models.save_checkpoint(folder / "good.pt", {"record": models.named_record("mb1-s", 10, {}), "network": network.state_dict(),
-                                                "ema": None, "classes": None, "size": 28})
+    joint = models.random_arch("dcnas", 8, rng, 10)
+    uniform, table = models.named_arch("dcnas-k3-e3", 10), fake_table(space=4, size=16)
+    record = models.named_record("mb1-s", 10, {})
+    weights = models.build_network(record).state_dict()
+    files.save_checkpoint(folder / "good.pt", {"record": record, "network": weights, "ema": None,
+                                               "classes": None, "size": 28})
     good = (folder / "good.pt").read_bytes()
-    designs = [models.design_record("superkernel", superkernel.Space("skipinit", 3, 1).plain_design(), {}),
-               models.design_record("hinas", hinas.Space(layers=1, nodes=2).random_design(rng), {})]
-    parts = fake_parts(superkernel.Space("skipinit", 3, 1))
+    kernels = superkernel.Space("skipinit", 3, 1)
+    parts = fake_parts(kernels)
+    cells = hinas.Space(layers=1, nodes=2)
+    contents = [joint.to_dict(), *(module.record_content(design) for module, design in (
+        (superkernel, kernels.reference_design()), (hinas, cells.random_design(rng))))]
+    arch, *designs = (files.make_record(method, content, files.provenance("a CPU", 0))
+                      for method, content in zip(("tfnas", "superkernel", "hinas"), contents))
+
+    def build(path):
+        return models.build_network(files.load_record(path))
+
     for number in range(count):
-        for name, loader, content in (("arch.json", lambda p: models.build_network(models.load_record(p)), designs[number % 2]),
-                                      ("parts.json", lambda p: latency.load_table(p).reference_network(), parts),
-                                      ("arch.json", lambda p: models.build_network(models.load_record(p)), arch),
-                                      ("latency.json", lambda p: latency.load_table(p).predict_ms(
-                                          models.named_arch("dcnas-k3-e3", 10)), table),
-                                      ("c.pt", models.load_checkpoint, None)):
+        for name, loader, content in (
+                ("arch.json", build, designs[number % 2]),
+                ("parts.json", lambda p: latency.load_table(p).reference_network(), parts),
+                ("arch.json", build, arch),
+                ("latency.json", lambda p: latency.load_table(p).predict_ms(uniform), table),
+                ("c.pt", files.load_checkpoint, None)):
             path = folder / name
             if content is not None:
                 path.write_text(mutated_text(content, rng), errors="surrogatepass")
@@ -384,11 +410,13 @@ def fuzz(folder, count, seed):
                         damaged[rng.randrange(len(damaged))] = rng.randrange(256)
                 path.write_bytes(damaged)
                 if action == 2:
-                    torch.save({"format": models.CHECKPOINT_FORMAT, "version": 1, "network": Payload(planted)}, path)
+                    torch.save({"format": files.CHECKPOINT_FORMAT, "version": files.CHECKPOINT_VERSION,
+                                "network": Payload(planted)}, path)
                 elif action == 3:
                     state = torch.load(folder / "good.pt", weights_only=True)
                     key = rng.choice(sorted(state))
-                    state[key] = mutate(state[key], rng) if rng.random() < 0.5 else rng.choice([None, 3, "x", {}])
+                    state[key] = (mutate(state[key], rng) if rng.random() < 0.5 else
+                                  rng.choice([None, 3, "x", {}]))
                     torch.save(state, path)
             try:
                 loader(path)
@@ -407,4 +435,5 @@ def test_damaged_files_end_in_one_sentence(tmp_path):
 def test_thousands_of_damaged_files_end_in_one_sentence(tmp_path, capsys):
     valid = fuzz(tmp_path, 700, seed=1)
     with capsys.disabled():
-        print(f"\n3,500 damaged files: {valid} were still valid, the others ended in a sentence; 0 tracebacks, 0 executions")
+        print(f"\n3,500 damaged files: {valid} were still valid, the others ended in a sentence; "
+              "0 tracebacks, 0 executions")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
 import data
 import models
 from models import Arch, MBConv, Network, SuperNet, make_arch, named_arch
@@ -25,7 +26,7 @@ def random_alpha(supernet, seed=0):
     return supernet
 
 
-# --- one-hot supernet == exported network -------------------------------------------------------------------
+# --- one-hot supernet == exported network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", [4, 6, 8])
@@ -38,12 +39,12 @@ def test_one_hot_supernet_equals_the_exported_network_with_copied_weights(model,
     widths = [models.width_range(row[index].operation, row[index].position.in_channels)
               for row, index in ((mixed.candidates, i) for mixed, i in zip(supernet.mixed, path))]
     # narrowest, widest, starting width in turn: sliced weights must be the copied ones
-    supernet.set_widths(path, [(low, high, mixed.candidates[i].width)[n % 3]
-                               for n, ((low, high), mixed, i) in enumerate(zip(widths, supernet.mixed, path))])
+    starts = [mixed.candidates[index].width for mixed, index in zip(supernet.mixed, path)]
+    supernet.set_widths(path, [(*both, start)[n % 3] for n, (both, start) in enumerate(zip(widths, starts))])
     network = Network(supernet.arch(path))
     supernet.copy_to(network, path)
-    images = torch.rand(3, 3, 40, 72, generator=generator)  # an odd multiple of nothing: padded and cropped inside
-    one_hot = torch.nn.functional.one_hot(torch.tensor(path), len(supernet.operations)).float()
+    images = torch.rand(3, 3, 40, 72, generator=generator)  # no multiples of 16: padded and cropped inside
+    one_hot = F.one_hot(torch.tensor(path), len(supernet.operations)).float()
     with torch.no_grad():
         exported = network.train()(images)  # batch statistics, as in the search
         for choice in (path, one_hot):
@@ -55,7 +56,7 @@ def test_one_hot_supernet_equals_the_exported_network_with_copied_weights(model,
         wrong = list(path)
         wrong[3] = (path[3] + 1) % len(supernet.operations)
         different = supernet(images, wrong)
-    ours, theirs = (different.logits, exported.logits) if network.classifies else (different.image, exported.image)
+    ours, theirs = (output.logits if network.classifies else output.image for output in (different, exported))
     assert (ours - theirs).abs().max() > 1e-3
 
 
@@ -94,11 +95,12 @@ def test_supernet_state_survives_other_widths():
     target.load_state_dict(source.state_dict())
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(source(images, source.best_path()).logits, target(images, source.best_path()).logits)
+        ours, theirs = (supernet(images, source.best_path()).logits for supernet in (source, target))
+    assert torch.equal(ours, theirs)
     assert target.arch() == source.arch()
 
 
-# --- sampling ------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------
 
 
 def test_paths_follow_alpha_and_the_second_path_never_repeats_the_first():
@@ -125,7 +127,8 @@ def test_mixture_hardens_with_the_temperature():
     hard = supernet.mixture(0.01, torch.Generator().manual_seed(1))
     torch.testing.assert_close(soft.sum(1), torch.ones(len(soft)))
     assert soft.max() < 0.3 and hard.max(1).values.median() > 0.99
-    assert hard.argmax(1).tolist() == supernet.sample_path(torch.Generator().manual_seed(1))  # the same Gumbel sample
+    same_gumbel_noise = torch.Generator().manual_seed(1)
+    assert hard.argmax(1).tolist() == supernet.sample_path(same_gumbel_noise)
 
 
 def test_entropy_is_one_for_undecided_and_zero_for_decided():
@@ -137,27 +140,30 @@ def test_entropy_is_one_for_undecided_and_zero_for_decided():
     torch.testing.assert_close(supernet.entropy(), torch.zeros(18), rtol=0, atol=1e-6)
 
 
-# --- networks ------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------
 
 
 def test_decoder_costs_what_the_facts_say_at_224():
-    macs = {model: models.count_macs(Network(named_arch(f"{model}-k3-e3", 100)), 224) for model in ("cnas", "dcnas")}
-    assert (macs["dcnas"] - macs["cnas"]) / 1e6 == pytest.approx(222, abs=1)
+    networks = [Network(named_arch(name, 100)) for name in ("cnas-k3-e3", "dcnas-k3-e3")]
+    cnas, dcnas = (models.count_macs(network, 224) for network in networks)
+    assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
 
 
-@pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "with a 1x1 convolution behind it"))
+@pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "before a 1x1 convolution"))
 def test_the_up_convolution_is_a_transposed_convolution(then):
     torch.manual_seed(0)
     up, x = models.UpConv(6, 5), torch.rand(2, 6, 7, 9, requires_grad=True)
     plain = torch.nn.ConvTranspose2d.forward(up, x)
     plain = plain if then is None else then(plain)
+    torch.testing.assert_close(up.layer_by_layer(x, then), plain)
     torch.testing.assert_close(up(x, then), plain)
     parameters = (x, *up.parameters(), *(then.parameters() if then else ()))
     gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (up(x, then), plain)]
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("kernel, stride, size", ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (5, 2, 3), (5, 1, 7)))
+@pytest.mark.parametrize("kernel, stride, size",
+                         ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (5, 2, 3), (5, 1, 7)))
 def test_a_kernel_cropped_to_a_small_map_computes_the_same(kernel, stride, size):
     torch.manual_seed(0)
     position = models.Block(5, 16, 0, 16 if stride == 1 else 24, 0, stride, 0, "silu")
@@ -173,7 +179,6 @@ def test_a_kernel_cropped_to_a_small_map_computes_the_same(kernel, stride, size)
 def test_macs_of_one_mbconv_by_hand():
     block = MBConv(8, 24, 16, 5, stride=2)
     expected = 24 * 8 * 32 * 32 + 24 * 25 * 16 * 16 + 16 * 24 * 16 * 16
-    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         block(torch.rand(1, 8, 32, 32))
     assert counter.get_total_flops() == 2 * expected
@@ -210,19 +215,20 @@ def test_half_of_the_variance_of_fresh_kernels_is_in_their_mean():
         assert conv.weight.var().item() == pytest.approx(before, rel=0.03)
         assert conv.weight.mean((2, 3)).var().item() == pytest.approx(before / 2, rel=0.08)
     network = Network(named_arch("dcnas-k5-e3", 10))
-    for part, share in ((network.decoder.levels, 0.5), (network.tail, 1 / 25)):  # those of the classifier stay as they were
-        shares = [(weight.mean((2, 3)).var() / weight.var()).item() for name, weight in part.named_parameters()
+    for part, share in ((network.decoder.levels, 0.5), (network.tail, 1 / 25)):  # the tail's stay as is
+        shares = [(weight.mean((2, 3)).var() / weight.var()).item() for weight in part.parameters()
                   if weight.dim() == 4 and weight.shape[-1] > 2 and weight.numel() > 4000]
         assert len(shares) >= 5 and shares == pytest.approx([share] * len(shares), rel=0.2)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_fresh_decoder_passes_on_colours_that_noise_hides(seed, monkeypatch):
-    clean = torch.stack([image for image, _ in data.load_data("digits", train_images=1, val_images=64).val]).float() / 255
+    images = data.load_data("digits", train_images=1, val_images=64).val
+    clean = torch.stack([image for image, _ in images]).float() / 255
     noisy = clean + torch.rand(64, 1, 1, 1) * torch.randn(clean.shape)
-    colours = torch.nn.functional.avg_pool2d(clean - clean.mean(1, keepdim=True), 2).permute(0, 2, 3, 1).reshape(-1, 3)
+    colours = F.avg_pool2d(clean - clean.mean(1, keepdim=True), 2).permute(0, 2, 3, 1).reshape(-1, 3)
 
-    def found():
+    def share_found():
         """The share of the colours' variance that a linear map of the decoder's last features finds."""
         torch.manual_seed(seed)
         network, features = Network(named_arch("dcnas-k3-e6", 10)), []
@@ -233,9 +239,10 @@ def test_a_fresh_decoder_passes_on_colours_that_noise_hides(seed, monkeypatch):
         x = torch.cat((x, torch.ones(len(x), 1)), 1)
         rest = colours - x @ torch.linalg.lstsq(x, colours).solution
         return 1 - (rest.square().sum() / colours.square().sum()).item()
-    smooth = found()
+
+    smooth = share_found()
     monkeypatch.setattr(models, "begin_smooth", lambda network: None)
-    assert smooth > 0.05 and smooth > 4 * found()
+    assert smooth > 0.05 and smooth > 4 * share_found()
 
 
 def test_drop_connect_grows_with_depth_and_is_off_in_eval():
@@ -247,29 +254,13 @@ def test_drop_connect_grows_with_depth_and_is_off_in_eval():
     assert torch.equal(network(x).logits, network(x).logits)
 
 
-# --- the record ----------------------------------------------------------------------------------------------
-
-
-def test_record_survives_the_disk(tmp_path):
-    arch = named_arch("dcnas-k5-e6", 3)
-    models.write_json(tmp_path / "arch.json", models.make_record(arch, {"seed": 1}, latency={"target_ms": 12}))
-    record = models.load_record(tmp_path / "arch.json")
-    assert Arch.from_dict(record) == arch and record["made"] == {"seed": 1} and record["latency"] == {"target_ms": 12}
-    assert list(record)[:3] == ["format", "version", "method"]
-
-
-def broken(change):
-    record = models.make_record(named_arch("dcnas-k3-e3", 3), {})
-    change(record)
-    return record
+# --- the record -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change, word", [
     (lambda r: r.update(model="resnet"), "model must be"),
     (lambda r: r.update(num_classes=0), "num_classes"),
     (lambda r: r.update(num_classes=True), "num_classes"),
-    (lambda r: r.update(version=99), "version 99"),
-    (lambda r: r.update(format="other"), "not a joint-arch"),
     (lambda r: r.update(method="magic"), "method"),
     (lambda r: r.pop("blocks"), "blocks"),
     (lambda r: r.update(blocks=[1, 2]), "blocks"),
@@ -284,20 +275,27 @@ def broken(change):
     (lambda r: r["blocks"][3].update(stride=1), "stage 4"),
     (lambda r: r["blocks"].pop(), "stage"),
 ])
-def test_bad_records_are_refused_in_one_sentence(tmp_path, change, word):
-    path = tmp_path / "arch.json"
-    path.write_text(json.dumps(broken(change)))
+def test_bad_records_are_refused_in_one_sentence(change, word):
+    record = models.named_record("dcnas-k3-e3", 3, {})
+    change(record)
     with pytest.raises(ValueError) as caught:
-        models.load_record(path)
-    assert word in str(caught.value) and "arch.json" in str(caught.value) and "\n" not in str(caught.value)
+        models.build_network(record)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "joint-arch"', "\x00\xff", "[" * 100000])
-def test_damaged_json_is_refused_in_one_sentence(tmp_path, text):
-    path = tmp_path / "arch.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="arch.json"):
-        models.load_record(path)
+@pytest.mark.parametrize("record", [None, [], {}, {"method": ["tfnas"]}, {"method": "magic"}])
+def test_what_is_no_record_is_refused_in_one_sentence(record):
+    with pytest.raises(ValueError, match="^The search method .* is unknown; known are tfnas, .*named.$"):
+        models.build_network(record)
+
+
+def test_records_name_their_method_and_survive_json():
+    for name, method in (("dcnas-k5-e6", "tfnas"), ("dcnet-s", "named")):
+        record = models.named_record(name, 3, {"seed": 1})
+        assert list(record)[:4] == ["format", "version", "method", "made"] and record["method"] == method
+        network = models.build_network(json.loads(json.dumps(record))).eval()
+        assert network(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)
+    assert network.unet.widths == [8, 12, 18, 27]
 
 
 def test_dnas_keeps_the_encoder():
@@ -313,74 +311,51 @@ def test_width_range_is_stated_and_keeps_the_expansion():
     assert models.width_range(models.Operation(3, 3), 24) == (32, 96)
 
 
-# --- files ---------------------------------------------------------------------------------------------------
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "x.json"
-    models.write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
-        models.write_json(path, {"a": float("nan")})
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("No space left on device")
-    with pytest.raises(OSError):
-        models.write_file(path, fail)
-    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
-
-
-def test_checkpoints_load_without_running_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "executed",))
-    path = tmp_path / "last.pt"
-    torch.save({"format": "joint-checkpoint", "version": 1, "x": Evil()}, path)
-    with pytest.raises(ValueError, match="last.pt"):
-        models.load_checkpoint(path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_checkpoint_errors_name_the_file(tmp_path):
-    record = models.make_record(named_arch("cnas-k3-e3", 2), models.provenance("a CPU", 0))
-    path = tmp_path / "best.pt"
-    network = models.build_network(record)
-    models.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": None})
-    loaded, checkpoint = models.load_checkpoint(path)
-    assert not loaded.training and checkpoint["record"] == record
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"hello"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="best.pt"):
-            models.load_checkpoint(path)
-    record["num_classes"] = 3  # weights of another model
-    models.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": None})
-    with pytest.raises(ValueError, match="best.pt"):
-        models.load_checkpoint(path)
+# --- the command ------------------------------------------------------------------------------------------
 
 
 def test_models_works_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "models.py", tmp_path)
     code = ("import torch, models; n = models.Network(models.named_arch('dcnas-k3-e3', 5)).eval();"
             "print(tuple(n(torch.rand(1, 3, 30, 30)).image.shape))")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.strip() == "(1, 3, 30, 30)", run.stderr
+    commands = (["-c", code], ["models.py"], ["models.py", "--json"], ["models.py", "--help"])
+    started = [subprocess.Popen([sys.executable, *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE) for command in commands]
+    (image, table, rows, help_text), errors = zip(*(process.communicate() for process in started))
+    assert [process.returncode for process in started] == [0] * 4, errors
+    assert image.strip() == "(1, 3, 30, 30)"
+    names = [row["name"] for row in json.loads(rows)]
+    assert names == [*models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original", "dcnet", "dcnet-s"]
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == names
+    assert "--input" in help_text and "default" in help_text
 
 
-def test_listing_of_an_input_that_is_too_small(capsys):
+@pytest.mark.parametrize("arguments, message", [
+    (["--input", "2"], "cannot take an input of 2 pixels"),
+    (["--input", "0"], "--input must be from 1 to 65536"),
+    (["--classes", "65537"], "must be from 1 to 65536"),
+    (["--classes", "ten"], "--classes"),
+])
+def test_wrong_usage_ends_in_one_sentence(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(models, "UNIFORM", {})  # a UNet is the first that refuses 2 pixels
     with pytest.raises(SystemExit) as stopped:
-        models.main(["--input", "2"])
-    assert stopped.value.code == 2 and "cannot take an input of 2 pixels" in capsys.readouterr().err
+        models.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_listing(capsys):
+def test_listing(capsys, monkeypatch):
     models.main(["--classes", "10", "--input", "64", "--json"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == {*models.NAMED, *baselines.BASELINES} and rows["dnas-k3-e3"]["classifies"] is False
+    assert set(rows) == {*models.UNIFORM, *models.NAMED} and {"resnet18", "unet-s"} < set(rows)
+    assert rows["dnas-k3-e3"]["classifies"] is False
     network = Network(named_arch("cnas-k3-e6", 10))
     assert rows["cnas-k3-e6"]["parameters"] == sum(p.numel() for p in network.parameters())
+    monkeypatch.setattr(models, "UNIFORM", {"dcnas-k5-e6": models.UNIFORM["dcnas-k5-e6"]})
+    monkeypatch.setattr(models, "NAMED", {"unet-s": models.NAMED["unet-s"]})
     models.main([])
-    assert "dcnas-k5-e6" in capsys.readouterr().out
+    uniform, made_by_hand = capsys.readouterr().out.splitlines()[1:3]
+    assert uniform.split()[:4] == ["dcnas-k5-e6", "yes", "yes", "224"]
+    assert made_by_hand.split() == ["unet-s", "yes", "-", "96", f"{rows['unet-s']['parameters']:,}", "48.55", "M"]
 
 
 def test_mbconv_refuses_too_few_mid_channels():
@@ -397,82 +372,36 @@ def test_candidates_inherit_the_centre_and_the_strongest_channels_of_the_largest
     mixed = supernet.mixed[4]
     largest = mixed.candidates[supernet.largest_path()[4]]
     small = next(c for c in mixed.candidates if c.operation.name == "k3-e3-se")
-    strongest = largest.depthwise_weight[:largest.width].abs().sum((1, 2, 3)).argsort(descending=True)[:small.width]
-    assert torch.equal(small.depthwise_weight[:small.width], largest.depthwise_weight[strongest][..., 1:4, 1:4])
-    assert torch.equal(small.expand_weight[:small.width], largest.expand_weight[strongest])
-    assert torch.equal(small.project_weight[:, :small.width], largest.project_weight[:, strongest])
+    width, norm = small.width, largest.depthwise_weight[:largest.width].abs().sum((1, 2, 3))
+    strongest = norm.argsort(descending=True)[:width]
+    assert torch.equal(small.depthwise_weight[:width], largest.depthwise_weight[strongest][..., 1:4, 1:4])
+    assert torch.equal(small.expand_weight[:width], largest.expand_weight[strongest])
+    assert torch.equal(small.project_weight[:, :width], largest.project_weight[:, strongest])
     features = torch.rand(2, 40, 16, 16)
-    twin = next(c for c in mixed.candidates if c.operation.name == "k5-e6-se")
-    with torch.no_grad():  # channels in another order, squeeze-and-excitation near 0.5: almost the same function
-        outputs = [candidate(features).flatten(1) for candidate in (largest, twin)]
-    assert torch.nn.functional.cosine_similarity(*outputs).min() > 0.9
-
-
-# --- fast forms ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", models.MODELS)
-def test_the_folded_form_computes_the_same_without_batch_norms(model):
-    torch.manual_seed(0)
-    network = Network(named_arch(f"{model}-k5-e3", 0 if model == "dnas" else 6))
-    with torch.no_grad():
-        for _ in range(3):  # batch norms with statistics and an affine part of their own
-            network.train()(torch.rand(4, 3, 48, 48))
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.2, 0.2)
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        images = torch.rand(2, 3, 33, 50)
-        expected, found = network.eval()(images), models.fast(network)(images)
-    for ours, theirs in zip(found, expected):
-        if theirs is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in models.fast(network).modules())
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-def test_modes_that_cannot_be_had_are_refused_in_one_sentence():
-    network = Network(named_arch("cnas-k3-e3", 2))
-    with pytest.raises(ValueError, match="no mode"):
-        models.fast(network, "warp")
-    with pytest.raises(ValueError, match="CUDA"):
-        models.fast(network, "graph", torch.rand(1, 3, 32, 32))
+    with_se = next(c for c in mixed.candidates if c.operation.name == "k5-e6-se")
+    with torch.no_grad():  # channels in another order, SE near 0.5: almost the same function
+        outputs = [candidate(features).flatten(1) for candidate in (largest, with_se)]
+    assert F.cosine_similarity(*outputs).min() > 0.9
 
 
 def test_recomputing_mixed_operations_saves_memory_and_changes_nothing():
-    torch.manual_seed(0)
-    supernet = SuperNet("cnas", 4, 5)
-    for weight in supernet.weight_parameters():
-        weight.requires_grad_(False)
     images, results = torch.rand(4, 3, 64, 64), []
     for recompute in (False, True):
-        for mixed in supernet.mixed:
-            mixed.recompute = recompute
-        supernet.alpha.grad, kept = None, {}
+        torch.manual_seed(0)
+        supernet, kept = SuperNet("cnas", 4, 5, recompute=recompute), {}
+        for weight in supernet.weight_parameters():
+            weight.requires_grad_(False)
+        mixture = supernet.mixture(5.0, torch.Generator().manual_seed(0))
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda t: kept.__setitem__(t.data_ptr(), t.numel()) or t, lambda t: t):
-            loss = supernet(images, supernet.mixture(5.0, torch.Generator().manual_seed(0))).logits.square().mean()
+            loss = supernet(images, mixture).logits.square().mean()
         loss.backward()
         results.append((supernet.alpha.grad.clone(), sum(kept.values())))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert results[1][1] < 0.5 * results[0][1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["folded", "graph"])
-def test_fast_forms_on_a_gpu_compute_the_same(mode):
-    network = Network(named_arch("dcnas-k3-e3", 6)).cuda().eval()
-    images = torch.rand(4, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        fast = models.fast(network, mode, images)
-        for _ in range(3):
-            images = torch.rand_like(images)
-            for ours, theirs in zip(fast(images), network(images)):
-                torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
-
-
-# --- learned depth, other decoders, sequential, wider --------------------------------------------------------
+# --- learned depth, other decoders, sequential, wider -----------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ("cnas", "dcnas"))
@@ -482,12 +411,12 @@ def test_a_supernet_with_one_hot_depths_equals_its_export(model):
     depths = (1, 3, 2, 4, 1)
     with torch.no_grad():
         for beta, depth in zip(supernet.betas, depths):
-            beta.copy_(1e4 * torch.nn.functional.one_hot(torch.tensor(depth - 1), len(beta)))
+            beta.copy_(1e4 * F.one_hot(torch.tensor(depth - 1), len(beta)))
     path = supernet.sample_path()
     arch = supernet.arch(path)
     assert [sum(block.stage == stage for block in arch.blocks) for stage in range(3, 8)] == list(depths)
-    exported = Network(arch, norm_layer=models.SearchNorm,
-                       make_block=lambda block, _: models.build_block(block, norm_layer=models.SearchNorm)).double()
+    make_block = lambda block, _: models.build_block(block, norm_layer=models.SearchNorm)
+    exported = Network(arch, norm_layer=models.SearchNorm, make_block=make_block).double()
     supernet.copy_to(exported, path)
     x = torch.rand(4, 3, 64, 64, dtype=torch.float64)
     for ours, theirs in zip(supernet(x, path), exported(x)):
@@ -497,8 +426,9 @@ def test_a_supernet_with_one_hot_depths_equals_its_export(model):
 
 def test_depth_gets_gradients_and_is_no_weight():
     supernet = SuperNet("cnas", 4, 5, depth="learned")
-    weights = {id(weight) for weight in supernet.weight_parameters()}
-    assert len(supernet.arch_parameters()) == 6 and not any(id(p) in weights for p in supernet.arch_parameters())
+    weights, searched = ({id(parameter) for parameter in parameters} for parameters in (
+        supernet.weight_parameters(), supernet.arch_parameters()))
+    assert len(searched) == 6 and not searched & weights
     supernet(torch.rand(2, 3, 32, 32), supernet.mixture(5.0)).logits.square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in supernet.arch_parameters())
     with torch.no_grad():
@@ -513,7 +443,7 @@ def test_depth_gets_gradients_and_is_no_weight():
 def test_decoders(decoder):
     arch = replace(named_arch("dcnas-k3-e3", 4), decoder=decoder)
     assert Arch.from_dict(arch.to_dict()) == arch
-    network = models.build_network(models.make_record(arch, {}))
+    network = models.build_network({"method": "tfnas", **arch.to_dict()})
     output = network(torch.rand(2, 3, 50, 41))
     assert output.image.shape == (2, 3, 50, 41)
     output.image.sum().backward()
@@ -546,6 +476,7 @@ def test_widened():
     arch = named_arch("dnas-k3-e3").widened(2.0)
     assert arch.stem_channels == 64 and arch.blocks[-1].out_channels == 224
     assert Network(arch).eval()(torch.rand(1, 3, 32, 32)).image.shape == (1, 3, 32, 32)
-    ratio = (models.count_macs(Network(arch), 64) / models.count_macs(Network(named_arch("dnas-k3-e3")), 64))
+    ratio = models.count_macs(Network(arch), 64) / models.count_macs(Network(named_arch("dnas-k3-e3")), 64)
     assert 3 < ratio < 4.2  # the square, but for depthwise convolutions and the image's three channels
-    assert Network(named_arch("dcnas-k5-e6", 3).widened(0.5)).eval()(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)
+    narrow = Network(named_arch("dcnas-k5-e6", 3).widened(0.5)).eval()
+    assert narrow(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)

@@ -1,16 +1,29 @@
 """reproduce.py: the tables fit together, and the smallest of each kind runs, goes on, and says what holds."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import baselines
+import files
 import models
 import reproduce
 from fake_table import fake_table
 
 PAPER = [f"table-{number}" for number in range(1, 11)] + ["figure-5", "figure-6", "figure-9"]
+TINY = ["--scale", "tiny", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Commands run without a process of their own, which takes seconds to start."""
+    def run_here(line):
+        importlib.import_module(Path(line[1]).stem).main(line[2:])
+        return 0
+
+    monkeypatch.setattr(reproduce, "run_script", run_here)
 
 
 def test_every_table_and_figure_of_the_papers_is_there_and_fits():
@@ -22,7 +35,10 @@ def test_every_table_and_figure_of_the_papers_is_there_and_fits():
             assert runs.setdefault(run.name, run) == run  # one name, one run
             assert set(published) <= {*table.columns}
             if run.kind != "natural":
-                assert baselines.find_baseline(run.name)
+                assert models.find_named(run.name)
+        complete = {label: dict.fromkeys(table.columns, 1 + index) for index, (label, _, _) in enumerate(table.rows)}
+        for text, claim in table.claims:  # KeyError where it names a row or column that is not there
+            assert text and claim(complete) in (True, False)
     for run in runs.values():
         assert run.from_run is None or runs[run.from_run].search
         assert bool(run.search) == (run.target is not None)
@@ -30,9 +46,9 @@ def test_every_table_and_figure_of_the_papers_is_there_and_fits():
 
 def test_claims_are_judged_by_means_and_by_seeds():
     rows = [("a", [{"x": 1.0}, {"x": 5.0}], {}), ("b", [{"x": 2.0}, {"x": 3.0}], {}), ("c", None, {})]
-    claims = (("a beats b", reproduce.beats("a", "b", "x")), ("b beats a", reproduce.beats("b", "a", "x")),
-              ("a beats c", reproduce.beats("a", "c", "x")), ("close", reproduce.close("a", "b", "x", 1.0)))
-    verdicts = reproduce.judge(claims, rows)
+    claims = (reproduce.beats("a", "b", "x"), reproduce.beats("b", "a", "x"), reproduce.beats("a", "c", "x"),
+              reproduce.is_close("a", "b", "x", 1.0))
+    verdicts = reproduce.judge_claims(claims, rows)
     assert [v["verdict"] for v in verdicts] == ["holds", "does not hold", "not run", "holds"]
     assert [v["seeds_for"] for v in verdicts] == [1, 1, 0, 0]
 
@@ -45,33 +61,34 @@ def test_a_table_shows_means_spreads_the_papers_numbers_and_what_was_not_run():
     assert records[0]["ours"]["PSNR dB"] == {"mean": 20.5, "half_range": 0.5, "values": [20.0, 21.0]}
 
 
-def test_a_table_of_the_study_runs_and_is_not_run_again(tmp_path, capfd):
-    command = ["table-1", "--scale", "tiny", "--digits", "--threads", "1", "--device", "cpu", "--skip", "dcnet", "dcnet-seq",
-               "--output-dir", str(tmp_path)]
+def test_a_table_of_the_study_runs_and_is_not_run_again(tmp_path, capfd, in_this_process):
+    command = ["table-1", *TINY, "--digits", "--skip", "dcnet", "dcnet-seq", "--output-dir", str(tmp_path)]
     reproduce.main(command)
     out = capfd.readouterr().out
-    assert "scaled down" in out and "not run: baseline: Integrated denoises better" in out
+    assert "scaled down" in out and "not run: PSNR dB of Integrated, baseline > " in out
     content = json.loads((tmp_path / "tiny/table-1.json").read_text())
     rows = {row["label"]: row for row in content["rows"]}
     assert rows["Integrated, reduced"]["ours"]["MACs M"]["mean"] == pytest.approx(49.17, abs=0.01)
     assert rows["Integrated, baseline"]["ours"] == {} and rows["Integrated, reduced"]["paper"]["PSNR dB"] == 29.9
+    measured = json.loads((tmp_path / "tiny/digit-pairs/dcnet-s/seed-0/eval/metrics.json").read_text())
+    assert measured["split"] == "test" and measured["images"] == 10
     reproduce.main(command)
     assert "$ python" not in capfd.readouterr().out
 
 
-def test_a_searched_table_runs(tmp_path, capfd):
+def test_a_searched_table_runs(tmp_path, capfd, in_this_process):
     for split, count in (("train", 12), ("val", 6)):
         for number, name in enumerate(("cat", "dog")):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (40, 40), (40 * index % 256, 90 * number, 50)).save(folder / f"{index}.png")
-    models.write_json(tmp_path / "runs/tiny/photos/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
-    reproduce.main(["table-6", "--scale", "tiny", "--threads", "1", "--device", "cpu", "--data", str(tmp_path / "photos"),
-                    "--skip", "dcnas-m-clean-mb", "dcnas-m-clean-mb-3level", "--output-dir", str(tmp_path / "runs")])
+    files.write_json(tmp_path / "runs/tiny/photos/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
+    reproduce.main(["table-6", *TINY, "--data", str(tmp_path / "photos"), "--skip", "dcnas-m-clean-mb",
+                    "dcnas-m-clean-mb-3level", "--output-dir", str(tmp_path / "runs")])
     out = capfd.readouterr().out
     assert "MBConv, 1 operation" in out and out.count("$ python search.py") == 1  # both rows train what one search found
-    trained = models.read_checkpoint(tmp_path / "runs/tiny/photos/dcnas-m-clean-mb-1/seed-0/train/best.pt")
+    trained = files.read_checkpoint(tmp_path / "runs/tiny/photos/dcnas-m-clean-mb-1/seed-0/train/best.pt")
     assert trained["record"]["decoder"] == "mb-1"
 
 
@@ -84,9 +101,10 @@ def test_wrong_usage(arguments, message, tmp_path, capsys):
 
 
 def test_a_command_that_fails_is_named(tmp_path, capfd):
+    """Here in a process of its own."""
+    (tmp_path / "photos").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main(["table-1", "--scale", "tiny", "--threads", "1", "--device", "cpu", "--data-root",
-                        str(tmp_path / "file"), "--output-dir", str(tmp_path / "runs"), "--threads", "0"])
+        reproduce.main(["table-2", *TINY, "--data", str(tmp_path / "photos"), "--output-dir", str(tmp_path / "runs")])
     assert "This command failed" in str(stopped.value.code) and "python train.py" in str(stopped.value.code)
 
 
