@@ -79,9 +79,10 @@ def compare_search(operations: int, device, batch_size: int, size: int, amp: str
         F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
 
     schedule = tfnas.Schedule(tfnas.SuperNet(space), None, steps=1, device=device, lr=1e-3, amp=amp)
-    batch, how = make_batch(batch_size, size, device), (device, seconds)
-    weight = time_both("search: weight step", plain_weight_step, lambda: schedule.weight_step(batch, True), *how)
-    alpha = time_both("search: alpha step", plain_alpha_step, lambda: schedule.arch_step(batch, 5.0), *how)
+    batch = make_batch(batch_size, size, device)
+    weight, alpha = (time_both(f"search: {name}", plain, ours, device, seconds) for name, plain, ours in (
+        ("weight step", plain_weight_step, lambda: schedule.weight_step(batch, True)),
+        ("alpha step", plain_alpha_step, lambda: schedule.arch_step(batch, 5.0))))
     both = make_row("search: iteration (weight + half an alpha step)", "ms",
                     *(weight[way] + alpha[way] / 2 for way in ("plain", "ours")))
     return [weight, alpha, both, per_second("search: images", batch_size, both)]
@@ -90,7 +91,8 @@ def compare_search(operations: int, device, batch_size: int, size: int, amp: str
 def compare_training(device, batch_size: int, size: int, amp: str, seconds: float) -> list[dict]:
     """A training step of DC-NAS with the joint loss."""
     def plain_loss(output, clean, labels, _):
-        denoising = 0.8 * charbonnier(output.image, clean) + 0.2 * (1 - plain_ssim(output.image, clean).mean())
+        ssim = plain_ssim(output.image, clean).mean()
+        denoising = 0.8 * charbonnier(output.image, clean) + 0.2 * (1 - ssim)
         return 0.1 * F.cross_entropy(output.logits, labels, label_smoothing=0.1) + 0.9 * denoising,
 
     def make_step(plain: bool):
@@ -204,7 +206,7 @@ def compare_memory(operations: int, batch_size: int, sizes: list[int]) -> list[d
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py", usage="python benchmark.py [options]  (--help lists them)",
-        description="Measure how fast searching, training, inference and the latency table are on this device.")
+        description="Measure how fast searching, training, inference and latency table are here.")
     add, count = parser.add_argument, dict(type=whole(1, 65536), metavar="N")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     add("--space", type=int, choices=models.SPACES, default=8, help="operations per block (default: 8)")
@@ -214,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--latency-batch", **count, help="images per batch of inference (default: 32 on CUDA, 1 on a CPU)")
     add("--networks", **count, default=20, help="random networks to predict (default: %(default)s)")
     add("--modes", nargs="+", choices=latency.MODES[1:],
-        help="forms of the network for inference (default: folded)")
+        help="forms of the network for inference (default: folded, and graph on CUDA)")
     add("--seconds", type=whole(1, 86400), default=20, metavar="S",
         help="at most this long for each comparison (default: %(default)s)")
     add("--device", default=run.default_device(), help="cuda or cpu (default: cuda if there is one)")
@@ -232,10 +234,11 @@ def main(argv: list[str] | None = None) -> None:
         device = run.prepare_device(args.device, args.threads, args.seed)
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
-        how, modes = (args.batch_size, args.size, args.amp, args.seconds), args.modes or ["folded"]
+        how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, models.PAPER_SIZE}
+        modes = args.modes or ["folded", "graph"][:1 + (device.type == "cuda")]
         parts = {"search": lambda: compare_search(args.space, device, *how),
                  "training": lambda: compare_training(device, *how),
-                 "memory": lambda: compare_memory(args.space, args.batch_size, [args.size, models.PAPER_SIZE]),
+                 "memory": lambda: compare_memory(args.space, args.batch_size, sorted(sizes)),
                  "inference": lambda: compare_inference(setting, modes, args.seconds),
                  "prediction": lambda: compare_prediction(setting, args.space, args.networks)}
         rows = [row for part in parts if part in args.parts for row in parts[part]()]
@@ -253,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
           f"{args.batch_size}, {args.size} px, amp {args.amp}, torch {torch.__version__}\n"
           f"{'':<50} {'plain':>10} {'ours':>10} {'ratio':>7}")
     for row in rows:
-        print(f"{row['what']:<50} {row['plain']:>10.2f} {row['ours']:>10.2f} {row['ratio']:>6.2f}x  {row['unit']}")
+        values = f"{row['plain']:>10.2f} {row['ours']:>10.2f} {row['ratio']:>6.2f}x  {row['unit']}"
+        print(f"{row['what']:<50} {values}")
     print(f"peak memory, of both ways: {memory or 0:,.0f} MiB\nwrote {args.output}")
 
 

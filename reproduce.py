@@ -5,9 +5,9 @@
     python reproduce.py table-1 table-8 --seeds 0 1 --skip unet dcnet dcnet-seq
     python reproduce.py table-10 --data photos                       # searched networks, on your own folder
 
-Runs search.py, train.py, eval.py and latency.py in --output-dir, in a folder for each run and seed. Runs that
-are there are not repeated, stopped ones are resumed. Writes NAME.txt, NAME.json and, with matplotlib, NAME.png:
-our numbers, the paper's, and whether its claims hold here. Numbers of tables and figures are those of Markhorst
+Makes a folder in --output-dir for each run and seed, by search.py, train.py and eval.py. Runs that are there
+are not repeated, stopped ones are resumed. Writes NAME.txt, NAME.json and, with matplotlib, NAME.png: our
+numbers, the paper's, and whether its claims hold here. Numbers of tables and figures are those of Markhorst
 2024 and its supplement; --help has those of the thesis. All results are of the test images.
 """
 
@@ -63,7 +63,7 @@ class Table:
     columns: tuple[str, ...] = ("MACs M", "latency ms", "PSNR dB", "SSIM", "accuracy %")
 
 
-# Flags by kind of data, of search.py and train.py. "full": as in the papers; "small": for a CPU; "tiny": tests.
+# Flags by kind of data, for the scripts. "full": as in the papers; "small": for a CPU; "tiny": tests.
 STUDY = ("classifier", "joint", "sweep")
 SCALES = {
     "full": {
@@ -110,7 +110,7 @@ def paper(psnr: float | None = None, ssim: float | None = None, accuracy: float 
 
 
 def beats(better: str, worse: str, column: str, margin: float = 0.0) -> tuple[str, Callable]:
-    """The claim that one row has more of a column than another, by `margin`; a negative one: not much less."""
+    """The claim that one row has more of a column than another has, plus `margin`."""
     text = f"{column} of {better} > {column} of {worse}" + (f" {margin:+g}" if margin else "")
     return text, lambda rows: rows[better][column] > rows[worse][column] + margin
 
@@ -145,7 +145,7 @@ SWEEP = ("b4-d4-m2-c2", "b8-d4-m2-c2", "b16-d4-m2-c2", "b32-d4-m2-c2", "b64-d4-m
 S, M, L = 0.25, 0.5, 0.75  # between the fastest and the slowest network; the papers' ms are of their GPU
 CNAS, DNAS, DCNAS, DCNAS_SEQ = (("--model", name) for name in ("cnas", "dnas", "dcnas", "dcnas-seq"))
 CLEAN, TRAIN_CLEAN = ("--search-images", "clean"), ("--sigma", "0")
-DC_S, DC_M, DC_L = (searched(f"dcnas-{name}", target, *DCNAS) for name, target in (("s", S), ("m", M), ("l", L)))
+DC_S, DC_M, DC_L = (searched(f"dcnas-{name}", target, *DCNAS) for name, target in zip("sml", (S, M, L)))
 CLEAN_COLUMNS = ("MACs M", "latency ms", "clean accuracy %")
 TABLES = {
     "table-1": Table(
@@ -197,13 +197,15 @@ TABLES = {
          ("noisy, L_Cls", DC_M, paper(25.4, 0.70, 76.0, 13.7)),
          ("noisy, L_Both", searched("dcnas-m-both", M, *DCNAS, "--search-loss", "both"),
           paper(25.4, 0.70, 75.5, 13.8))),
-        (beats("noisy, L_Cls", "clean, L_Cls", "accuracy %"), beats("noisy, L_Cls", "noisy, L_Both", "accuracy %"),
+        (beats("noisy, L_Cls", "clean, L_Cls", "accuracy %"),
+         beats("noisy, L_Cls", "noisy, L_Both", "accuracy %"),
          is_close("noisy, L_Cls", "noisy, L_Both", "PSNR dB", 0.1))),
     "table-5": Table(
         "DC-NAS, Integrated and Sequential, of like latency", "table 5:1",
         (("Sequential", searched("dcnas-seq", 0.0, *DCNAS_SEQ, *CLEAN), paper(25.0, 0.69, 76.0, 18.3)),
          ("Integrated", searched("dcnas-l-clean", 1.0, *DCNAS, *CLEAN), paper(25.5, 0.70, 76.0, 17.9))),
-        (beats("Integrated", "Sequential", "PSNR dB"), is_close("Integrated", "Sequential", "accuracy %", 1.0))),
+        (beats("Integrated", "Sequential", "PSNR dB"),
+         is_close("Integrated", "Sequential", "accuracy %", 1.0))),
     "table-6": Table(
         "Decoders of DC-NAS M (searched on clean images)", "table 5:4",
         tuple((label, Run(f"dcnas-m-clean-{kind}", "natural", ("--decoder", kind), from_run="dcnas-m-clean"),
@@ -234,7 +236,7 @@ TABLES = {
         ("MACs M", "latency ms", "PSNR at 0.2", "PSNR at 0.4", "PSNR at 0.8", "PSNR at 1")),
     "table-9": Table("Candidate operations of the search spaces", "table 7", ()),
     "table-10": Table(
-        "Removed (fixed) and learned beta, searched twice each; trained and tested on clean images", "table 8",
+        "Removed (fixed) and learned beta, searched twice each; on clean images", "table 8",
         tuple((f"{label} beta, search {number}",
                searched(f"cnas-{depth}-{number}", S, *CNAS, *CLEAN, "--depth", depth, "--seed", str(number),
                         train=TRAIN_CLEAN), {"clean accuracy %": accuracy, "latency ms": ms})
@@ -303,7 +305,7 @@ class Runner:
     def command(self, script: str, *flags: str) -> None:
         """Run a script of this project; RuntimeError names the command where it fails."""
         line = [*flags, "--device", self.device]
-        if self.threads and script != "latency.py":  # a table has one thread on a CPU, whatever trainings have
+        if self.threads and script != "latency.py":  # a table has one thread on a CPU
             line += ["--threads", str(self.threads)]
         text = shlex.join(["python", script, *line])
         print(f"$ {text}", flush=True)
@@ -313,7 +315,7 @@ class Runner:
 
     def data_flags(self, kind: str) -> list[str]:
         if kind == "natural" and self.data is None:
-            raise ValueError("This table needs natural images: name an image folder with class folders by --data.")
+            raise ValueError("This table needs natural images: give --data FOLDER with a folder per class.")
         source = "digit-pairs" if self.digits else "mnist-pairs"
         where = [self.data] if kind == "natural" else [source, "--data-root", self.data_root]
         return ["--data", *where, *SCALES[self.scale][kind]]
@@ -376,11 +378,12 @@ class Runner:
                      "--seed", str(seed), "--output-dir", str(trained)]
             flags += SCALES[self.scale]["train"] if run.kind == "natural" else ()
             if run.search or run.from_run:
-                flags += ["--arch", str(self.find_record(run if run.search else ALL_RUNS[run.from_run], seed))]
+                origin = run if run.search else ALL_RUNS[run.from_run]
+                flags += ["--arch", str(self.find_record(origin, seed))]
             flags += ["--resume", str(trained)] if (trained / "last.pt").exists() else []
             self.command("train.py", *flags)
-            self.command("eval.py", "--checkpoint", str(trained / "best.pt"), "--output-dir", str(metrics.parent),
-                         *self.held_out(run.kind, "--test-images"), "--no-latency")
+            self.command("eval.py", "--checkpoint", str(trained / "best.pt"), "--output-dir",
+                         str(metrics.parent), *self.held_out(run.kind, "--test-images"), "--no-latency")
         # Latencies are measured when the table is made, one after the other: the runs may be days apart.
         cost = self.found_cost(trained / "best.pt") if run.kind == "natural" else self.study_cost(run.name)
         return read_numbers(json.loads(metrics.read_text())) | cost
@@ -457,7 +460,8 @@ def judge_claims(claims: tuple, rows: list[tuple[str, list[dict] | None, dict]])
                         for n in range(min(map(len, made.values())))]
         except (KeyError, TypeError):  # a row that was not run, or cannot do what is claimed
             verdict = "not run"
-        results.append({"claim": text, "verdict": verdict, "seeds_for": sum(verdicts), "seeds": len(verdicts)})
+        results.append({"claim": text, "verdict": verdict, "seeds_for": sum(verdicts),
+                        "seeds": len(verdicts)})
     return results
 
 
@@ -522,9 +526,9 @@ def make_table(name: str, runner: Runner, seeds: list[int], skip: list[str]) -> 
     path, content = runner.folder / f"{name}.txt", "\n".join(lines).rstrip() + "\n"
     files.write_file(path, lambda temporary: temporary.write_text(content))
     files.write_json(path.with_suffix(".json"), {
-        "format": FORMAT, "version": VERSION, "made": made, "table": name, "title": table.title, "scale": scale,
-        "flags": SCALES[scale], "held_out": HELD_OUT[scale], "data": sources, "seeds": seeds, "rows": records,
-        "claims": claims})
+        "format": FORMAT, "version": VERSION, "made": made, "table": name, "title": table.title,
+        "scale": scale, "flags": SCALES[scale], "held_out": HELD_OUT[scale], "data": sources, "seeds": seeds,
+        "rows": records, "claims": claims})
     drawn = bool(records) and plot(path.with_suffix(".png"), title, table.columns, records)
     print(f"\n{content}\nwrote {path}, {path.with_suffix('.json')}"
           + (f", {path.with_suffix('.png')}" if drawn else ""))

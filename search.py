@@ -587,7 +587,7 @@ def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
                            "after the other, with one table, into target_6, target_8 ... below --output-dir "
                            "(default: no limit, where the method allows that)")
     what.add_argument("--range", action="store_true",
-                      help="print the latencies within reach, by --table or a new one, and stop (default: search)")
+                      help="only print the latencies within reach, by --table or a new one (default: search)")
     what.add_argument("--model", choices=MODELS, default=model,
                       help="cnas classifies, dnas denoises, dcnas does both, dcnas-seq one after the other; "
                            "the other names are files of this project (default: dcnas)")

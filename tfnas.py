@@ -76,8 +76,7 @@ def parts_of(arch: Arch) -> list[Part]:
 
 
 class Curves:
-    """The cost of a part at any width between those that are known, by linear interpolation in
-    `mid_channels`."""
+    """The cost of a part at any width between the known ones, by linear interpolation in `mid_channels`."""
 
     def __init__(self, costs: dict[Part, float]):
         self.points: dict[Part, list[tuple[int, float]]] = {}  # part of width 0 -> [(width, cost)]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-# The tests compute small things; further threads, of this process and those it starts, would only wait for each other.
+# The tests compute small things; more threads, here or in processes started, would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Those that start processes take half of the time. `python -m pytest` alone runs them beside the others, in a second process;
+# `python -m pytest` alone runs these files in a second process beside the others, about half of the time each;
 # with any argument everything runs in one.
-STARTING_PROCESSES = ("test_cli.py", "test_distributed.py", "test_faults.py", "test_reproduce.py", "test_search.py")
+SECOND_HALF = ("test_cli.py", "test_distributed.py", "test_faults.py", "test_reproduce.py", "test_search.py")
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +36,14 @@ def pytest_configure(config):
     config.second = None
     if not config.invocation_params.args and (os.cpu_count() or 1) > 1:
         config.option.half = "0"
-        config.second = subprocess.Popen([sys.executable, "-m", "pytest", "--half", "1"], cwd=config.rootpath, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        config.second = subprocess.Popen([sys.executable, "-m", "pytest", "--half", "1"], cwd=config.rootpath,
+                                         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def pytest_collection_modifyitems(config, items):
     half = config.getoption("--half")
     if half:
-        items[:] = [item for item in items if (item.path.name in STARTING_PROCESSES) == (half == "1")]
+        items[:] = [item for item in items if (item.path.name in SECOND_HALF) == (half == "1")]
     wanted = config.getoption("--slow")
     skip = pytest.mark.skip(reason="slow: run with --slow" if not wanted else "only the slow ones were asked for")
     for item in items:

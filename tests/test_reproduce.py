@@ -36,7 +36,8 @@ def test_every_table_and_figure_of_the_papers_is_there_and_fits():
             assert set(published) <= {*table.columns}
             if run.kind != "natural":
                 assert models.find_named(run.name)
-        complete = {label: dict.fromkeys(table.columns, 1 + index) for index, (label, _, _) in enumerate(table.rows)}
+        complete = {label: dict.fromkeys(table.columns, index)
+                    for index, (label, _, _) in enumerate(table.rows, 1)}
         for text, claim in table.claims:  # KeyError where it names a row or column that is not there
             assert text and claim(complete) in (True, False)
     for run in runs.values():
@@ -54,7 +55,8 @@ def test_claims_are_judged_by_means_and_by_seeds():
 
 
 def test_a_table_shows_means_spreads_the_papers_numbers_and_what_was_not_run():
-    rows = [("one", [{"PSNR dB": 20.0}, {"PSNR dB": 21.0}], {"PSNR dB": 25.4}), ("two", None, {}), ("three", [{}], {})]
+    rows = [("one", [{"PSNR dB": 20.0}, {"PSNR dB": 21.0}], {"PSNR dB": 25.4}), ("two", None, {}),
+            ("three", [{}], {})]
     text, records = reproduce.summarise(("PSNR dB",), rows)
     lines = text.splitlines()
     assert "20.50 ±0.5 (25.4)" in lines[1] and "not run" in lines[2] and lines[3].split() == ["three", "-"]
@@ -69,7 +71,8 @@ def test_a_table_of_the_study_runs_and_is_not_run_again(tmp_path, capfd, in_this
     content = json.loads((tmp_path / "tiny/table-1.json").read_text())
     rows = {row["label"]: row for row in content["rows"]}
     assert rows["Integrated, reduced"]["ours"]["MACs M"]["mean"] == pytest.approx(49.17, abs=0.01)
-    assert rows["Integrated, baseline"]["ours"] == {} and rows["Integrated, reduced"]["paper"]["PSNR dB"] == 29.9
+    assert rows["Integrated, baseline"]["ours"] == {}
+    assert rows["Integrated, reduced"]["paper"]["PSNR dB"] == 29.9
     measured = json.loads((tmp_path / "tiny/digit-pairs/dcnet-s/seed-0/eval/metrics.json").read_text())
     assert measured["split"] == "test" and measured["images"] == 10
     reproduce.main(command)
@@ -83,17 +86,20 @@ def test_a_searched_table_runs(tmp_path, capfd, in_this_process):
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (40, 40), (40 * index % 256, 90 * number, 50)).save(folder / f"{index}.png")
-    files.write_json(tmp_path / "runs/tiny/photos/latency.json", fake_table(8, 32, 2))  # a real one takes half a minute
+    # A real table takes half a minute.
+    files.write_json(tmp_path / "runs/tiny/photos/latency.json", fake_table(8, 32, 2))
     reproduce.main(["table-6", *TINY, "--data", str(tmp_path / "photos"), "--skip", "dcnas-m-clean-mb",
                     "dcnas-m-clean-mb-3level", "--output-dir", str(tmp_path / "runs")])
     out = capfd.readouterr().out
-    assert "MBConv, 1 operation" in out and out.count("$ python search.py") == 1  # both rows train what one search found
+    assert "MBConv, 1 operation" in out
+    assert out.count("$ python search.py") == 1  # both rows train what one search found
     trained = files.read_checkpoint(tmp_path / "runs/tiny/photos/dcnas-m-clean-mb-1/seed-0/train/best.pt")
     assert trained["record"]["decoder"] == "mb-1"
 
 
-@pytest.mark.parametrize("arguments, message", ((["table-3"], "needs natural images"), (["table-99"], "invalid choice"),
-                                                (["table-1", "--device", "nonsense"], "cannot be used here")))
+@pytest.mark.parametrize("arguments, message", (
+    (["table-3"], "needs natural images"), (["table-99"], "invalid choice"),
+    (["table-1", "--device", "nonsense"], "cannot be used here")))
 def test_wrong_usage(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         reproduce.main([*arguments, "--output-dir", str(tmp_path)])
@@ -104,7 +110,8 @@ def test_a_command_that_fails_is_named(tmp_path, capfd):
     """Here in a process of its own."""
     (tmp_path / "photos").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main(["table-2", *TINY, "--data", str(tmp_path / "photos"), "--output-dir", str(tmp_path / "runs")])
+        reproduce.main(["table-2", *TINY, "--data", str(tmp_path / "photos"), "--output-dir",
+                        str(tmp_path / "runs")])
     assert "This command failed" in str(stopped.value.code) and "python train.py" in str(stopped.value.code)
 
 

@@ -32,10 +32,8 @@ from fake_table import fake_parts, fake_table, quick_compare
 
 ROOT = Path(search.__file__).parent
 CPU = torch.device("cpu")
-SPACES = {
-    "superkernel": superkernel.Space("skipinit", 3, 3),
-    "hinas": hinas.Space(layers=2, nodes=2, base_width=3, channels=3),
-}
+SPACES = {"superkernel": superkernel.Space("skipinit", 3, 3),
+          "hinas": hinas.Space(layers=2, nodes=2, base_width=3, channels=3)}
 ON_CPU = ["--size", "16", "--epochs", "2", "--device", "cpu", "--threads", "1"]
 JOINT = [*ON_CPU, "--train-images", "40", "--batch-size", "8"]
 SMALL = [*ON_CPU, "--batch-size", "4", "--width", "3", "--sigmas", "25/255", "--crops", "1"]
@@ -97,19 +95,10 @@ def table(tmp_path_factory):
 
 def compare_by(factor=1.0, content=None):
     """Stands in for latency.compare: measured is `factor` times what the table (or `content`) predicts."""
-
     def compare(table, design):
         true = latency.Table(content) if content else table
-        return {
-            "predicted_ms": table.predict_ms(design),
-            "measured_ms": factor * true.predict_ms(design),
-            "p10_ms": 1.0,
-            "p90_ms": 1.0,
-            "bursts": 1,
-            "runs": 1,
-            "slowdown": factor,
-        }
-
+        return {"predicted_ms": table.predict_ms(design), "measured_ms": factor * true.predict_ms(design),
+                "p10_ms": 1.0, "p90_ms": 1.0, "bursts": 1, "runs": 1, "slowdown": factor}
     return compare
 
 
@@ -196,19 +185,11 @@ def test_same_seed_and_table_give_the_same_architecture(joint, table, tmp_path, 
     assert one == other and log_of(joint, "seconds") == log_of(tmp_path, "seconds")
 
 
-@pytest.mark.parametrize(
-    "model, flags",
-    (
-        ("cnas", ["--search-loss", "cls"]),
-        ("dnas", ["--search-loss", "cls", "--search-images", "clean"]),
-        ("dnas", ["--search-loss", "den"]),
-        ("dcnas", ["--search-loss", "both"]),
-        ("dcnas-seq", []),
-        ("dcnas", ["--depth", "learned"]),
-        ("dnas", ["--depth", "learned"]),
-        ("dcnas", ["--strategy", "random", "--seed", "4"]),
-    ),
-)
+@pytest.mark.parametrize("model, flags", (
+    ("cnas", ["--search-loss", "cls"]), ("dnas", ["--search-loss", "cls", "--search-images", "clean"]),
+    ("dnas", ["--search-loss", "den"]), ("dcnas", ["--search-loss", "both"]), ("dcnas-seq", []),
+    ("dcnas", ["--depth", "learned"]), ("dnas", ["--depth", "learned"]),
+    ("dcnas", ["--strategy", "random", "--seed", "4"])))
 def test_every_model_and_loss_finds_a_network_within_the_target(
     model, flags, table, tmp_path, quick_measurement
 ):
@@ -224,15 +205,9 @@ def test_every_model_and_loss_finds_a_network_within_the_target(
         assert [len(beta) for beta in log_of(tmp_path)[-1]["beta"]] == [2, 3, 4, 4, 4]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    (
-        [*SUPERKERNEL, "--structure", "filterwise", "--two-level", "--form", "separate"],
-        GREY_HINAS,
-        [*HINAS, "--network", "sr-x2", "--one-cell", "--cells", "unshared"],
-        SUPERKERNEL,
-    ),
-)
+@pytest.mark.parametrize("flags", (
+    [*SUPERKERNEL, "--structure", "filterwise", "--two-level", "--form", "separate"], GREY_HINAS,
+    [*HINAS, "--network", "sr-x2", "--one-cell", "--cells", "unshared"], SUPERKERNEL))
 def test_from_a_folder_to_a_measured_network(flags, photos, denoiser, tmp_path, capsys):
     enlarges, distils = "sr-x2" in flags, flags[1] == "superkernel"
     if enlarges:  # without noise
@@ -253,30 +228,11 @@ def test_from_a_folder_to_a_measured_network(flags, photos, denoiser, tmp_path, 
         best = max(rows, key=lambda row: row["val_psnr_db"])
         assert record["design"] == best["found"]
         measured = train.validate(
-            distilled,
-            data.make_loader(data.load_data(photos, size=16).val, 1),
-            loss="den",
-            device=CPU,
-            noise=data.Noise(sigmas=(25 / 255,)),
-            denoising="charbonnier",
-        )
+            distilled, data.make_loader(data.load_data(photos, size=16).val, 1), loss="den", device=CPU,
+            noise=data.Noise(sigmas=(25 / 255,)), denoising="charbonnier")
         assert measured["psnr_db"] == pytest.approx(best["val_psnr_db"], abs=1e-3)
-    train.main(
-        [
-            "--arch",
-            str(found / "arch.json"),
-            "--epochs",
-            "1",
-            "--batch-size",
-            "4",
-            "--threads",
-            "1",
-            "--device",
-            "cpu",
-            "--output-dir",
-            str(tmp_path / "train"),
-        ]
-    )
+    train.main(["--arch", str(found / "arch.json"), "--epochs", "1", "--batch-size", "4", "--threads", "1",
+                "--device", "cpu", "--output-dir", str(tmp_path / "train")])
     trained = files.read_checkpoint(tmp_path / "train/last.pt")["flags"]
     assert trained["recipe"] == flags[1] and trained["size"] == 16  # the images of the search
     assert trained["grey"] == (flags is GREY_HINAS)
@@ -340,21 +296,8 @@ def test_networks_to_compare_with(strategy, photos, tmp_path):
 def test_random_networks_follow_their_seed_and_have_random_depths(table, tmp_path, quick_measurement):
     drawn = {}
     for name, seed in (("a", 1), ("again", 1), ("b", 2), ("c", 3), ("d", 4)):
-        command(
-            "--target",
-            2.5,
-            "--table",
-            table,
-            "--output-dir",
-            tmp_path / name,
-            "--strategy",
-            "random",
-            "--depth",
-            "learned",
-            *JOINT,
-            "--seed",
-            seed,
-        )
+        command("--target", 2.5, "--table", table, "--output-dir", tmp_path / name, "--strategy", "random",
+                "--depth", "learned", *JOINT, "--seed", seed)
         drawn[name] = models.Arch.from_dict(record_of(tmp_path / name))
     assert drawn["a"] == drawn["again"] != drawn["b"]
     depths = {len(arch.blocks) for arch in drawn.values()}
@@ -393,9 +336,8 @@ def stopped_after(monkeypatch, steps):
     ),
     ids=("joint", "joint-papers", "superkernel", "two-level", "hinas"),
 )
-def test_a_stopped_search_goes_on_to_the_last_bit(
-    flags, steps, photos, table, tmp_path, monkeypatch, quick_measurement
-):
+def test_a_stopped_search_goes_on_to_the_last_bit(flags, steps, photos, table, tmp_path, monkeypatch,
+                                                  quick_measurement):
     flags = [*flags, *(("--table", table) if "--target" in flags else ("--data", photos))]
     command(*flags, "--output-dir", tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -406,10 +348,8 @@ def test_a_stopped_search_goes_on_to_the_last_bit(
     command("--resume", tmp_path / "part")
     whole, part = (files.read_checkpoint(tmp_path / name / "search.pt") for name in ("whole", "part"))
     assert whole["searcher"]["supernet"].keys() == part["searcher"]["supernet"].keys()
-    assert all(
-        torch.equal(value, part["searcher"]["supernet"][name])
-        for name, value in whole["searcher"]["supernet"].items()
-    )
+    assert all(torch.equal(value, part["searcher"]["supernet"][name])
+               for name, value in whole["searcher"]["supernet"].items())
     one, other = record_of(tmp_path / "whole"), record_of(tmp_path / "part")
     for record in (one, other):
         del record["made"]
@@ -747,7 +687,7 @@ def test_every_flag_of_every_model_is_described_with_its_default(model):
     text = parser.format_help()
     assert "None" not in text and text.count("python search.py") >= 3
     for action in parser._actions[1:]:
-        assert action.help and "(default: " in action.help, action.option_strings
+        assert action.help and "default: " in action.help, action.option_strings
         assert action.nargs == 0 or action.metavar or action.choices or action.dest in ("device", "grey")
     assert ("(default: 20)" in text) == (model in SPACES)  # the epochs of this method
 
@@ -846,7 +786,8 @@ def test_flags_of_a_training_take_the_place_of_those_of_the_search(denoiser):
 
 
 def test_importing_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import benchmark, search, train, eval, latency, data, models"
+    modules = "benchmark, search, train, eval, latency, data, models, superkernel, hinas"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {modules}"
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "") and not list(
         tmp_path.iterdir()
@@ -903,10 +844,8 @@ def test_the_loss_of_hinas_is_finite_for_any_image():
     assert train.log_ssim(image.detach(), image.detach()).item() == pytest.approx(0, abs=1e-6)
     unlike = (1 - image.detach()).requires_grad_()  # SSIM below 0: more than the MSE shows the way back
     assert metrics.ssim(unlike, image).item() < 0
-    whole, mse = (
-        torch.autograd.grad(function(unlike, image.detach()), unlike)[0]
-        for function in (train.log_ssim, torch.nn.functional.mse_loss)
-    )
+    whole, mse = (torch.autograd.grad(function(unlike, image.detach()), unlike)[0]
+                  for function in (train.log_ssim, torch.nn.functional.mse_loss))
     assert (whole - mse).norm() > 0.1 * mse.norm()
     shifted = (image + 0.1).detach()
     mirrored = [torch.nn.functional.pad(each, (5, 5, 5, 5), "reflect") for each in (shifted, image)]
