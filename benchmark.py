@@ -206,6 +206,8 @@ def compare_memory(operations: int, batch_size: int, sizes: list[int]) -> list[d
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py", usage="python benchmark.py [options]  (--help lists them)",
+        epilog="examples: python benchmark.py --threads 1; python benchmark.py --parts memory search; "
+               "python benchmark.py --space 4 --output benchmark.json",
         description="Measure how fast searching, training, inference and latency table are here.")
     add, count = parser.add_argument, dict(type=whole(1, 65536), metavar="N")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")

@@ -813,7 +813,7 @@ def add_data_arguments(parser, training=True, validation=True):
         help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:
         add("--grey", action=argparse.BooleanOptionalAction, default=False, help="read a folder's images as "
-            "one channel, ITU-R 601 luma (default: RGB; grey for a denoiser of search.py --model hinas)")
+            "one channel, ITU-R 601 luma (default: RGB; grey where the search's method says so)")
         add("--crops", type=whole(1, 100000), default=1, metavar="N", help="random crops of each training "
             "image an epoch, of a folder without labels (default: %(default)s)")
 

@@ -885,6 +885,8 @@ def draw_network(design: Design) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hinas.py", usage="python hinas.py [options]",
+        epilog="examples: python hinas.py; python hinas.py --arch runs/hinas/arch.json --output network.svg; "
+               "python hinas.py --change random --seed 1 --output random.json",
         description="Draw a found network, or make another one out of it to compare it with.")
     parser.add_argument("--arch", default="runs/search/arch.json", metavar="FILE",
                         help="record of the network, from search.py --model hinas (default: %(default)s)")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FORMAT, VERSION = "joint-latency", 2
-FORMAT_OF_PARTS = "joint-latency-parts"  # tables of superkernels and HiNAS, version 1
+FORMAT_OF_PARTS = "joint-latency-parts"  # of the methods besides tfnas, version 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "folded", "compile", "graph")
 
@@ -285,9 +285,9 @@ def _as_version_2(content: dict) -> dict:
     if kind == (FORMAT, VERSION):
         return content
     if kind == (FORMAT, 1):
-        from tfnas import table_of_version_1
+        from models import method_module
 
-        return table_of_version_1(content)
+        return method_module("tfnas").table_of_version_1(content)
     if kind != (FORMAT_OF_PARTS, 1):
         raise ValueError(f"its format and version are {kind}")
     return {**content, "format": FORMAT, "version": VERSION, "rest_ms": {"network": content["rest_ms"]},

@@ -743,7 +743,8 @@ class Named:
 
 UNET, UNET_M, UNET_S = (32, 4, 2, 2), (16, 4, 2, 2), (8, 4, 1.5, 2)  # b, d, m, c
 UNET_NAME = re.compile(r"unet-b(\d{1,3})-d([1-8])-m(\d(?:\.\d)?)-c([1-9])(-mb)?")  # any b, d, m, c
-NAMED = {  # baselines.py adds its own
+EXTENSIONS = ("baselines",)  # files beside this one that add their networks to NAMED when they are imported
+NAMED = {
     "unet": Named(lambda _: UNet(*UNET), 96, 1301.8e6),
     "unet-m": Named(lambda _: UNet(*UNET_M), 96),
     "unet-s": Named(lambda _: UNet(*UNET_S), 96, 51.2e6),
@@ -757,9 +758,10 @@ _uniform = lambda model, op, n: make_arch(model, [fill(place, op) for place in s
 UNIFORM = {f"{model}-{op.name}": partial(_uniform, model, op) for model in MODELS for op in SPACES[4]}
 
 def all_named() -> dict[str, Named]:
-    """NAMED, after baselines.py has added its networks where that file lies beside this one."""
-    if Path(__file__).with_name("baselines.py").exists():
-        importlib.import_module("baselines")
+    """NAMED, with the networks of those EXTENSIONS that lie beside this file."""
+    for name in EXTENSIONS:
+        if Path(__file__).with_name(f"{name}.py").exists():
+            importlib.import_module(name)
     return NAMED
 
 def find_named(name: str) -> Named:
@@ -852,7 +854,8 @@ def count_macs(network: nn.Module, size: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="models.py", usage="python models.py [options]", epilog="example: python models.py --input 64",
+        prog="models.py", usage="python models.py [options]",
+        epilog="examples: python models.py; python models.py --json; python models.py --classes 10",
         description="List every named model: parameters, and multiply-accumulates at its paper's input size.")
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON (default: a table)")

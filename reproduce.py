@@ -543,7 +543,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reproduce.py", usage="python reproduce.py NAME [NAME ...] [options]",
         description="Run an experiment of the joint papers and print its table beside the paper's.\n\n"
-                    + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter)
+                    + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python reproduce.py table-1 --skip dcnet\n  python reproduce.py table-7 "
+               "--seeds 0 1\n  python reproduce.py table-10 --scale full --data imagenet100")
     add = parser.add_argument
     add("names", nargs="*", choices=[*TABLES, []], metavar="NAME", help="tables and figures, as above")
     add("--scale", choices=SCALES, default="small",

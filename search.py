@@ -266,6 +266,12 @@ class HeldOut:
         return batch
 
 
+def write_log(path: Path, rows: list[dict]) -> None:
+    """A line of JSON per epoch."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    files.write_file(path, lambda temporary: temporary.write_text(text))
+
+
 def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output_dir: Path, about: dict,
                   nonfinite: str = "stop", save_minutes: float = 10.0, patience: int = 0,
                   state: dict | None = None) -> tuple[list[dict], dict | None]:
@@ -322,11 +328,9 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
             first, sums, seconds = 0, run.Sums(), 0.0
             guard.save(lambda: save(0))
             if is_first:
-                log = "".join(json.dumps(row) + "\n" for row in rows)
-                files.write_file(output_dir / "log.jsonl", lambda temporary: temporary.write_text(log))
-            left = f", about {run.format_duration(forecast.left_s())} left" if epoch + 1 < epochs else ""
+                write_log(output_dir / "log.jsonl", rows)
             run.say(f"epoch {epoch + 1:>3}/{epochs}  {schedule.format_row(rows[-1])}  "
-                    f"{rows[-1]['seconds']:.0f} s{left}")
+                    f"{rows[-1]['seconds']:.0f} s, about {run.format_duration(forecast.left_s())} left")
     return rows, best
 
 
@@ -660,7 +664,8 @@ def main(argv: list[str] | None = None) -> None:
         args, state = read_command(argv)
         folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
-        data = run.in_turn(lambda: data_module.data_from(flags))
+        unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part
+        data = run.in_turn(lambda: data_module.data_from({**flags, **unused}))
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-# The tests compute small things; more threads, here or in processes started, would only wait for each other.
+# The tests compute small things; more threads, here or in processes started, would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# `python -m pytest` alone runs these files in a second process beside the others, about half of the time each;
-# with any argument everything runs in one.
+# `python -m pytest` alone runs these files in a second process beside the others, half of the time each; with
+# any argument everything runs in one.
 SECOND_HALF = ("test_cli.py", "test_distributed.py", "test_faults.py", "test_reproduce.py", "test_search.py")
 
 
@@ -45,10 +45,10 @@ def pytest_collection_modifyitems(config, items):
     if half:
         items[:] = [item for item in items if (item.path.name in SECOND_HALF) == (half == "1")]
     wanted = config.getoption("--slow")
-    skip = pytest.mark.skip(reason="slow: run with --slow" if not wanted else "only the slow ones were asked for")
+    reason = "only the slow ones were asked for" if wanted else "slow: run with --slow"
     for item in items:
         if ("slow" in item.keywords) != wanted:
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_sessionfinish(session, exitstatus):

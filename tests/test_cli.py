@@ -145,7 +145,7 @@ def test_help_has_every_flag_explained_and_three_examples(script, model, capsys)
     assert [action.dest for action in parser._actions if not action.help or not action.help.strip()] == []
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and text.count(f"python {script}.py") >= 1 + 3  # of the usage, and examples
     assert re.findall(r"[^()]*\(default:?\s+None\)", text) == []
 
