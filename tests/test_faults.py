@@ -27,14 +27,14 @@ import run
 import search
 import superkernel
 import train
-from fake_table import fake_parts, fake_table
+from fake_table import fake_parts, fake_table, quick_compare
 
 ROOT = Path(train.__file__).parent
 ALIKE = ["--size", "16", "--batch-size", "8", "--epochs", "3", "--threads", "1", "--device", "cpu",
          "--save-minutes", "0.002"]
 TRAIN = ["train.py", "--model", "dcnas-k3-e3", "--train-images", "160", "--val-images", "10", "--ema", "0.9",
          *ALIKE]
-SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--train-images", "120",
+SEARCH = ["search.py", "--target", "2.5", "--depth", "learned", "--train-images", "80",
           "--warmup-epochs", "1", *ALIKE]
 SELDOM = ["--save-minutes", "10"]  # for runs that nothing disturbs: writing takes longer than computing
 SMALL = ["--model", "cnas-k3-e3", "--size", "16", "--train-images", "40", "--val-images", "10",
@@ -49,10 +49,11 @@ def start(command, folder, **how):
 
 
 def complete(command, folder):
-    """Run to the end; the weights and, of a search, the architecture."""
-    process = start([*command, *SELDOM], folder)
-    output = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    """Run to the end in this process; the weights and, of a search, the architecture."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        quick_compare(monkeypatch)
+        {"train.py": train, "search.py": search}[command[0]].main(
+            [*command[1:], *SELDOM, "--output-dir", str(folder)])
     return result(command, folder)
 
 
@@ -70,19 +71,36 @@ def same(one, other):
         for name, value in one.items())
 
 
-def disturbed(command, checkpoint, folder, disturbances, rng, how):
-    """Start again and again, each time disturbed after a random while, then let it end; how many were."""
+def await_checkpoint(process, path):
+    """Wait until this process has written the checkpoint, or has ended."""
+    since = time.time()
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime > since):
+        assert time.time() - since < 120
+        time.sleep(0.05)
+
+
+def assert_says_how_to_go_on(command, error):
+    assert f"python {command[0]} --resume" in error and "Traceback" not in error, error
+
+
+def disturbed(command, checkpoint, folder, disturbances, rng, how, seconds=None):
+    """Start again and again, each time disturbed after random `seconds` (by default: within half a second of
+    its first checkpoint), then let it end; how many were."""
     hit, began = 0, time.monotonic()
     while True:
         more = ["--resume", str(folder)] if (folder / checkpoint).exists() else []
         process = start([*command, *more, *(SELDOM if hit == disturbances else [])], folder)
         if hit < disturbances:
-            time.sleep(rng.uniform(2.0, 8.0))
+            if seconds is None:
+                await_checkpoint(process, folder / checkpoint)
+            time.sleep(rng.uniform(*seconds or (0.0, 0.5)))
             hit += process.poll() is None
             process.send_signal(how)
         output = process.communicate(timeout=600)
         allowed = {0, -how} | ({run.RESUME_ME, 130} if how != signal.SIGKILL else set())
         assert process.returncode in allowed, output
+        if process.returncode == run.RESUME_ME:
+            assert_says_how_to_go_on(command, output[1])
         if process.returncode == 0:
             return hit
         assert time.monotonic() - began < 3000
@@ -100,10 +118,10 @@ def undisturbed(commands, tmp_path_factory):
     return {name: complete(command, tmp_path_factory.mktemp(name)) for name, (command, _) in commands.items()}
 
 
-@pytest.mark.parametrize("name, how", (("train", signal.SIGKILL), ("search", signal.SIGTERM)))
+@pytest.mark.parametrize("name, how", (("train", signal.SIGKILL), ("search", signal.SIGINT)))
 def test_a_run_that_is_disturbed_ends_as_one_that_is_not(name, how, commands, undisturbed, tmp_path):
     command, checkpoint = commands[name]
-    disturbed(command, checkpoint, tmp_path / "run", 1, random.Random(how), how)
+    assert disturbed(command, checkpoint, tmp_path / "run", 1, random.Random(how), how) == 1
     assert same(result(command, tmp_path / "run"), undisturbed[name])
 
 
@@ -114,7 +132,7 @@ def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
     command, checkpoint = commands[name]
     rng, kills, runs = random.Random(7), 0, 0
     while kills < 25:
-        kills += disturbed(command, checkpoint, tmp_path / str(runs), 5, rng, signal.SIGKILL)
+        kills += disturbed(command, checkpoint, tmp_path / str(runs), 5, rng, signal.SIGKILL, (2.0, 8.0))
         assert same(result(command, tmp_path / str(runs)), undisturbed[name])
         runs += 1
     with capsys.disabled():
@@ -138,9 +156,7 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
         resumable = (tmp_path / "part/last.pt").exists()
         process = begin("part", *(["--resume", str(tmp_path / "part")] if resumable else []))
         if kills < 5:
-            since, checkpoint = time.time(), tmp_path / "part/last.pt"
-            while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime > since):
-                time.sleep(0.05)  # until it has begun to write
+            await_checkpoint(process, tmp_path / "part/last.pt")
             time.sleep(rng.uniform(0.0, 0.5))
             if process.poll() is None:
                 kills += 1
@@ -159,25 +175,10 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
         print(f"\ntwo processes: {kills} kills, 0 lost")
 
 
-def test_a_signal_ends_the_step_and_says_how_to_go_on(commands, tmp_path):
-    for name, (command, checkpoint) in commands.items():
-        folder = tmp_path / name
-        process = start(command, folder)
-        deadline = time.monotonic() + 120
-        while not (folder / checkpoint).exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == run.RESUME_ME and f"python {command[0]} --resume" in error
-        assert "Traceback" not in error
-
-
 def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way(commands, tmp_path):
     command, _ = commands["train"]
     first = start(command, tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    await_checkpoint(first, tmp_path / "run/last.pt")
     first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second begins
     second = start(command, tmp_path / "run")
     _, error = second.communicate(timeout=120)
@@ -226,12 +227,11 @@ def test_a_checkpoint_of_an_older_version_ends_in_a_sentence(tmp_path, capsys):
 def test_a_signal_to_the_whole_job_with_workers_is_saved(tmp_path):
     command = ["train.py", *SMALL, "--train-images", "800", "--epochs", "50", "--workers", "2"]
     process = start(command, tmp_path, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    await_checkpoint(process, tmp_path / "last.pt")
     os.killpg(process.pid, signal.SIGTERM)  # as timeout and systemd do
     _, error = process.communicate(timeout=120)
-    assert process.returncode == run.RESUME_ME and "Traceback" not in error, error
+    assert process.returncode == run.RESUME_ME
+    assert_says_how_to_go_on(command, error)
 
 
 # --- A full disk, a loss that is not finite -----------------------------------------------------------------
