@@ -177,6 +177,18 @@ class DnCNN(nn.Module):
         return Output(x - self.layers(x), None)
 
 
+class OneDigit(nn.Module):
+    """A network of the controlled study that looks at one digit of the scene."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.register_buffer("box", torch.tensor([[[0, 0, DIGIT, DIGIT]]]), persistent=False)
+
+    def forward(self, x: Tensor) -> Output:
+        return models.apply_network(self.network, x, self.box if x.shape[-1] > DIGIT else None)
+
+
 def paper_flops(network: nn.Module, size: int) -> int:
     """Multiply-accumulates of one image (3, size, size) as the controlled study counts them: convolutions,
     transposed convolutions and linear layers with biases, and max pools by kernel area per output (not the
@@ -194,12 +206,11 @@ def paper_flops(network: nn.Module, size: int) -> int:
             per_output = module.kernel_size ** 2
         total += per_output * output.numel() if per_output else 0
 
-    counted = copy.deepcopy(network).eval()
+    counted = OneDigit(copy.deepcopy(network).eval())
     for module in counted.modules():
         module.register_forward_hook(count)
     with torch.no_grad():
-        box = torch.tensor([[[0, 0, DIGIT, DIGIT]]]) if size > DIGIT else None
-        models.apply_network(counted, torch.zeros(1, 3, size, size), box)
+        counted(torch.zeros(1, 3, size, size))
     return total
 
 

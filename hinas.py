@@ -7,8 +7,7 @@
     image, _ = build(SuperNet(Space()).likeliest())(torch.rand(1, 1, 64, 64))
 
 Zhang et al., "Memory-Efficient Hierarchical Neural Architecture Search for Image Restoration", 2020.
-Docstrings say what it leaves open and where we depart from it. The file needs torch only and works when
-copied alone; its command reads records with files.py.
+The file needs torch only and works when copied alone; its command reads records with files.py.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ class Output(NamedTuple):
 
 # --- Operations (section 3.1) -----------------------------------------------------------------------------
 def conv(in_channels: int, channels: int, size: int, affine=True, dilation=1, separable=False) -> nn.Module:
-    """LeakyReLU(0.2), convolution without bias, batch norm: (B, in_channels, H, W) -> (B, channels, H, W).
+    """LeakyReLU(0.2), convolution, batch norm: (B, in_channels, H, W) -> (B, channels, H, W).
 
-    `affine`: the norm has scale and shift, in the found network only. `separable`: a depthwise and a 1x1
-    convolution. Padding with zeros (the paper states none).
+    `affine`: in the found network only. Zeros are the padding (the paper states none).
     """
     how = {"padding": dilation * (size // 2), "dilation": dilation, "bias": False}
     convolutions = [nn.Conv2d(in_channels, channels, size, **how)] if not separable else [
@@ -88,8 +86,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class Design:
-    """A network: the width (channels per node) of the stem, and of each layer its width and its cell, the two
-    edges into each node, in the order of their sources."""
+    """A network. Widths are channels per node; a cell has two edges into each node, in order of sources."""
     task: str
     scale: int
     channels: int
@@ -112,7 +109,7 @@ class Design:
         return [*parts, Part("pointwise", before, HIGH_CHANNELS)]
 
     def edges(self) -> dict[tuple[int, int, int], Edge]:
-        """Every edge by its place: layer, node, 0 or 1."""
+        """The edges by their places: layer, node, 0 or 1."""
         return {(number, index, place): edge for number, nodes in enumerate(self.cells)
                 for index, node in enumerate(nodes) for place, edge in enumerate(node)}
 
@@ -124,7 +121,7 @@ class Design:
             for number in range(len(self.cells))))
 
     def to_dict(self) -> dict:
-        """Plain numbers, strings, lists and dicts, for JSON."""
+        """For JSON."""
         return {name: getattr(self, name) for name in FRAME} | {"layers": [
             {"width": width, "nodes": [[edge._asdict() for edge in node] for node in nodes]}
             for width, nodes in zip(self.widths, self.cells)]}
@@ -136,7 +133,7 @@ LAYER = {"width": range(1, 4097), "nodes": [[{"source": range(18), "operation": 
 
 
 def _fits(value, schema) -> bool:
-    """Whether a value is as a schema has it: a dict of schemas, a list of one, or all values of one type."""
+    """Whether a value is as a schema has it: a dict or a list of schemas, or the values of one type."""
     if isinstance(schema, dict):
         known = isinstance(value, dict) and value.keys() == schema.keys()
         return known and all(_fits(value[name], schema[name]) for name in schema)
@@ -175,9 +172,9 @@ def record_content(design: Design) -> dict:
 
 @dataclass(frozen=True)
 class Space:
-    """What can be found: networks of a task and a base width. ValueError in one sentence where it is wrong.
+    """What can be found; ValueError in one sentence where that is not possible.
 
-    `layers`, `nodes`: None for the paper's (TASKS). `widths`: None for searched ones, or a factor per layer.
+    `layers`, `nodes`: None for the paper's (TASKS). `widths`: a factor per layer, or None for searched ones.
     """
     task: str = "denoise"
     scale: int = 1
@@ -198,7 +195,7 @@ class Space:
             raise ValueError(f"The space is not valid: widths must be {self.layers} numbers from 0.1 to 16.")
 
     def identity(self) -> dict:
-        """What space this is, for the head of a file (JSON)."""
+        """What the space is, for JSON."""
         return {"method": "hinas", **vars(self), "widths": self.widths and list(self.widths)}
 
     @classmethod
@@ -220,7 +217,7 @@ class Space:
         return [max(1, int(self.base_width * x + 0.5)) for x in fixed or WIDTH_FACTORS[:number + 2]]
 
     def inputs(self, number: int, index: int, back: int) -> list[tuple[int, Part]]:
-        """(width index there, 1x1 convolution) of a layer's inputs from the layer `back` (1, 2) before."""
+        """(width index there, 1x1 convolution) of the inputs of a layer from `back` (1, 2) layers before."""
         there, here = self.widths_of(max(number - back, -1)), self.widths_of(number)[index]
         return [(source, Part("pointwise", self.nodes * width, here)) for source, width in enumerate(there)
                 if abs(source - index) <= back]
@@ -231,12 +228,12 @@ class Space:
         return [path for path in paths if all(abs(a - b) <= 1 for a, b in zip((0, *path), path))]
 
     def design(self, path, cells) -> Design:
-        """The design with these width indices and edges into nodes, one of each per layer."""
+        """The design with a width index and a cell per layer."""
         widths = tuple(self.widths_of(number)[index] for number, index in enumerate(path))
         return Design(*(getattr(self, name) for name in FRAME), widths, tuple(cells))
 
     def random_design(self, rng: random.Random) -> Design:
-        """A design drawn from the space: widths step by step, sources and operations, each uniformly."""
+        """A design whose widths (step by step), sources and operations are drawn uniformly."""
         path, cells = [0], []
         for number in range(self.layers):
             indices = range(len(self.widths_of(number)))
@@ -245,7 +242,7 @@ class Space:
         return self.design(path[1:], cells)
 
     def reference_design(self) -> Design:
-        """The design whose time tells how fast a device is at the moment: a random one, always the same."""
+        """Always the same random design: its time tells how fast a device is at the moment."""
         return self.random_design(random.Random(0))
 
     def possible_parts(self) -> set[Part]:
@@ -268,15 +265,14 @@ class Space:
         return chosen
 
     def holds(self, design: Design) -> bool:
-        """Whether a table of this space knows all parts of a design."""
-        return {*design.parts()} <= self.possible_parts() and design.channels == self.channels
+        """Whether a latency table of this space has all parts of a design."""
+        alike = (design.channels, design.scale) == (self.channels, self.scale)
+        return alike and {*design.parts()} <= self.possible_parts()
 
     def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
-        """The cost of a design's network: the sum over its parts, plus `rest`."""
         return sum(costs[part] for part in design.parts()) + rest
 
     def kinds(self, design: Design) -> list[str]:
-        """The kinds of `rest` in a latency table that a network has: the same for all."""
         return ["network"]
 
     def network(self, design: Design) -> HinasNetwork:
@@ -301,8 +297,7 @@ def random_nodes(nodes: int, rng: random.Random) -> tuple[tuple[Edge, Edge], ...
 
 # --- The found network ------------------------------------------------------------------------------------
 class Cell(nn.Module):
-    """A found cell (eq. 3): outputs (B, first, H, W), (B, second, H, W) of the layer before and of the one
-    before that -> 1x1 convolutions -> nodes, which add two operations each -> (B, nodes * width, H, W)."""
+    """A found cell (eq. 3) of outputs (B, first, H, W), (B, second, H, W) of the two layers before it."""
 
     def __init__(self, width: int, edges: tuple[tuple[Edge, Edge], ...], first: int, second: int):
         super().__init__()
@@ -315,7 +310,7 @@ class Cell(nn.Module):
         states = [self.inputs[0](first), self.inputs[1](second)]  # (B, width, H, W) each
         for node, edges in zip(self.nodes, self.edges):
             states.append(sum(operation(states[edge.source]) for operation, edge in zip(node, edges)))
-        return torch.cat(states[2:], 1)
+        return torch.cat(states[2:], 1)  # (B, nodes * width, H, W)
 
 
 def enlarge(x: Tensor, scale: int) -> Tensor:
@@ -324,14 +319,12 @@ def enlarge(x: Tensor, scale: int) -> Tensor:
 
 
 class Frame(nn.Module):
-    """What is around the cells (fig. 2 and 4), the same for the supernet and the found network.
+    """What is around the cells (fig. 2 and 4) of the supernet and of the found network.
 
-    Start: 3x3 convolution to 64 channels, 3x3 to nodes * base_width. End: 1x1 to 128 of the last cell
-    ("high"), 1x1 to 48 of the last cell of base width, or else of the stem ("low"), concatenated, two
-    separable 3x3 to 128, 3x3 to the image. These sizes are the authors' code's. The paper states no norms:
-    here every convolution is an operation as in the cells, but the first has no activation before it and the
-    last no norm after it. In residual learning the result is added to the input or its bicubic enlargement
-    (section 3.3); it begins at zero, since a short search does not unlearn the noise of random weights.
+    The end sees the last cell ("high") and the last of base width, or else the stem ("low"). Sizes are the
+    authors' code's. The paper states no norms; here only the last convolution has none. A residual is added
+    to the input or its bicubic enlargement (section 3.3). It begins at zero: a short search does not unlearn
+    the noise of random weights.
     """
     denoises, classifies = True, False
 
@@ -348,7 +341,7 @@ class Frame(nn.Module):
             nn.init.zeros_(parameter)
 
     def to_image(self, x: Tensor, high: Tensor, low: Tensor) -> Output:
-        """The end: from the input (B, C, H, W), (B, 128, H, W) and (B, nodes * base_width, H, W)."""
+        """The end, of (B, C, H, W), (B, 128, H, W) and (B, nodes * base_width, H, W)."""
         image = self.end(torch.cat((high, self.low(low)), 1))  # (B, C * scale^2, H, W)
         image = F.pixel_shuffle(image, self.scale)  # (B, C, scale * H, scale * W)
         if self.residual:
@@ -357,10 +350,9 @@ class Frame(nn.Module):
 
 
 class HinasNetwork(Frame):
-    """The network of a `Design`; layer 0 takes the stem twice, layer 1 layer 0 and the stem.
+    """The network of a `Design`; layer 0 takes the stem twice.
 
-    forward: (B, C, H, W), clean images in [0, 1] plus noise, or small images, any H and W -> Output(image
-    (B, C, scale * H, scale * W)), not clamped.
+    forward: (B, C, H, W) in [0, 1], any H and W -> Output(image (B, C, scale * H, scale * W)), not clamped.
     """
 
     def __init__(self, design: Design):
@@ -382,21 +374,20 @@ class HinasNetwork(Frame):
 build = HinasNetwork  # what all methods call it
 
 
-def count_parameters(design: Design) -> int:
-    """The parameters of a design's network."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(design).parameters())
+def count_parameters(make, *how) -> int:
+    """The parameters of the module that `make(*how)` returns."""
+    with torch.device("meta"):  # shapes only
+        return sum(parameter.numel() for parameter in make(*how).parameters())
 
 
 # --- The supernet -----------------------------------------------------------------------------------------
 def weighted(weights: Tensor, features: list[Tensor]) -> Tensor:
-    """Sum of weights (n,) times n features of one shape."""
+    """The sum of n features of one shape, times weights (n,)."""
     return sum(weight * feature for weight, feature in zip(weights, features, strict=True))
 
 
 class SuperCell(nn.Module):
-    """Every cell of one width, whose nodes add all operations on all their edges (eq. 1 and 2): two inputs
-    (B, width, H, W), weights of the operations (edges, 7) -> (B, nodes * width, H, W)."""
+    """All cells of one width (eq. 1, 2), from two inputs (B, width, H, W) and weights (edges, 7)."""
 
     def __init__(self, nodes: int, width: int):
         super().__init__()
@@ -410,15 +401,15 @@ class SuperCell(nn.Module):
             edges = zip(node, states, weights[edges_of(index)])
             states.append(sum(weight * operation(state) for operations, state, row in edges
                               for operation, weight in zip(operations, row)))  # zip drops "none"
-        return torch.cat(states[2:], 1)
+        return torch.cat(states[2:], 1)  # (B, nodes * width, H, W)
 
 
 class SuperLayer(nn.Module):
     """The cells of a layer, one per width, and the 1x1 convolutions that bring their inputs to that width.
 
-    With `share_cells` a cell computes once, on the weighted sum of its inputs (eq. 5); else each width of the
-    layer before has a cell of its own, and their results are summed (eq. 6). forward: the outputs of the two
-    layers before, one per width, and their weights `before`, `two_before` (widths there, widths here).
+    `share_cells`: a cell takes the weighted sum of its inputs (eq. 5); else it is one for each width of the
+    layer before (eq. 6). forward: the outputs of the two layers before, one per width, and their weights
+    (widths there, widths here).
     """
 
     def __init__(self, space: Space, number: int, share_cells: bool, recompute: bool):
@@ -451,25 +442,20 @@ class SuperLayer(nn.Module):
 class SuperNet(Frame):
     """All networks of a space at once: weights, and logits `alpha` (layers, edges, 7), `beta` (layers, 3, 3).
 
-    softmax(alpha) weighs the operations of an edge; `layerwise=False` has one alpha (1, edges, 7) for all
-    layers (LWAS, table 1). softmax(beta[layer, width before]) is the probability of each width of a layer: a
-    step narrower, the same, or a step wider than the layer before, from width 0 in the stem. The rest of beta
-    is not used; a space with fixed widths has no beta. `recompute` computes cells again in the backward pass:
-    less memory, more time, the same gradients (running statistics of the norms move twice per step).
+    softmax(alpha) weighs the operations of an edge; `layerwise=False` has one alpha for all layers (LWAS,
+    table 1). softmax(beta[layer, width before]) are the probabilities of the widths at most a step from the
+    one before; the stem has width 0. A space with fixed widths has no beta. `recompute` computes cells again
+    in the backward pass: less memory, the same gradients (statistics of the norms move twice per step).
 
-    The paper's eq. 5 leaves open how beta is normalised, and takes the second input from a cell of the same
-    width two layers before, which a path need not have. Here a cell's inputs are weighted with P(width of the
-    layer before | this width) and P(width two layers before | this width), and the end adds the last layer's
-    widths by P(width), where the paper concatenates. So a decided supernet equals what it exports.
-
-    Sharing saves the paper's factor of 3 (3.2) where a cell has three widths before it; in the denoising
-    supernet most have one or two: 8 cells stand for 14, and the layers keep 0.59 of the memory.
+    Eq. 5 leaves open how beta is normalised, and takes the second input from a cell of the same width, which
+    a path need not have. Here inputs are weighted with P(width there | this width), and the end adds the last
+    widths by P(width), where the paper concatenates. So a decided supernet equals the network it stands for.
     """
 
     def __init__(self, space: Space, base_width: int = SEARCH_WIDTH, share_cells: bool = True,
                  layerwise: bool = True, recompute: bool = False):
         super().__init__(space, base_width, affine=False)
-        self.space, self.layerwise = space, layerwise
+        self.space = space
         self.own_space = replace(space, base_width=base_width)  # of what the supernet itself computes
         self.layers = nn.ModuleList(SuperLayer(self.own_space, number, share_cells, recompute)
                                     for number in range(space.layers))
@@ -487,26 +473,22 @@ class SuperNet(Frame):
 
     def _alphas(self) -> list[Tensor]:
         """alpha (edges, 7) of each layer."""
-        return [self.alpha[number if self.layerwise else 0] for number in range(self.space.layers)]
+        return [self.alpha[number % len(self.alpha)] for number in range(self.space.layers)]
 
-    def _alike(self, number: int) -> list[int]:
-        """The layers that have the operations of a layer."""
-        return [number] if self.layerwise else list(range(self.space.layers))
+    def _alike(self, number: int) -> range:
+        """The layers that share the alpha of a layer."""
+        return range(number % len(self.alpha), self.space.layers, len(self.alpha))
 
     def log_steps(self) -> list[Tensor]:
-        """Per layer: log P(width | width of the layer before), (widths there, widths here); -inf: no step."""
-        if self.beta is None:
-            return [self.alpha.new_zeros(1, 1)] * self.space.layers
-        steps, index = [], torch.arange(3, device=self.beta.device)
-        for number, beta in enumerate(self.beta):
-            there, here = (len(self.space.widths_of(n)) for n in (number - 1, number))
-            beta = beta.masked_fill((index[:, None] - index).abs() > 1, -math.inf)
-            steps.append(beta[:there, :here].log_softmax(1))
-        return steps
+        """Per layer: log P(width | width before), (widths there, widths here); -inf: no such step."""
+        beta = self.alpha.new_zeros(self.space.layers, 3, 3) if self.beta is None else self.beta
+        index = torch.arange(3, device=beta.device)
+        beta = beta.masked_fill((index[:, None] - index).abs() > 1, -math.inf)
+        counts = [len(self.space.widths_of(number)) for number in range(-1, self.space.layers)]
+        return [step[:there, :here].log_softmax(1) for step, there, here in zip(beta, counts, counts[1:])]
 
     def width_probabilities(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per layer: P(width) (widths,); P(width of the layer before | width), P(width two layers
-        before | width), both (widths there, widths here)."""
+        """Per layer: P(width), (widths,); P(width one layer before | width) and two, (widths there, here)."""
         log_p, p, before, two_before = self.alpha.new_zeros(1), [], [], []
         for step in self.log_steps():
             joint = log_p[:, None] + step
@@ -517,13 +499,7 @@ class SuperNet(Frame):
         return p, before, two_before
 
     def forward(self, x: Tensor) -> Output:
-        features, low, p = self.middle(self.stem(x))
-        high = weighted(p, [convolution(feature) for convolution, feature in zip(self.high, features)])
-        return self.to_image(x, high, low)
-
-    def middle(self, stem: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The layers: from the stem's output to the last layer's, one per width, `low`, and P(width)."""
-        second = first = low = [stem]  # low: the last feature of base width on the way to each width
+        second = first = low = [self.stem(x)]  # low: the last feature of base width on the way to each width
         p, before, two_before = self.width_probabilities()
         for number, (layer, alpha) in enumerate(zip(self.layers, self._alphas())):
             weights = (before[number], two_before[number], F.softmax(alpha, 1))
@@ -532,10 +508,11 @@ class SuperNet(Frame):
             low = [feature if width == self.own_space.base_width
                    else weighted(before[number][sources, index], [low[source] for source in sources])
                    for index, (feature, width, sources) in enumerate(zip(first, widths, layer.sources[0]))]
-        return first, weighted(p[-1], low), p[-1]
+        high = [convolution(feature) for convolution, feature in zip(self.high, first)]
+        return self.to_image(x, weighted(p[-1], high), weighted(p[-1], low))
 
     def entropy(self) -> Tensor:
-        """Entropy of each decision over its maximum: 1 undecided, 0 decided. Operations, then widths."""
+        """The entropy of each operation, then each width: 1 undecided, 0 decided."""
         log_p = F.log_softmax(self.alpha.detach(), 2).flatten(0, 1)
         values = [-(log_p.exp() * log_p).sum(1) / math.log(len(CHOICES))]
         for step in self.log_steps() if self.beta is not None else ():
@@ -543,17 +520,11 @@ class SuperNet(Frame):
         return torch.cat(values)
 
     def decisions(self) -> list[dict]:
-        """How decided each choice is, for the record."""
         return [{"entropy": round(value, 4)} for value in self.entropy().tolist()]
 
     def expected_cost(self, costs: dict[Part, float], rest: float = 0.0) -> Tensor:
-        """The expected cost of the found network in the unit of `costs`, differentiable (the paper has none).
-
-        Paths of widths count by their probability. A node keeps a pair of edges in proportion to the product
-        of their strengths, the probabilities of their best operations but "none", so the likeliest pair is
-        that of `likeliest`; a kept edge has an operation with softmax(alpha) over all but "none". Where all
-        is decided this is the found network's cost. KeyError where `costs` lacks a part.
-        """
+        """The expected cost of the found network, differentiable (the paper has none); its cost once all is
+        decided. KeyError where `costs` lacks a part."""
         space, total = self.space, self.alpha.new_tensor(rest)
         p, *earlier = self.width_probabilities()
         for number, alpha in enumerate(self._alphas()):
@@ -571,23 +542,19 @@ class SuperNet(Frame):
 
     def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
         """The costs of the cheapest and the dearest network of the space."""
-        def extreme(best) -> float:
-            totals = []
-            for _, design in self.starts():
-                edges = design.edges()
-                for place, edge in edges.items():
-                    widths = [design.widths[number] for number in self._alike(place[0])]
-                    name = best(OPERATIONS, key=lambda name: sum(costs[Part(name, w, w)] for w in widths))
-                    edges[place] = Edge(edge.source, name)
-                totals.append(self.space.cost(design.with_edges(edges), costs, rest))
-            return best(totals)
-        return extreme(min), extreme(max)
+        def extreme(best, design: Design) -> float:
+            edges = design.edges()
+            for place, (source, _) in edges.items():
+                widths = [design.widths[number] for number in self._alike(place[0])]
+                price = lambda name: sum(costs[Part(name, w, w)] for w in widths)
+                edges[place] = Edge(source, best(OPERATIONS, key=price))
+            return self.space.cost(design.with_edges(edges), costs, rest)
+        return tuple(best(extreme(best, design) for _, design in self.starts()) for best in (min, max))
 
-    def likeliest(self, space: Space | None = None, path=None) -> Design:
-        """The design of the strongest edges on the likeliest path of widths, or another one, in its space."""
+    def likeliest(self, path=None) -> Design:
+        """The design of the strongest edges on a path of widths (default: the likeliest)."""
         path = likeliest_path(self.log_steps()) if path is None else path
-        cells = [strongest_edges(alpha, self.space.nodes) for alpha in self._alphas()]
-        return (space or self.space).design(path, cells)
+        return self.space.design(path, [strongest_edges(alpha, self.space.nodes) for alpha in self._alphas()])
 
     # What latency.fit asks for: from each path of widths, operations are exchanged; a state is a design.
     @torch.no_grad()
@@ -599,12 +566,10 @@ class SuperNet(Frame):
 
     @torch.no_grad()
     def exchanges(self, state: Design, costs: dict[Part, float], rest: float, target: float) -> list[tuple]:
-        """(lost log probability, saved cost, design) of each cheaper operation; [] within the target.
-
-        Where all layers share one alpha, an operation is exchanged in all of them.
-        """
-        options, over = [], self.state_cost(state, costs, rest) > target
-        for (number, node, place), (source, old) in state.edges().items() if over else ():
+        """(lost log probability, saved cost, design) of each cheaper operation, exchanged in all layers that
+        share their alpha; [] within the target."""
+        options, edges = [], state.edges() if self.state_cost(state, costs, rest) > target else {}
+        for (number, node, place), (source, old) in edges.items():
             if number >= len(self.alpha):
                 break
             alike = self._alike(number)
@@ -642,7 +607,7 @@ class SuperNet(Frame):
         self.set_design(self.space.random_design(random.Random(seed)))
 
     def describe(self, design: Design, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
-        """A design as a table to read: the two edges of each node, and their cost, if `costs` are given."""
+        """A table to read: the two edges of each node, and what they cost."""
         lines = ["layer  width  node  operation <- source"]
         for number, (width, nodes) in enumerate(zip(design.widths, design.cells)):
             for index, node in enumerate(nodes):
@@ -655,27 +620,9 @@ class SuperNet(Frame):
     def export(self, design: Design) -> None:
         """None: the found network is trained from the beginning."""
 
-    @torch.no_grad()
-    def export_likeliest(self) -> HinasNetwork:
-        """The likeliest network at the supernet's base width, with its weights and running statistics."""
-        network = build(self.likeliest(self.own_space)).to(self.alpha).train(self.training)
-        path = [0, 0, *likeliest_path(self.log_steps())]  # stem, stem, layers
-        pairs = [(self.stem, network.stem), (self.low, network.low), (self.end, network.end),
-                 (self.high[path[-1]], network.high)]
-        for layer, cell, two, one, here in zip(self.layers, network.cells, path, path[1:], path[2:]):
-            one, two = (rows[here].index(index) for rows, index in zip(layer.sources, (one, two)))
-            pairs += zip((layer.inputs[0][here][one], layer.inputs[1][here][two]), cell.inputs)
-            supercell = layer.cells[here][0 if layer.share_cells else one]
-            pairs += [(node[edge.source][CHOICES.index(edge.operation)], new)
-                      for node, edges, news in zip(supercell.nodes, cell.edges, cell.nodes)
-                      for edge, new in zip(edges, news)]
-        for source, new in pairs:  # the scale and shift of the new norms stay 1 and 0
-            new.load_state_dict({**new.state_dict(), **source.state_dict()})
-        return network
-
 
 def strongest_edges(alpha: Tensor, nodes: int) -> tuple[tuple[Edge, Edge], ...]:
-    """Each node's two edges of the likeliest operations but "none", and these, from alpha (edges, 7)."""
+    """Each node's two edges with the likeliest operations but "none", from alpha (edges, 7)."""
     strengths, pairs = F.log_softmax(alpha.detach(), 1)[:, :-1].amax(1), []
     best = alpha[:, :-1].argmax(1).tolist()
     for rows in map(edges_of, range(nodes)):
@@ -685,7 +632,11 @@ def strongest_edges(alpha: Tensor, nodes: int) -> tuple[tuple[Edge, Edge], ...]:
 
 
 def kept_operations(alpha: Tensor, nodes: int) -> Tensor:
-    """The probability that a cell has an operation on an edge, (edges, 6); see SuperNet.expected_cost."""
+    """The probability that a cell has an operation on an edge, (edges, 6).
+
+    A pair of edges is kept in proportion to the product of their strengths, the probabilities of their best
+    operations but "none": the likeliest pair is that of `strongest_edges`.
+    """
     strengths, kept = F.log_softmax(alpha, 1)[:, :-1].amax(1), []
     for rows in (strengths[edges_of(node)] for node in range(nodes)):
         pairs = torch.combinations(torch.arange(len(rows), device=rows.device))  # (pairs, 2)
@@ -696,7 +647,7 @@ def kept_operations(alpha: Tensor, nodes: int) -> Tensor:
 
 @torch.no_grad()
 def likeliest_path(log_steps: list[Tensor]) -> list[int]:
-    """The path of the largest probability (Viterbi), one width index per layer, from SuperNet.log_steps()."""
+    """The likeliest width index of each layer together (Viterbi), from SuperNet.log_steps()."""
     score, paths = log_steps[0][0], [[index] for index in range(log_steps[0].shape[1])]  # by the last width
     for step in log_steps[1:]:
         score, before = (score[:, None] + step).max(0)
@@ -738,8 +689,8 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
 def search_defaults(given: dict) -> dict:
     """Defaults of search.py's common flags, for minutes on a CPU; `given`: the flags on the command line.
 
-    As in section 4.1: grey images of train/ and val/ together, noise of 30, 50, 70 / 255; batches of 24 for
-    super-resolution. Its patches of 64 px (66 at x3) are of the large image; the paper does not say of which.
+    Data, noise and batches of super-resolution are those of section 4.1. Its patches are of the large image;
+    the paper does not say of which.
     """
     from data import SCENES
 
@@ -767,14 +718,11 @@ def make_supernet(space, *, search_width=SEARCH_WIDTH, cells="shared", one_cell=
 
 def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr: float, optimizer="adam",
              warmup_epochs: int | None = None, **_) -> dict:
-    """How a supernet is trained, in epochs of `steps` steps (section 4.1).
+    """How a supernet is trained, in epochs of `steps` steps (section 4.1; docs/differences.md).
 
-    Weights: Adam, which needs fewer steps than the paper's SGD (momentum 0.9, weight decay 3e-4: `optimizer`
-    "sgd"). Their rate falls from `lr` to `lr` / 25 (0.025 to 0.001) along one cosine over all steps, without
-    restarts; the paper does not say whether by steps or epochs. alpha, beta: Adam at a constant rate, weight
-    decay 1e-3, from a fifth of the epochs on (epoch 21 of 100). From three fifths on (epoch 61), the supernet
-    of the highest validation PSNR is kept (the paper: of the "best performance"). Not in the paper: search.py
-    clips gradients to a norm of 5, and the loss has the mean of the logarithms of each image's SSIM.
+    The weights have Adam, which needs fewer steps than the paper's SGD, and a cosine over steps (the paper
+    does not say of what). alpha and beta learn from a fifth of the epochs on. From three fifths on the
+    supernet of the highest validation PSNR is kept; the paper names no measure.
     """
     weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
     weight_optimizer = (torch.optim.SGD(weights, lr, 0.9, weight_decay=3e-4, fused=True) if optimizer == "sgd"
@@ -808,13 +756,14 @@ def perturb(design: Design, strength: str, rng: random.Random) -> Design:
 
     The paper shows them in pictures only: two, drawn uniformly, is our choice. ValueError if there are fewer.
     """
+    edges = design.edges()
     if strength == "R1":
-        places = [place for place, edge in design.edges().items() if edge.operation != "skip"]
+        places = [place for place, edge in edges.items() if edge.operation != "skip"]
     else:  # node 0 takes both of its sources; of any other node one edge can move
-        places = [place for place in design.edges() if place[1] > 0]
+        places = [place for place in edges if place[1] > 0]
     if strength not in ("R1", "R2") or len({place[:3 if strength == "R1" else 2] for place in places}) < 2:
         raise ValueError(f"The design has too few convolutions or nodes to be perturbed by {strength}.")
-    chosen, edges = rng.sample(places, 2), design.edges()
+    chosen = rng.sample(places, 2)
     while strength == "R2" and chosen[0][:2] == chosen[1][:2]:
         chosen = rng.sample(places, 2)
     for number, node, place in chosen:
@@ -829,16 +778,15 @@ def perturb(design: Design, strength: str, rng: random.Random) -> Design:
 
 
 def random_cells(design: Design, rng: random.Random, tolerance: float = 0.05) -> Design:
-    """Random cells of the same widths, with the design's number of parameters within `tolerance` of it.
+    """Random cells of the same widths, with as many parameters as the design within `tolerance`.
 
-    Single operations are drawn again until the number is near enough; ValueError where that never is.
+    Single operations are drawn again until that is so; ValueError where it never is.
     """
     drawn = replace(design, cells=tuple(random_nodes(design.nodes, rng) for _ in design.cells))
-    edges, target = drawn.edges(), count_parameters(design)
-    off, sizes = count_parameters(drawn) - target, {}
-    for name, width in itertools.product(OPERATIONS, design.widths):
-        with torch.device("meta"):  # shapes only
-            sizes[name, width] = sum(weight.numel() for weight in OPERATIONS[name](width, True).parameters())
+    edges, target = drawn.edges(), count_parameters(build, design)
+    off = count_parameters(build, drawn) - target
+    sizes = {(name, width): count_parameters(OPERATIONS[name], width, True)
+             for name, width in itertools.product(OPERATIONS, design.widths)}
     for _ in range(20000):
         if abs(off) <= tolerance * target:
             return drawn.with_edges(edges)
@@ -851,8 +799,8 @@ def random_cells(design: Design, rng: random.Random, tolerance: float = 0.05) ->
 
 
 def draw_network(design: Design) -> str:
-    """A picture of a network as SVG text: of each layer a bar as long as its width, and its cell as a graph:
-    dots are inputs and nodes, arcs are edges. An arc is as high as it is long, so no names overlap."""
+    """A network as SVG text: of each layer a bar as long as its width, and its cell as a graph of dots and
+    arcs, which are as high as they are long, so no names overlap."""
     xs, y, body = [80 + 96 * column for column in range(max(design.nodes + 2, 5))], 28, []
 
     def text(kind, x, y, words):
@@ -919,8 +867,9 @@ def main(argv: list[str] | None = None) -> None:
             new = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
             kept = {x: value for x, value in record.items() if x not in ("latency", "macs", "decisions")}
             files.write_json(output, kept | record_content(new) | {
-                "made": files.provenance("none", args.seed), "parameters": count_parameters(new)})
-            print(f"{count_parameters(design):,} parameters before, {count_parameters(new):,} after")
+                "made": files.provenance("none", args.seed), "parameters": count_parameters(build, new)})
+            print(f"{count_parameters(build, design):,} parameters before, "
+                  f"{count_parameters(build, new):,} after")
     except ImportError as error:
         parser.error(f"to read records, files.py and models.py must lie beside hinas.py ({error}).")
     except (ValueError, OSError) as error:

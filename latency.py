@@ -3,9 +3,8 @@
     python latency.py --output latency.json            # this device, 8 operations per block, 64 x 64 pixels
     python latency.py --table latency.json --check 20  # predicted against measured, on 20 random networks
 
-Reads and writes the latency table (JSON). Parts are timed inside whole networks: alone, a part finds its
-weights in the cache, and the sum of such times is far too low. `measure`, `measure_network` and `fast` need
-torch only; tables need the other files of the project.
+Reads and writes the latency table (JSON). Copied alone it times networks (`measure_network`) and makes them
+fast (`fast`); tables need the other files of the project.
 """
 
 from __future__ import annotations
@@ -29,6 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+MISSING = None
+try:
+    import files
+    import models
+    from data import number, whole
+    from run import check_device, track
+except ImportError as error:  # this file alone; of the command only --help works
+    MISSING, number, whole = error, lambda *_: None, lambda *_: None
+
 FORMAT, VERSION = "joint-latency", 2
 FORMAT_OF_PARTS = "joint-latency-parts"  # of the methods besides tfnas, version 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +45,7 @@ MODES = ("eager", "folded", "compile", "graph")
 
 @dataclass(frozen=True)
 class Timing:
-    """Median, 10th and 90th percentile of `count` runs, in milliseconds per batch."""
+    """The median, 10th and 90th percentile of `count` runs, in milliseconds per batch."""
     median_ms: float
     p10_ms: float
     p90_ms: float
@@ -59,7 +67,7 @@ class Setting:
     dtype: str
     batch: int
     size: int  # pixels, height and width
-    memory_format: str  # "channels_last" or "contiguous"
+    memory_format: str  # always "channels_last"
     num_classes: int
     mode: str = "eager"  # one of MODES, see `fast`
 
@@ -76,11 +84,11 @@ def device_name(device: torch.device | str) -> str:
 
 
 def this_setting(device: str, *, size: int, num_classes: int, batch: int | None = None, threads: int = 1,
-                 dtype: str = "float32", memory_format="channels_last", mode: str = "eager") -> Setting:
+                 dtype: str = "float32", mode: str = "eager") -> Setting:
     """A setting on this device; the default batch is 32 on a GPU (the papers' protocol) and 1 on a CPU."""
     kind = torch.device(device).type
     return Setting(device_name(device), kind, threads if kind == "cpu" else 0, dtype,
-                   batch or (32 if kind == "cuda" else 1), size, memory_format, num_classes, mode)
+                   batch or (32 if kind == "cuda" else 1), size, "channels_last", num_classes, mode)
 
 
 # --- Fast forms of a network -------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 
 class Graphed(nn.Module):
-    """A network in a CUDA graph for inputs like `example`; each call overwrites the outputs of the last."""
+    """A network in a CUDA graph; each call overwrites the outputs of the last."""
 
     def __init__(self, network: nn.Module, example: Tensor):
         super().__init__()
@@ -122,11 +130,9 @@ class Graphed(nn.Module):
 
 def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None) -> nn.Module:
     """A copy of a trained network for inference: same outputs, same device, channels-last.
-
     "folded": batch norms folded, and on CUDA the branches of a DC-NAS on two streams. "compile": that through
-    torch.compile (takes minutes; needs a C++ compiler on a CPU). "graph": folded, in a CUDA graph for inputs
-    like `example` (B, C, H, W). ValueError where the mode is unknown or not possible here.
-    """
+    torch.compile (takes minutes; needs a C++ compiler on a CPU). "graph": that in a CUDA graph, for inputs
+    like `example` (B, C, H, W)."""
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r}; possible: {', '.join(MODES)}.")
     if mode == "graph" and (example is None or not example.is_cuda):
@@ -195,46 +201,36 @@ class Interleaved:
     timings: list[Timing]
     ratios: list[float]  # medians over the rounds of (time / time of the first)
     uncertainty: list[float]  # half the 95 % interval of the ratio, relative
-    rounds: int
 
 
 def interleave(runs: list, device: torch.device | str, *, burst: int = 3, warmup: int = 1,
                min_rounds: int = 5, seconds: float = 0.0, tolerance: float = 0.01) -> Interleaved:
     """Time `runs` in turn, `burst` times each: what disturbs the device then affects all of them alike.
-
-    Stops after `min_rounds` rounds once all ratios are known to `tolerance` or `seconds` have passed. The
-    interval of a median is 1.58 * interquartile range / sqrt(rounds) (McGill, Tukey and Larsen 1978).
-    """
+    Stops after `min_rounds` rounds once all ratios are known to `tolerance` or `seconds` have passed."""
     end, rounds = time.perf_counter() + seconds, []
-
-    def uncertainty(values: list[float]) -> float:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return 1.58 * (high - low) / math.sqrt(len(values)) / median
-
     while True:
         rounds.append([measure(run, device, warmup=warmup, repeats=burst).median_ms for run in runs])
         if len(rounds) < min_rounds:
             continue
         ratios = [[row[index] / row[0] for row in rounds] for index in range(len(runs))]
-        known_to = [uncertainty(values) for values in ratios]
+        quartiles = [statistics.quantiles(values, n=4, method="inclusive") for values in ratios]
+        known_to = [1.58 * (high - low) / math.sqrt(len(rounds)) / median  # McGill, Tukey and Larsen 1978
+                    for low, median, high in quartiles]
         if max(known_to) <= tolerance or time.perf_counter() >= end:
-            return Interleaved([Timing.of(values) for values in zip(*rounds)],
-                               [statistics.median(values) for values in ratios], known_to, len(rounds))
+            return Interleaved([Timing.of(times) for times in zip(*rounds)],
+                               [statistics.median(values) for values in ratios], known_to)
 
 
 @contextlib.contextmanager
 def prepared(network: nn.Module, setting: Setting):
-    """Yield (a copy of the network for inference, random images) in a setting; then restore torch's threads.
-
-    One thread by default: at batch 1 a second one gains little, and on a busy machine OpenMP's threads wait
-    for each other, so that a network can seem hundreds of times slower.
-    """
-    layout = torch.channels_last if setting.memory_format == "channels_last" else torch.contiguous_format
-    threads = torch.get_num_threads()
-    how = dict(device=setting.device_type, dtype=DTYPES[setting.dtype])
+    """Yield a copy of the network for inference and random images; then restore the number of threads.
+    One thread is the default of a setting: at batch 1 a second one gains little, and on a busy machine
+    OpenMP's threads wait for each other, so that a network can seem hundreds of times slower."""
+    how, layout = dict(device=setting.device_type, dtype=DTYPES[setting.dtype]), torch.channels_last
     network = copy.deepcopy(network).to(**how, memory_format=layout).eval()
     shape = setting.batch, getattr(network, "channels", 3), setting.size, setting.size
     images = torch.rand(shape, **how).contiguous(memory_format=layout)
+    threads = torch.get_num_threads()
     if setting.threads:
         torch.set_num_threads(setting.threads)
     try:
@@ -255,16 +251,14 @@ def measure_network(network: nn.Module, setting: Setting, *, warmup: int = 10, r
 def time_parts(network: nn.Module, parts: list[nn.Module], images: Tensor, device: torch.device, runs: int,
                queued: bool = False) -> list[float]:
     """The median milliseconds of each of the `parts` of a network inside `runs` forward passes, by hooks.
-
-    `queued`: on CUDA, wait until the whole pass is in the queue: without the launches, as in a CUDA graph.
-    """
+    `queued`: on CUDA, without the time of the launches, as in a CUDA graph."""
     marks, handles = [([], []) for _ in parts], []
     for part, (starts, stops) in zip(parts, marks):
         handles += [part.register_forward_pre_hook(lambda *_, to=starts: to.append(_now(device))),
                     part.register_forward_hook(lambda *_, to=stops: to.append(_now(device)))]
     for _ in range(runs):
         if queued and device.type == "cuda":
-            torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
+            torch.cuda._sleep(50_000_000)  # cycles: meanwhile the whole pass gets into the queue
         network(images)
     for handle in handles:
         handle.remove()
@@ -285,9 +279,7 @@ def _as_version_2(content: dict) -> dict:
     if kind == (FORMAT, VERSION):
         return content
     if kind == (FORMAT, 1):
-        from models import method_module
-
-        return method_module("tfnas").table_of_version_1(content)
+        return models.method_module("tfnas").table_of_version_1(content)
     if kind != (FORMAT_OF_PARTS, 1):
         raise ValueError(f"its format and version are {kind}")
     return {**content, "format": FORMAT, "version": VERSION, "rest_ms": {"network": content["rest_ms"]},
@@ -296,12 +288,9 @@ def _as_version_2(content: dict) -> dict:
 
 
 class Table:
-    """The latencies of the parts of a space's networks in a setting; `predict_ms(design)` adds them up.
-
-    content: that of a file. `parts` have the fields of the space's Part and `ms`; `rest_ms` is the time
-    outside of them, by kind of network, and may be negative (see `_shared_costs`); `correction` is a factor.
-    Raises ValueError in one sentence where the content is damaged.
-    """
+    """The content of a table file; `predict_ms(design)` adds up the latencies of a network's parts.
+    `parts` have the fields of the space's Part and `ms`; `rest_ms` is the time outside of them, by kind of
+    network, and may be negative (see `_shared_costs`); `correction` is a factor for all."""
 
     def __init__(self, content: dict):
         try:
@@ -312,11 +301,9 @@ class Table:
             raise ValueError(f"The latency table is not valid: {reason}.") from None
 
     def _read(self, content: dict) -> None:
-        from models import method_module
-
         self.content, self.setting = content, Setting(**content["setting"])
         self.method = content["space"]["method"]
-        module = method_module(self.method)
+        module = models.method_module(self.method)
         self.space, part = module.Space.from_identity(content["space"]), module.Part
         self.network, self.random_design = self.space.network, self.space.random_design
         self.reference = module.design_of(content["reference"])
@@ -339,7 +326,6 @@ class Table:
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
 
     def scaled(self, factor: float) -> Table:
-        """The same table with all times multiplied."""
         return Table({**self.content, "correction": self.correction * factor})
 
     def rest(self, kinds: list[str]) -> float:
@@ -347,22 +333,20 @@ class Table:
         return sum(self.rest_ms[kind] for kind in kinds) * self.correction
 
     def predict_ms(self, design) -> float:
-        """Milliseconds per batch of a design's network in the table's setting; ValueError if not covered."""
+        """Milliseconds per batch of a design's network; ValueError where the table does not cover it."""
         try:
             return self.space.cost(design, self.costs, self.rest(self.space.kinds(design)))
         except (KeyError, ValueError):
             raise ValueError(self._not_covered(self.method, design)) from None
 
     def reference_network(self) -> nn.Module:
-        """The network that is timed beside others: it tells how fast the device is at the moment."""
+        """The network that is timed beside others, to see how fast the device is at the moment."""
         return self.network(self.reference)
 
     def read_record(self, record: dict):
         """The design in the content of an arch.json; ValueError where the table does not cover it."""
-        from models import method_module
-
         method = record["method"]
-        design = None if method == "named" else method_module(method).design_of(record)
+        design = None if method == "named" else models.method_module(method).design_of(record)
         if method != self.method or not self.space.holds(design):
             raise ValueError(self._not_covered(method, design))
         return design
@@ -385,17 +369,15 @@ read_table = Table  # content of a file -> its table
 
 def load_table(path: str | Path) -> Table:
     """Read a table file; ValueError in one sentence where it is missing, damaged or too new."""
-    from files import read_json
-
     remedy = f"make a new one with: python latency.py --output {path}"
-    return Table(read_json(path, (FORMAT, FORMAT_OF_PARTS), (1, VERSION), remedy))
+    return Table(files.read_json(path, (FORMAT, FORMAT_OF_PARTS), (1, VERSION), remedy))
 
 
 def require_setting(table: Table, wanted: Setting, path) -> None:
     """Raise ValueError, with the command that makes the right table, where a table is for another setting."""
     there, here = asdict(table.setting), asdict(wanted)
-    wrong = [f"{name} is {there[name]!r} there and {here[name]!r} here"
-             for name in here if there[name] != here[name]]
+    wrong = [f"{name} is {there[name]!r} there and {value!r} here"
+             for name, value in here.items() if there[name] != value]
     if wrong:
         raise ValueError(f"The latency table {path} is not for this setting ({'; '.join(wrong)}); make one "
                          f"with: {table_command(wanted, table.space.table_flags())}")
@@ -410,28 +392,30 @@ def table_command(setting: Setting, space_flags: str) -> str:
 
 def spaces_of(method: str, values: dict) -> dict:
     """The spaces of a method by name of the network, with other `values` of those fields that they have."""
-    from models import method_module
-
-    module = method_module(method)
-    names = {field.name for field in fields(module.Space)}
-    values = {name: value for name, value in values.items() if name in names and value}
+    module = models.method_module(method)
+    values = {field.name: values[field.name] for field in fields(module.Space) if values.get(field.name)}
     presets = getattr(module, "PRESETS", {"": module.Space()})
     return {name: replace(space, **values) for name, space in presets.items()}
+
+
+def space_of(args: argparse.Namespace):
+    """The space that the flags of the command name."""
+    spaces = spaces_of(args.method, dict(
+        operations=args.space, min_width=args.min_width, num_classes=args.classes, base_width=args.width,
+        channels=1 if args.grey else 3))
+    network = args.network or next(iter(spaces))
+    if network not in spaces:
+        raise ValueError(f"There is no --network {network}; use one of: {', '.join(spaces)}")
+    return spaces[network]
 
 
 # --- Building a table --------------------------------------------------------------------------------------
 
 def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict:
     """Time the parts of a space on this device and return the content of a table file.
-
-    Every part is timed inside `rounds` or more whole networks, where caches and queues are as in use, and the
-    networks as a whole (see `_shared_costs`), in turn with a reference network: in multiples of its time
-    a disturbance cancels out. A compiled network or a CUDA graph has no parts to time; those of the folded
-    network are scaled (see `_group_factors`).
-    """
-    from files import provenance
-    from models import method_module
-
+    Every part is timed inside `rounds` or more whole networks: alone it would find its weights in the cache.
+    A reference network is timed in turn with them: in multiples of its time a disturbance cancels out. A
+    compiled network or a CUDA graph has no parts to time; those of the folded network are scaled."""
     identity, designs = space.identity(), space.carriers(random.Random(seed), rounds)
     most, to_correct, to_check = len(designs), 4 * rounds, 7 * rounds  # networks that are timed as a whole
     if setting.mode == "compile":  # they take long to make
@@ -449,9 +433,9 @@ def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict
     parts = [{**part._asdict(), "ms": round(times[part] + spill * sizes[part], 6),
               "p10_ms": round(timing.p10_ms, 6), "p90_ms": round(timing.p90_ms, 6)}
              for part, timing in timings.items()]
-    content = {"format": FORMAT, "version": VERSION, "made": provenance(setting.device, seed),
-               "setting": asdict(setting), "space": identity, "networks_timed": len(carriers),
-               "reference": method_module(identity["method"]).record_content(space.reference_design()),
+    content = {"format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, seed),
+               "setting": asdict(setting), "space": identity, "networks_timed": len(carriers), "reference":
+               models.method_module(identity["method"]).record_content(space.reference_design()),
                "reference_ms": reference_ms, "correction": 1.0, "rest_ms": rest, "parts": parts}
     # A common factor is left over. The errors that are then reported are those of other networks.
     errors = [row["error_percent"] for row in check(Table(content), to_correct, seed + 1)["networks"]]
@@ -463,12 +447,7 @@ def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict
 
 def _time_carriers(setting: Setting, space, designs: list, most: int) -> tuple[list[tuple], float]:
     """Time the parts of designs' networks, and the first `most` as a whole, in multiples of the reference.
-
-    Returns [(kinds, [(Part, its parameters, its time), ...], time of the whole or None), ...] and the
-    reference network's milliseconds.
-    """
-    from run import track
-
+    Returns [(kinds, [(Part, its parameters, its time)], time of the whole or None)], the reference's ms."""
     device, has_parts = torch.device(setting.device_type), setting.mode in ("eager", "folded")
     in_parts = setting if has_parts else replace(setting, mode="folded")
     network, carriers, reference_ms = space.network(space.reference_design()), [], []
@@ -493,11 +472,9 @@ def _time_carriers(setting: Setting, space, designs: list, most: int) -> tuple[l
 
 def _shared_costs(carriers: list[tuple], times: dict, reference_ms: float) -> tuple[float, dict[str, float]]:
     """What parts cost each other, in ms per parameter, and the rest of each kind of network, in ms.
-
-    The more weights a network has, the more of them have left the cache when they are needed. So every part
-    gets `spill` ms per parameter, and each kind a rest, mostly negative: parts had some of this in the timed
-    networks. Both by least squares of the relative errors; else large networks are predicted 8 % too fast.
-    """
+    The more weights a network has, the more of them have left the cache when they are needed: without this,
+    large networks are predicted 8 % too fast. Both are by least squares of the relative errors. Parts had
+    some of this cost when they were timed, so rests are mostly negative."""
     names = sorted({kind for kinds, _, _ in carriers for kind in kinds})
     whole, left, rows = [], [], []
     for kinds, parts, share in carriers:
@@ -516,10 +493,8 @@ def _shared_costs(carriers: list[tuple], times: dict, reference_ms: float) -> tu
 
 def _group_factors(carriers: list[tuple], stiffness: float = 1e-3) -> dict[str, float]:
     """How much longer each group of parts (Part's first field) takes in whole networks than timed as parts.
-
-    Least squares of the relative errors, drawn towards one common factor with `stiffness` (ridge regression):
-    few networks are enough, and groups with a small share are not fitted to noise. Never below a twentieth.
-    """
+    Ridge regression of the relative errors towards one common factor: few networks are enough, and groups
+    with a small share are not fitted to noise."""
     groups = sorted({part[0] for _, parts, _ in carriers for part, _, _ in parts})
     shares = torch.tensor([[sum(share for part, _, share in parts if part[0] == group) / whole
                             for group in groups] for _, parts, whole in carriers], dtype=torch.float64)
@@ -530,10 +505,7 @@ def _group_factors(carriers: list[tuple], stiffness: float = 1e-3) -> dict[str, 
 
 
 def part_macs(space, size: int) -> tuple[dict, float]:
-    """Million multiply-accumulates of each part of a space and of the rest, for one image of size x size.
-
-    Counted in the convolutions of networks that hold every part, on meta tensors: nothing is computed.
-    """
+    """Million multiply-accumulates of each part of a space and of the rest, for size x size pixels."""
     costs: dict = {}
     for design in space.carriers(random.Random(0), 1):
         network, counted = space.network(design).to("meta").eval(), {}
@@ -544,7 +516,7 @@ def part_macs(space, size: int) -> tuple[dict, float]:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(count)
-        with torch.no_grad():
+        with torch.no_grad():  # on meta tensors: nothing is computed
             network(torch.empty(1, getattr(network, "channels", 3), size, size, device="meta"))
         macs = [(part, sum(counted.get(inner, 0.0) for inner in module.modules()))
                 for part, module in space.parts(network)]
@@ -557,9 +529,7 @@ def part_macs(space, size: int) -> tuple[dict, float]:
 @torch.no_grad()
 def fit_state(supernet, costs: dict, rest: float, target: float):
     """The state of a supernet's likeliest network within a target cost, or of the cheapest one reached.
-
-    From each start, the exchange that loses the least log probability per cost is made until there is none.
-    """
+    From each start, the exchange that loses the least log probability per cost is made while there is one."""
     ends = []
     for log_p, state in supernet.starts():
         while exchanges := supernet.exchanges(state, costs, rest, target):
@@ -578,11 +548,8 @@ def fit(supernet, costs: dict, rest: float, target: float):
 
 def compare(table: Table, design, *, seconds: float = 5.0) -> dict:
     """Predicted and measured latency of one network, timed in turn with the table's reference network.
-
     `slowdown`: how much longer the reference takes now than when the table was made. `error_percent` compares
-    multiples of the reference's time, in which a change of the device's clock cancels out;
-    `uncertainty_percent` is half the 95 % interval of the measured one.
-    """
+    multiples of the reference's time; `uncertainty_percent`: half the 95 % interval of the measured one."""
     predicted, burst = table.predict_ms(design), 3
     with prepared(table.reference_network(), table.setting) as (reference, images), \
             prepared(table.network(design), table.setting) as (network, _):
@@ -603,10 +570,9 @@ def corrected(table: Table, result: dict) -> Table:
 
 def check(table: Table, count: int, seed: int = 1000) -> dict:
     """Predict and measure `count` random networks that the table was not made from; errors are in percent."""
-    from run import track
-
-    rng, progress = random.Random(seed), track(range(count), "check of the table", count, unit="network")
-    rows = [compare(table, table.random_design(rng), seconds=1.0) for _ in progress]
+    rng = random.Random(seed)
+    rows = [compare(table, table.random_design(rng), seconds=1.0)
+            for _ in track(range(count), "check of the table", count, unit="network")]
     sizes = sorted(abs(row["error_percent"]) for row in rows)
     error = {"median_percent": statistics.median(sizes), "p95_percent": sizes[math.ceil(0.95 * count) - 1],
              "worst_percent": sizes[-1]}
@@ -617,7 +583,7 @@ def check(table: Table, count: int, seed: int = 1000) -> dict:
 # --- The command --------------------------------------------------------------------------------------------
 
 def format_table(table: Table, times: bool = True) -> str:
-    """A table for people: the setting, the error, and the `times` of the parts and of all else."""
+    """A table for people, with or without the `times` of the parts."""
     setting, content = table.setting, table.content
     lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
              f"{setting.mode}, batch {setting.batch}, {setting.size} px, {content['made']['date']}"]
@@ -632,7 +598,7 @@ def format_table(table: Table, times: bool = True) -> str:
 
 
 def format_result(result: dict) -> str:
-    """What `compare` or `check` returned: a line for each network, and the errors."""
+    """What `compare` or `check` returned, for people."""
     lines = [" predicted   measured         10-90 % slowdown   error known to"]
     for row in result.get("networks", [result]):
         spread = f"{row['p10_ms']:.2f}-{row['p90_ms']:.2f}"
@@ -645,34 +611,19 @@ def format_result(result: dict) -> str:
 
 
 def format_error(error: dict) -> str:
-    """The error of a table in words."""
     return (f"median {error['median_percent']:.1f} %, 95th percentile {error['p95_percent']:.1f} %, "
             f"worst {error['worst_percent']:.1f} %")
 
 
-def _between(low, high, kind=int):
-    """A type for argparse: a number of `kind` from low to high."""
-    def convert(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
-
-
 def build_parser() -> argparse.ArgumentParser:
-    try:
-        from models import METHODS as methods
-    except ImportError:  # this file alone
-        methods = ("tfnas",)
-    count = dict(type=_between(1, 65536), metavar="N")
+    count = dict(type=whole(1, 65536), metavar="N")
     parser = argparse.ArgumentParser(
         prog="latency.py", usage="python latency.py [options]  (--help lists them)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Build the latency table of this device, or compare a table with measurements.",
         epilog="examples:\n  python latency.py --output latency.json\n"
                "  python latency.py --device cuda --size 224 --classes 100 --output gpu.json\n"
-               "  python latency.py --table latency.json --check 20",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+               "  python latency.py --table latency.json --check 20")
     add = parser.add_argument_group("what to do", "without these flags, a table is built").add_argument
     add("--output", default="latency.json", metavar="FILE", help="table to write (default: %(default)s)")
     add("--table", metavar="FILE", help="table to print, check or compare (default: build one)")
@@ -688,21 +639,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", **count, help="images per batch (default: 32 on CUDA, 1 on a CPU)")
     add("--classes", **count, default=10, help="classes of the head (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
-    add("--mode", choices=MODES, default="eager",
-        help="form of the network: eager: as trained; folded: batch norms folded; compile, graph: folded, by "
-             "torch.compile or in a CUDA graph (default: %(default)s)")
+    add("--mode", choices=MODES, default="eager", help="form of the network: as trained; batch norms folded; "
+        "that by torch.compile, or in a CUDA graph (default: %(default)s)")
     add = parser.add_argument_group("space", "the networks that a table is for").add_argument
-    add("--method", choices=tuple(methods), default="tfnas", help="search method (default: %(default)s)")
+    add("--method", choices=("tfnas",) if MISSING else tuple(models.METHODS), default="tfnas",
+        help="search method (default: %(default)s)")
     add("--space", type=int, choices=(4, 6, 8), default=8,
         help="of tfnas: operations per block; a table of 8 serves all (default: %(default)s)")
-    add("--min-width", type=_between(1, 3, float), default=1.25, metavar="X",
+    add("--min-width", type=number(1, 3), default=1.25, metavar="X",
         help="of tfnas: smallest mid channels, in multiples of a block's input (default: %(default)s)")
     add("--network", metavar="NAME", help="of other methods: network, as in search.py (default: the first)")
     add("--width", **count, help="of other methods: base width, channels (default: the network's own)")
     add("--grey", action="store_true", help="of other methods: images of one channel (default: three)")
     add("--rounds", **count, default=3, help="networks that hold each part, at least (default: %(default)s)")
-    add("--seed", type=_between(0, 2**31 - 1), default=0, metavar="N",
-        help="seed of the random networks (default: %(default)s)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the random networks (default: 0)")
     return parser
 
 
@@ -712,10 +662,8 @@ def main(argv: list[str] | None = None) -> None:
     if (args.check or args.arch) and not args.table:
         parser.error("--check and --arch compare with a table: name it with --table FILE.")
     try:
-        import files
-        import models
-        from run import check_device
-
+        if MISSING:
+            raise MISSING
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # forecasts are not JSON
             setting = this_setting(check_device(args.device), size=args.size, num_classes=args.classes,
                                    batch=args.batch, threads=args.threads, dtype=args.dtype, mode=args.mode)
@@ -737,19 +685,14 @@ def main(argv: list[str] | None = None) -> None:
                 text = (f"{args.model}: {time_ms.median_ms:.3f} ms per batch of {setting.batch} at "
                         f"{args.size} px, {args.mode}, on {setting.device}")
             else:
-                spaces = spaces_of(args.method, dict(
-                    operations=args.space, min_width=args.min_width, num_classes=args.classes,
-                    base_width=args.width, channels=1 if args.grey else 3))
-                space = spaces.get(args.network or next(iter(spaces)))
-                if space is None:
-                    raise ValueError(f"There is no --network {args.network}; use one of: {', '.join(spaces)}")
+                space = space_of(args)
                 Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work
                 setting = replace(setting, num_classes=getattr(space, "num_classes", 0))
                 result = build_table(setting, space, args.rounds, args.seed)
                 files.write_json(args.output, result)
                 text = (f"{format_table(Table(result), times=False)}\n{args.output}: "
                         f"{len(result['parts'])} parts, timed in {time.perf_counter() - start:.0f} s")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         parser.error(f"this needs the other files of the project, and {error.name} is not here.")
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))

@@ -5,15 +5,15 @@
     python reproduce.py table-1 table-8 --seeds 0 1 --skip unet dcnet dcnet-seq
     python reproduce.py table-10 --data photos                       # searched networks, on your own folder
 
-Makes a folder in --output-dir for each run and seed, by search.py, train.py and eval.py. Runs that are there
-are not repeated, stopped ones are resumed. Writes NAME.txt, NAME.json and, with matplotlib, NAME.png: our
-numbers, the paper's, and whether its claims hold here. Numbers of tables and figures are those of Markhorst
-2024 and its supplement; --help has those of the thesis. All results are of the test images.
+Runs have folders in --output-dir; those that are there are not repeated, stopped ones are resumed.
+Writes NAME.txt, NAME.json and, with matplotlib, NAME.png: our numbers of the test images, the paper's, and
+whether its claims hold here. Tables and figures are those of Markhorst 2024 and its supplement.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shlex
@@ -21,11 +21,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import nn
 
 import baselines
 import files
@@ -98,9 +95,9 @@ def baseline(name: str) -> Run:
     return Run(f"natural-{name}", "natural", ("--model", name))
 
 
-def retrained(run: Run, model: str) -> Run:
-    """The encoder that `run` has found, trained as another model."""
-    return Run(f"{run.name}-as-{model}", "natural", ("--train-as", model), from_run=run.name)
+def changed(found: str, name: str, *flags: str) -> Run:
+    """The network that the run `found` has found, changed by flags of train.py."""
+    return Run(f"{found}-{name}", "natural", flags, from_run=found)
 
 
 def paper(psnr: float | None = None, ssim: float | None = None, accuracy: float | None = None,
@@ -110,7 +107,7 @@ def paper(psnr: float | None = None, ssim: float | None = None, accuracy: float 
 
 
 def beats(better: str, worse: str, column: str, margin: float = 0.0) -> tuple[str, Callable]:
-    """The claim that one row has more of a column than another has, plus `margin`."""
+    """The claim that one row has more of a column than another, by more than `margin`."""
     text = f"{column} of {better} > {column} of {worse}" + (f" {margin:+g}" if margin else "")
     return text, lambda rows: rows[better][column] > rows[worse][column] + margin
 
@@ -130,21 +127,15 @@ def scales_better(unet: str, narrower: str, other: str) -> tuple[str, Callable]:
             lambda rows: loss(rows, narrower) < loss(rows, other))
 
 
-def of_both_searches(function: Callable, beta: str, column: str) -> Callable:
-    """A function of the numbers of both searches of table 10 with this beta."""
-    return lambda rows: function([rows[f"{beta} beta, search {number}"][column] for number in (1, 2)])
+def of_betas(text: str, column: str, holds: Callable) -> tuple[str, Callable]:
+    """The claim that holds(removed, learned), the numbers of both searches of table 10 with each beta."""
+    return text, lambda rows: holds(*([rows[f"{beta} beta, search {number}"][column] for number in (1, 2)]
+                                      for beta in ("removed", "learned")))
 
 
-MEAN_REMOVED, MEAN_LEARNED = (of_both_searches(statistics.mean, beta, "clean accuracy %")
-                              for beta in ("removed", "learned"))
-GAP_REMOVED, GAP_LEARNED = (of_both_searches(lambda ms: abs(ms[0] - ms[1]), beta, "latency ms")
-                            for beta in ("removed", "learned"))
-SWEEP = ("b4-d4-m2-c2", "b8-d4-m2-c2", "b16-d4-m2-c2", "b32-d4-m2-c2", "b64-d4-m2-c2",
-         *(f"b{b}-d{d}-m2-c2" for b in (8, 16, 32) for d in (2, 3, 5)),
-         *(f"b{b}-d4-m2-c1" for b in (8, 16, 32, 64)), "b8-d4-m1-c2", "b8-d4-m1.5-c2")
 S, M, L = 0.25, 0.5, 0.75  # between the fastest and the slowest network; the papers' ms are of their GPU
 CNAS, DNAS, DCNAS, DCNAS_SEQ = (("--model", name) for name in ("cnas", "dnas", "dcnas", "dcnas-seq"))
-CLEAN, TRAIN_CLEAN = ("--search-images", "clean"), ("--sigma", "0")
+CLEAN, TRAIN_CLEAN, AS_CNAS = ("--search-images", "clean"), ("--sigma", "0"), ("--train-as", "cnas")
 DC_S, DC_M, DC_L = (searched(f"dcnas-{name}", target, *DCNAS) for name, target in zip("sml", (S, M, L)))
 CLEAN_COLUMNS = ("MACs M", "latency ms", "clean accuracy %")
 TABLES = {
@@ -164,7 +155,7 @@ TABLES = {
          ("UNet {64, 5}", baseline("unet-original"), paper(26.6, 0.74, ms=116.5)),
          ("D-NAS S", searched("dnas-s", S, *DNAS), paper(26.0, 0.72, ms=9.45)),
          ("D-NAS M", searched("dnas-m", M, *DNAS), paper(25.6, 0.71, ms=11.6)),
-         ("D-NAS S, four times as wide", Run("dnas-s-wide", "natural", ("--widen", "4"), from_run="dnas-s"),
+         ("D-NAS S, four times as wide", changed("dnas-s", "wide", "--widen", "4"),
           paper(26.5, 0.73, ms=109.8))),
         (beats("D-NAS S", "UNet-S", "PSNR dB"),), ("MACs M", "latency ms", "PSNR dB", "SSIM")),
     "table-3": Table(
@@ -172,9 +163,9 @@ TABLES = {
         (("DC-NAS S", DC_S, paper(25.4, 0.70, 74.3, 10.3)),
          ("DC-NAS M", DC_M, paper(25.4, 0.70, 76.0, 13.7)),
          ("DC-NAS L", DC_L, paper(25.2, 0.70, 76.4, 17.9)),
-         ("C-NAS S alone", retrained(DC_S, "cnas"), paper(accuracy=73.5, ms=5.9)),
-         ("C-NAS M alone", retrained(DC_M, "cnas"), paper(accuracy=75.5, ms=7.9)),
-         ("C-NAS L alone", retrained(DC_L, "cnas"), paper(accuracy=76.0, ms=12.0)),
+         ("C-NAS S alone", changed("dcnas-s", "as-cnas", *AS_CNAS), paper(accuracy=73.5, ms=5.9)),
+         ("C-NAS M alone", changed("dcnas-m", "as-cnas", *AS_CNAS), paper(accuracy=75.5, ms=7.9)),
+         ("C-NAS L alone", changed("dcnas-l", "as-cnas", *AS_CNAS), paper(accuracy=76.0, ms=12.0)),
          ("random search, latency of M", searched("random-m", M, *DCNAS, "--strategy", "random"), {}),
          ("DC-Net S", baseline("dcnet-s"), paper(24.5, 0.68, 61.9, 10.0)),
          ("DC-Net S, tail of DC-NAS", baseline("dcnet-s-tail"), paper(24.6, 0.69, 68.6, 10.5)),
@@ -208,12 +199,11 @@ TABLES = {
          is_close("Integrated", "Sequential", "accuracy %", 1.0))),
     "table-6": Table(
         "Decoders of DC-NAS M (searched on clean images)", "table 5:4",
-        tuple((label, Run(f"dcnas-m-clean-{kind}", "natural", ("--decoder", kind), from_run="dcnas-m-clean"),
-               numbers)
-              for label, kind, numbers in (("convolutions", "conv", paper(25.4, 0.70, 75.7, 13.9)),
-                                           ("MBConv", "mb", paper(25.8, 0.71, 75.5, 27.7)),
-                                           ("MBConv, 1 operation", "mb-1", paper(25.3, 0.70, 75.4, 16.4)),
-                                           ("MBConv, 3 levels", "mb-3level", paper(25.4, 0.70, 75.1, 22.1)))),
+        tuple((label, changed("dcnas-m-clean", kind, "--decoder", kind), paper(*numbers))
+              for label, kind, *numbers in (("convolutions", "conv", 25.4, 0.70, 75.7, 13.9),
+                                            ("MBConv", "mb", 25.8, 0.71, 75.5, 27.7),
+                                            ("MBConv, 1 operation", "mb-1", 25.3, 0.70, 75.4, 16.4),
+                                            ("MBConv, 3 levels", "mb-3level", 25.4, 0.70, 75.1, 22.1))),
         (beats("MBConv", "convolutions", "PSNR dB"), beats("MBConv", "convolutions", "latency ms"))),
     "table-7": Table(
         "Classifiers of the controlled study", "table 1 and 6",
@@ -243,10 +233,11 @@ TABLES = {
               for label, depth, numbers in (("removed", "fixed", ((86.2, 5.85), (86.4, 5.81))),
                                             ("learned", "learned", ((84.9, 5.04), (83.5, 4.47))))
               for number, (accuracy, ms) in enumerate(numbers, 1)),
-        (("removed beta classifies better than learned (means)",
-          lambda rows: MEAN_REMOVED(rows) > MEAN_LEARNED(rows)),
-         ("the two searches agree better with removed beta (latency)",
-          lambda rows: GAP_REMOVED(rows) < GAP_LEARNED(rows))), CLEAN_COLUMNS),
+        (of_betas("removed beta classifies better than learned (means)", "clean accuracy %",
+                  lambda removed, learned: sum(removed) > sum(learned)),
+         of_betas("the two searches agree better with removed beta (latency)", "latency ms",
+                  lambda removed, learned: abs(removed[0] - removed[1]) < abs(learned[0] - learned[1]))),
+        CLEAN_COLUMNS),
     "figure-5": Table(
         "Accuracy on clean images by size of the search space, at three latencies", "figure 6",
         tuple((f"{space} operations, {name}",
@@ -266,7 +257,10 @@ TABLES = {
          beats("C-NAS M", "ResNet-18", "clean accuracy %")), CLEAN_COLUMNS),
     "figure-9": Table(
         "UNet: width b, depth d, multiplier m and convolutions c", "figure 3",
-        tuple((f"unet-{name}", study(f"unet-{name}", "sweep"), {}) for name in SWEEP),
+        tuple((f"unet-{name}", study(f"unet-{name}", "sweep"), {}) for name in (
+            "b4-d4-m2-c2", "b8-d4-m2-c2", "b16-d4-m2-c2", "b32-d4-m2-c2", "b64-d4-m2-c2",
+            *(f"b{b}-d{d}-m2-c2" for b in (8, 16, 32) for d in (2, 3, 5)),
+            *(f"b{b}-d4-m2-c1" for b in (8, 16, 32, 64)), "b8-d4-m1-c2", "b8-d4-m1.5-c2")),
         (scales_better("unet-b8-d4-m2-c2", "unet-b8-d4-m1.5-c2", "unet-b8-d4-m2-c1"),
          scales_better("unet-b8-d4-m2-c2", "unet-b8-d4-m1.5-c2", "unet-b8-d3-m2-c2"),
          scales_better("unet-b16-d4-m2-c2", "unet-b8-d4-m2-c2", "unet-b16-d4-m2-c1"),
@@ -289,24 +283,18 @@ def run_script(line: list[str]) -> int:
         raise
 
 
-@dataclass
 class Runner:
-    """Makes the runs in `folder`, at a scale; `data`: folder of the natural images."""
+    """Makes the runs of tables, by the flags of this command."""
 
-    folder: Path
-    scale: str
-    data: str | None
-    data_root: str
-    digits: bool
-    threads: int | None
-    device: str
-    costs: dict = field(default_factory=dict)
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.scale = args, SCALES[args.scale]
+        self.folder = Path(args.output_dir) / args.scale
 
     def command(self, script: str, *flags: str) -> None:
         """Run a script of this project; RuntimeError names the command where it fails."""
-        line = [*flags, "--device", self.device]
-        if self.threads and script != "latency.py":  # a table has one thread on a CPU
-            line += ["--threads", str(self.threads)]
+        line = [*flags, "--device", self.args.device]
+        if self.args.threads and script != "latency.py":  # a table has one thread on a CPU
+            line += ["--threads", str(self.args.threads)]
         text = shlex.join(["python", script, *line])
         print(f"$ {text}", flush=True)
         if run_script([sys.executable, str(HERE / script), *line]):
@@ -314,15 +302,15 @@ class Runner:
                                f"kept: {text}")
 
     def data_flags(self, kind: str) -> list[str]:
-        if kind == "natural" and self.data is None:
+        if kind == "natural" and self.args.data is None:
             raise ValueError("This table needs natural images: give --data FOLDER with a folder per class.")
-        source = "digit-pairs" if self.digits else "mnist-pairs"
-        where = [self.data] if kind == "natural" else [source, "--data-root", self.data_root]
-        return ["--data", *where, *SCALES[self.scale][kind]]
+        source = "digit-pairs" if self.args.digits else "mnist-pairs"
+        where = [self.args.data] if kind == "natural" else [source, "--data-root", self.args.data_root]
+        return ["--data", *where, *self.scale[kind]]
 
     def held_out(self, kind: str, flag: str) -> list[str]:
         """The flag that limits the images of a split at this scale, if there is a limit."""
-        count = HELD_OUT[self.scale].get(kind)
+        count = HELD_OUT[self.args.scale].get(kind)
         return [flag, str(count)] if count else []
 
     def source(self, kind: str) -> Path:
@@ -331,10 +319,10 @@ class Runner:
 
     def table(self, classes: int) -> latency.Table:
         """The latency table for the natural images' size, made where it is missing."""
-        path, flags = self.source("natural") / "latency.json", SCALES[self.scale]["natural"]
+        path = self.source("natural") / "latency.json"
         if not path.exists():
-            self.command("latency.py", "--size", flags[flags.index("--size") + 1], "--classes", str(classes),
-                         "--output", str(path), *(("--rounds", "1") if self.scale == "tiny" else ()))
+            self.command("latency.py", *self.scale["natural"][:2], "--classes", str(classes), "--output",
+                         str(path), *(("--rounds", "1") if self.args.scale == "tiny" else ()))
         return latency.load_table(path)
 
     def target_ms(self, run: Run) -> float:
@@ -342,14 +330,13 @@ class Runner:
 
         So all searches of a model have the same targets; a share of 0 is brought just within reach.
         """
-        data = load_data(self.data, size=8, train_images=1, val_images=1, test_images=1)
+        data = load_data(self.args.data, size=8, train_images=1, val_images=1, test_images=1)
         classes, own = len(data.classes or []), dict(zip(run.search[::2], run.search[1::2]))
         table = self.table(classes)
 
         def cost_range(**how) -> tuple[float, float]:
-            space = tfnas.Space(num_classes=classes, model=own["--model"], **how)
-            supernet = tfnas.SuperNet(space)
-            costs = search.costs_of_table(table, supernet, space)
+            supernet = tfnas.SuperNet(tfnas.Space(num_classes=classes, model=own["--model"], **how))
+            costs = search.costs_of_table(table, supernet, supernet.plan)
             return supernet.cost_range(costs.parts, costs.rest)
 
         low, high = cost_range()
@@ -361,7 +348,7 @@ class Runner:
         source = self.source("natural")
         folder = source / run.name / f"seed-{seed}" / "search"
         if not (folder / "arch.json").exists():
-            flags = [*self.data_flags("natural"), *SCALES[self.scale]["search"], "--target",
+            flags = [*self.data_flags("natural"), *self.scale["search"], "--target",
                      f"{self.target_ms(run):.3f}", "--table", str(source / "latency.json"),
                      "--output-dir", str(folder), *run.search]
             flags += [] if "--seed" in run.search else ["--seed", str(seed)]
@@ -376,7 +363,7 @@ class Runner:
         if not metrics.exists():
             flags = [*run.train, *self.data_flags(run.kind), *self.held_out(run.kind, "--val-images"),
                      "--seed", str(seed), "--output-dir", str(trained)]
-            flags += SCALES[self.scale]["train"] if run.kind == "natural" else ()
+            flags += self.scale["train"] if run.kind == "natural" else ()
             if run.search or run.from_run:
                 origin = run if run.search else ALL_RUNS[run.from_run]
                 flags += ["--arch", str(self.find_record(origin, seed))]
@@ -385,37 +372,26 @@ class Runner:
             self.command("eval.py", "--checkpoint", str(trained / "best.pt"), "--output-dir",
                          str(metrics.parent), *self.held_out(run.kind, "--test-images"), "--no-latency")
         # Latencies are measured when the table is made, one after the other: the runs may be days apart.
-        cost = self.found_cost(trained / "best.pt") if run.kind == "natural" else self.study_cost(run.name)
+        cost = (found_cost(trained / "best.pt", self.args.device) if run.kind == "natural"
+                else study_cost(run.name, self.args.device))
         return read_numbers(json.loads(metrics.read_text())) | cost
 
-    def found_cost(self, checkpoint: Path) -> dict:
-        """The latency of a trained network at the size that it was trained for."""
-        network, content = files.load_checkpoint(checkpoint, self.device)
-        classes = len(content["classes"] or [])
-        setting = latency.this_setting(self.device, size=content["size"], num_classes=classes)
-        return {"latency ms": latency.measure_network(network, setting).median_ms}
 
-    def study_cost(self, name: str) -> dict:
-        """FLOPs and latency of a network of the controlled study, of one digit, as the paper counts them."""
-        if name not in self.costs:
-            named = models.find_named(name)
-            network = OneDigit(named.build(10))
-            setting = latency.this_setting(self.device, size=named.size, num_classes=10, batch=1)
-            self.costs[name] = {"MACs M": baselines.paper_flops(network.network, named.size) / 1e6,
-                                "latency ms": latency.measure_network(network, setting).median_ms}
-        return self.costs[name]
+def found_cost(checkpoint: Path, device: str) -> dict:
+    """The latency of a trained network at the size that it was trained for."""
+    network, content = files.load_checkpoint(checkpoint, device)
+    setting = latency.this_setting(device, size=content["size"], num_classes=len(content["classes"] or []))
+    return {"latency ms": latency.measure_network(network, setting).median_ms}
 
 
-class OneDigit(nn.Module):
-    """A network of the controlled study that looks at one digit of the scene, for its latency."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.register_buffer("box", torch.tensor([[[0, 0, models.DIGIT, models.DIGIT]]]), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> models.Output:
-        return models.apply_network(self.network, x, self.box if x.shape[-1] > models.DIGIT else None)
+@functools.cache
+def study_cost(name: str, device: str) -> dict:
+    """FLOPs and latency of a network of the controlled study, of one digit, as the paper counts them."""
+    named = models.find_named(name)
+    network = baselines.OneDigit(named.build(10))
+    setting = latency.this_setting(device, size=named.size, num_classes=10, batch=1)
+    return {"MACs M": baselines.paper_flops(network.network, named.size) / 1e6,
+            "latency ms": latency.measure_network(network, setting).median_ms}
 
 
 # --- Tables from numbers -----------------------------------------------------------------------------------
@@ -424,9 +400,8 @@ def read_numbers(metrics: dict) -> dict:
     """The columns of a table from metrics.json; None for what the network does not do."""
     means, levels = metrics["means"]["all_levels"], {row["sigma"]: row for row in metrics["levels"]}
     accuracy, clean = means["accuracy"], levels.get(0.0, {}).get("accuracy")
-    values = {"MACs M": metrics["network"]["macs"] / 1e6, "parameters": metrics["network"]["parameters"],
-              "PSNR dB": means["psnr_db"], "SSIM": means["ssim"], "accuracy %": accuracy and 100 * accuracy,
-              "clean accuracy %": clean and 100 * clean}
+    values = {"MACs M": metrics["network"]["macs"] / 1e6, "PSNR dB": means["psnr_db"], "SSIM": means["ssim"],
+              "accuracy %": accuracy and 100 * accuracy, "clean accuracy %": clean and 100 * clean}
     return values | {f"PSNR at {sigma:g}": row["psnr_db"] for sigma, row in levels.items()}
 
 
@@ -449,39 +424,34 @@ def summarise(columns: tuple[str, ...], rows: list[tuple[str, list[dict] | None,
     return "\n".join(lines), records
 
 
-def judge_claims(claims: tuple, rows: list[tuple[str, list[dict] | None, dict]]) -> list[dict]:
+def judge_claims(claims: tuple, records: list[dict]) -> list[dict]:
     """Each claim with "holds", "does not hold" or "not run", and for how many of the seeds it holds."""
-    results, made = [], {label: values for label, values, _ in rows if values}
+    made, results = [record for record in records if record["seeds"]], []
+
+    def hold(claim: Callable, number: Callable) -> bool:
+        return claim({row["label"]: {column: number(cell) for column, cell in row["ours"].items()}
+                      for row in made})
+
     for text, claim in claims:
-        verdicts = []
         try:
-            verdict = "holds" if claim({label: mean_of(v) for label, v in made.items()}) else "does not hold"
-            verdicts = [bool(claim({label: values[n] for label, values in made.items()}))
-                        for n in range(min(map(len, made.values())))]
-        except (KeyError, TypeError):  # a row that was not run, or cannot do what is claimed
-            verdict = "not run"
-        results.append({"claim": text, "verdict": verdict, "seeds_for": sum(verdicts),
-                        "seeds": len(verdicts)})
+            verdict = "holds" if hold(claim, lambda cell: cell["mean"]) else "does not hold"
+            seeds = [hold(claim, lambda cell: cell["values"][n])
+                     for n in range(min(record["seeds"] for record in made))]
+        except KeyError:  # a row that was not run, or cannot do what is claimed
+            verdict, seeds = "not run", []
+        results.append({"claim": text, "verdict": verdict, "seeds_for": sum(seeds), "seeds": len(seeds)})
     return results
-
-
-def mean_of(values: list[dict]) -> dict:
-    """The mean over seeds of each number that all of them have."""
-    keys = [key for key in values[0] if all(value.get(key) is not None for value in values)]
-    return {key: statistics.mean(value[key] for value in values) for key in keys}
 
 
 def plot(path: Path, title: str, columns: tuple[str, ...], records: list[dict]) -> bool:
     """Draw the quality columns of all rows over their MACs; False without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     qualities = [column for column in columns if column not in ("MACs M", "latency ms", "SSIM")]
-    figure, axes = pyplot.subplots(1, len(qualities), figsize=(6.5 * len(qualities), 5), squeeze=False)
+    figure = Figure(figsize=(6.5 * len(qualities), 5), layout="tight")
+    axes = figure.subplots(1, len(qualities), squeeze=False)
     for axis, quality in zip(axes[0], qualities):
         for record in records:
             if "MACs M" in record["ours"] and quality in record["ours"]:
@@ -491,9 +461,7 @@ def plot(path: Path, title: str, columns: tuple[str, ...], records: list[dict]) 
                               textcoords="offset points")
         axis.set(xscale="log", xlabel="MACs, millions", ylabel=quality)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
-    pyplot.close(figure)
     return True
 
 
@@ -507,19 +475,19 @@ def operations_table() -> str:
     return "\n".join(lines)
 
 
-def make_table(name: str, runner: Runner, seeds: list[int], skip: list[str]) -> None:
+def make_table(name: str, args: argparse.Namespace) -> None:
     """Make the runs of a table and its files; print it."""
-    table = TABLES[name]
-    rows = [(label, None if run.name in skip else [runner.measure(run, seed) for seed in seeds], published)
-            for label, run, published in table.rows]
+    table, runner = TABLES[name], Runner(args)
+    rows = [(label, None if run.name in args.skip else [runner.measure(run, seed) for seed in args.seeds],
+             published) for label, run, published in table.rows]
     text, records = summarise(table.columns, rows) if rows else (operations_table(), [])
-    claims, scale = judge_claims(table.claims, rows), runner.scale
-    title, made = f"{name} (thesis: {table.thesis}): {table.title}", files.provenance(
-        latency.device_name(runner.device))
+    claims, made = judge_claims(table.claims, records), files.provenance(latency.device_name(args.device))
     sources = sorted({runner.source(run.kind).name for _, run, _ in table.rows})
-    about = [*sources, f"scale {scale}" + (", scaled down from the paper's" if scale != "full" else ""),
-             f"seeds {', '.join(map(str, seeds))}, ± half the range over them", made["device"]]
-    lines = [title, f"{'; '.join(about)}, torch {made['torch']}, {made['date'][:10]}", "", text, ""]
+    about = [*sources, f"scale {args.scale}" + ", scaled down from the paper's" * (args.scale != "full"),
+             f"seeds {', '.join(map(str, args.seeds))}, ± half the range over them",
+             f"{made['device']}, torch {made['torch']}, {made['date'][:10]}"]
+    title = f"{name} (thesis: {table.thesis}): {table.title}"
+    lines = [title, "; ".join(about), "", text, ""]
     lines += [f"{claim['verdict']:>14}: {claim['claim']}"
               + (f" ({claim['seeds_for']} of {claim['seeds']} seeds)" if claim["seeds"] else "")
               for claim in claims]
@@ -527,8 +495,8 @@ def make_table(name: str, runner: Runner, seeds: list[int], skip: list[str]) -> 
     files.write_file(path, lambda temporary: temporary.write_text(content))
     files.write_json(path.with_suffix(".json"), {
         "format": FORMAT, "version": VERSION, "made": made, "table": name, "title": table.title,
-        "scale": scale, "flags": SCALES[scale], "held_out": HELD_OUT[scale], "data": sources, "seeds": seeds,
-        "rows": records, "claims": claims})
+        "scale": args.scale, "flags": runner.scale, "held_out": HELD_OUT[args.scale], "data": sources,
+        "seeds": args.seeds, "rows": records, "claims": claims})
     drawn = bool(records) and plot(path.with_suffix(".png"), title, table.columns, records)
     print(f"\n{content}\nwrote {path}, {path.with_suffix('.json')}"
           + (f", {path.with_suffix('.png')}" if drawn else ""))
@@ -571,12 +539,10 @@ def main(argv: list[str] | None = None) -> None:
     if not args.names:
         parser.print_help()
         return
-    runner = Runner(Path(args.output_dir) / args.scale, args.scale, args.data, args.data_root, args.digits,
-                    args.threads, args.device)
     try:
         check_device(args.device)
         for name in args.names:
-            make_table(name, runner, args.seeds, args.skip)
+            make_table(name, args)
     except ValueError as error:
         parser.error(str(error))
     except (RuntimeError, OSError) as error:

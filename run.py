@@ -159,20 +159,18 @@ def format_duration(seconds: float) -> str:
 
 
 class Forecast:
-    """Says once how long a step takes in all, after 10 s and three parts of its work, or after 20 s.
+    """Says once how long `total` work in any unit takes, after 10 s and three parts of it, or after 20 s.
 
-    total: the work in any unit (batches, pixels). clock: gives seconds. The first part is often slower: where
-    there are more, it does not count in the estimate.
+    The first part is often slower: where there are more, it does not count in the estimate.
     """
 
-    def __init__(self, what: str, total: float, clock=None):
-        self.what, self.total, self.clock = what, total, clock or time.monotonic
-        self.start = self.latest = self.clock()
+    def __init__(self, what: str, total: float):
+        self.what, self.total, self.start = what, total, time.monotonic()
         self.work, self.parts, self.said = 0.0, 0, False
 
     def done(self, work: float = 1.0) -> None:
         """Count a part of the work as done."""
-        self.latest, self.work, self.parts = self.clock(), self.work + work, self.parts + 1
+        self.latest, self.work, self.parts = time.monotonic(), self.work + work, self.parts + 1
         if self.parts == 1:
             self.first_end, self.first_work = self.latest, work
         passed = self.latest - self.start
@@ -188,21 +186,21 @@ class Forecast:
         return rest * (self.latest - since) / work if work > 0 else 0.0
 
 
-def track(iterable, what: str, total: int, first: int = 0, unit: str = "it", work: list[float] | None = None,
-          leave: bool = False, forecast: Forecast | None = None) -> tqdm:
-    """Iterate with a progress bar (on a terminal, first process) and a forecast of all.
+def track(iterable, what: str, total: int, first: int = 0, unit: str = "it", work: float = 1.0,
+          forecast: Forecast | None = None) -> tqdm:
+    """Iterate with a progress bar (on a terminal, first process) and a forecast.
 
-    total: of the items, of which the `first` ones do not come. work: of each item that comes, where they
-    differ. forecast: one that goes on over several loops.
+    Of the `total` items the `first` ones do not come. forecast: one that goes on over several loops, whose
+    items take `work` each.
     """
-    forecast = forecast or Forecast(what, sum(work) if work else total - first)
+    forecast = forecast or Forecast(what, total - first)
 
     def items():
-        for place, item in enumerate(iterable):
+        for item in iterable:
             yield item
-            forecast.done(work[place] if work else 1.0)
+            forecast.done(work)
 
-    return tqdm(items(), what, total, initial=first, leave=leave, unit=unit,
+    return tqdm(items(), what, total, initial=first, leave=False, unit=unit,
                 disable=True if rank_and_world()[0] else None)
 
 
@@ -234,8 +232,8 @@ class Sums:
         return result
 
     def means(self) -> dict[str, float]:
-        """The mean of each value over all processes."""
-        return {name: total / count for name, (total, count) in self.gather().items()}
+        """The mean of each value over all processes, None of nothing."""
+        return {name: total / count if count else None for name, (total, count) in self.gather().items()}
 
 
 # --- Steps -------------------------------------------------------------------------------------------------
@@ -298,10 +296,10 @@ class Guard:
             tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
             flat = torch.cat([*(tensor.flatten() for tensor in tensors), loss.new_tensor(flags)])
             distributed.all_reduce(flat)
-            flags, start = flat[-len(flags):].tolist(), 0
-            for tensor in tensors:
-                tensor.copy_(flat[start:start + tensor.numel()].view(tensor.shape) / world)
-                start += tensor.numel()
+            *sums, last = flat.split([*(tensor.numel() for tensor in tensors), len(flags)])
+            flags = last.tolist()
+            for tensor, total in zip(tensors, sums):
+                tensor.copy_(total.view(tensor.shape) / world)
         bad, self.stop, self.due = (flag > 0 for flag in flags)
         return not bad
 
@@ -392,9 +390,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
 def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
     """The flags that the command line gives, by name, without defaults."""
     unset = object()
-    names = [action.dest for action in parser._actions]
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
-    return {name: values[name] for name in names if values[name] is not unset}
+    empty = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    return {name: value for name, value in vars(parser.parse_args(argv, empty)).items() if value is not unset}
 
 
 def resolve(parser: argparse.ArgumentParser, argv: list[str] | None, *layers: dict) -> argparse.Namespace:

@@ -139,15 +139,12 @@ class Alternating:
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
         self.scalers = [torch.amp.GradScaler(device.type, enabled=amp == "float16") for _ in range(2)]
 
-    def is_warm_up(self, epoch: int) -> bool:
-        return epoch < self.warmup_epochs
-
     def work(self, epoch: int) -> float:
         """How long an epoch takes beside one of the weights alone, for the forecast."""
-        return 1.0 if self.together or self.is_warm_up(epoch) else 2.0
+        return 1.0 if self.together or epoch < self.warmup_epochs else 2.0
 
     def begin_epoch(self, epoch: int, first_step: int) -> None:
-        self.epoch, self.warm = epoch, self.is_warm_up(epoch)
+        self.epoch, self.warm = epoch, epoch < self.warmup_epochs
         self.supernet.train()
         if self.temperature is not None:
             self.supernet.set_temperature(self.temperature(epoch))
@@ -310,7 +307,7 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
             schedule.begin_epoch(epoch, first)
             held_out = HeldOut(arch_batches, epoch, schedule.held_out_before(first))
             progress = run.track(weight_batches.epoch(epoch, first), f"search {epoch + 1}/{epochs}", steps,
-                                 first, "step", work=[work[epoch]] * steps, forecast=forecast)
+                                 first, "step", work=work[epoch], forecast=forecast)
             for step, batch in enumerate(progress, first):
                 losses = schedule.step(batch, step, held_out, f"epoch {epoch + 1}, step {step + 1}")
                 for name, value in losses.items():
@@ -506,11 +503,11 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
             validate=lambda network: validate(network, val_loader, loss="den", device=device, noise=noise,
                                               amp=flags["amp"], denoising=flags["denoising_loss"]))
     goal = "" if costs.target is None else f" within {costs.target:g} {costs.unit}"
-    warm = sum(map(schedule.is_warm_up, range(flags["epochs"])))
     run.say(f"Searching {flags['model']}{goal} on {data.name}: {len(parts[0]):,} images for the weights, "
             f"{len(parts[1]):,} for the architecture{'' if share < 1 else ' (the same)'}; "
-            f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which {warm} train the "
-            f"weights only.\n{schedule.EXPLANATION}")
+            f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which "
+            f"{min(schedule.warmup_epochs, flags['epochs'])} train the weights only.\n"
+            f"{schedule.EXPLANATION}")
     if job.state is not None and rank == 0:  # the best supernet so far, into the new folder
         before = Path(flags["resume"]) if Path(flags["resume"]).is_dir() else Path(flags["resume"]).parent
         kept = before / "supernet.pt"

@@ -7,10 +7,9 @@
     ...                                                   # train as usual; every step samples another slice
     plain = layer.distill(same_width=True)                # an nn.Conv2d with the likeliest slice
 
-Only the largest kernel is trained; smaller ones are slices of it: its centre, and some of its filters. The
-distribution over slices is trained with the weights, by Gumbel softmax and relaxed Bernoulli samples. Source:
-Mozejko et al. 2020, Superkernel Neural Architecture Search for Image Denoising; numbers in docstrings are its
-sections, equations and tables. `training` says how we train, and where that departs from the paper.
+Only the largest kernel is trained; smaller ones are slices of it: its centre, and some of its filters.
+Source: Mozejko et al. 2020, Superkernel Neural Architecture Search for Image Denoising; numbers in docstrings
+are its sections, equations and tables.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product, starmap
 from typing import NamedTuple
 
 import torch
@@ -82,10 +82,9 @@ class Structure(nn.Module):
 
     def options(self, present: Slice) -> list[tuple[Slice, float]]:
         """The slices that are one exchange away from `present`, and the log probability that each loses."""
-        log_p = self.probabilities().detach().double().clamp(min=1e-300).log()
-        here = log_p[self.kernel_sizes.index(present.kernel_size), self.filters.index(present.filters)]
-        return [(Slice(size, count), float(here - log_p[k, f]))
-                for k, size in enumerate(self.kernel_sizes) for f, count in enumerate(self.filters)]
+        values = self.probabilities().detach().double().clamp(min=1e-300).log().flatten().tolist()
+        log_p = dict(zip(starmap(Slice, product(self.kernel_sizes, self.filters)), values))
+        return [(chosen, log_p[present] - value) for chosen, value in log_p.items()]
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -125,8 +124,8 @@ class Factorized(Structure):
         self.theta_filters = nn.Parameter(torch.zeros(len(filters)))
 
     def weights(self, temperature):
-        kernels, counts = sample(self.theta_kernel, temperature), sample(self.theta_filters, temperature)
-        return kernels[:, None] * (counts @ self.first)
+        kernels = sample(self.theta_kernel, temperature)
+        return kernels[:, None] * (sample(self.theta_filters, temperature) @ self.first)
 
     def probabilities(self):
         return self.theta_kernel.softmax(0)[:, None] * self.theta_filters.softmax(0)
@@ -140,12 +139,11 @@ class Factorized(Structure):
         self.theta_filters.zero_()[self.filters.index(len(kept))] = logit
 
 
-class Filterwise(Structure):
+class Filterwise(Factorized):
     """A softmax over kernel sizes, and each filter kept or not by a Bernoulli of its own (4.3)."""
 
     def __init__(self, kernel_sizes, filters):
         super().__init__(kernel_sizes, filters)
-        self.theta_kernel = nn.Parameter(torch.zeros(len(kernel_sizes)))
         self.theta_filters = nn.Parameter(torch.zeros(filters[-1]))
 
     def filter_logits(self) -> Tensor:
@@ -158,8 +156,8 @@ class Filterwise(Structure):
     def ranking(self) -> list[int]:
         """The filters of the likeliest slice, then the others, by probability; of equal ones the last."""
         logits = self.filter_logits().detach()
-        keys = list(zip(sample_each(logits, None).tolist(), logits.tolist(), range(len(logits))))
-        return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+        ranks = zip(sample_each(logits, None).tolist(), logits.tolist(), range(len(logits)))
+        return [number for _, _, number in sorted(ranks, reverse=True)]
 
     def kept(self, count):
         return sorted(self.ranking()[:count])
@@ -178,12 +176,10 @@ class Filterwise(Structure):
 
     def options(self, present):
         size, count = present
-        log_p = self.theta_kernel.detach().double().log_softmax(0)
-        here = log_p[self.kernel_sizes.index(size)]
-        result = [(Slice(other, count), float(here - p)) for other, p in zip(self.kernel_sizes, log_p)]
+        log_p = dict(zip(self.kernel_sizes, self.theta_kernel.detach().double().log_softmax(0).tolist()))
+        result = [(Slice(other, count), log_p[size] - value) for other, value in log_p.items()]
         if count > 1:
-            weakest = self.ranking()[count - 1]
-            result.append((Slice(size, count - 1), self.filter_logits()[weakest].item()))
+            result.append((Slice(size, count - 1), self.filter_logits()[self.ranking()[count - 1]].item()))
         return result
 
     @torch.no_grad()
@@ -232,15 +228,11 @@ def interpolate(value: Tensor, grid: Tensor) -> Tensor:
 class SuperConv2d(nn.Module):
     """A convolution that samples another slice in every step: (B, in, H, W) -> (B, filters[-1], H', W').
 
-    `kernel_sizes` are odd and ascending, `filters` ascending. `activation` follows; it must leave zero at
-    zero. `form` "full": one convolution with the kernel times the averaged mask (eq. 4, right side);
-    "separate": one for each kernel size, averaged behind the activation (eq. 5, left side; without an
-    activation both are the same). In eval mode, or at `temperature` None, the likeliest slice; filters that
-    are not kept are zero.
-
-    The bias of a filter is scaled by how much of the filter is sampled. (The paper averages the kernel's
-    mask, 4.5.4, which would leave a 3x3 slice of a 5x5 kernel 9/25 of its bias: a one-hot sample would not be
-    the slice.)
+    `activation` follows; it must leave zero at zero. `form` "full": one convolution with the kernel times the
+    averaged mask (eq. 4, right side); "separate": one for each kernel size, averaged behind the activation
+    (eq. 5, left side). In eval mode, or at `temperature` None, the likeliest slice; filters that are not kept
+    are zero. The bias is scaled by how much of its filter is sampled. (By 4.5.4 a 3x3 slice of a 5x5 kernel
+    would keep 9/25 of it, and a one-hot sample would not be the slice.)
     """
 
     def __init__(self, in_channels: int, kernel_sizes: tuple, filters: tuple, structure: str = "joint",
@@ -268,8 +260,8 @@ class SuperConv2d(nn.Module):
     def from_conv(cls, conv: nn.Conv2d, kernel_sizes: tuple, filters: tuple | None = None, **how):
         """A superkernel in place of a convolution, with its weights; ValueError where it cannot replace it.
 
-        The largest kernel size and number of filters must be those of `conv` (default: only the kernel size
-        is searched). `how`: structure, form, activation.
+        The largest kernel size and number of filters are those of `conv` (default: only the kernel size is
+        searched). `how`: structure, form, activation.
         """
         size, filters = kernel_sizes[-1], filters or (conv.out_channels,)
         if (conv.kernel_size != (size, size) or filters[-1] != conv.out_channels or conv.groups != 1
@@ -313,7 +305,7 @@ class SuperConv2d(nn.Module):
 def centre(weight: Tensor, size: int) -> Tensor:
     """The middle `size` x `size` of kernels (out, in, k, k)."""
     edge = (weight.shape[-1] - size) // 2
-    return weight[..., edge:weight.shape[-1] - edge, edge:weight.shape[-1] - edge]
+    return weight[..., edge:edge + size, edge:edge + size]
 
 
 # --- The spaces, their designs, and what these cost ---------------------------------------------------------
@@ -430,45 +422,42 @@ class Space:
                    if replace(preset, base_width=self.base_width, channels=self.channels) == self]
         return f"--method superkernel{''.join(network)}" + " --grey" * (self.channels == 1)
 
+    def block_parts(self, level: int) -> tuple[list[Part], ...]:
+        """The possible parts of a block's three layers, ordered by kernel size and numbers of filters."""
+        sizes, counts, width = self.rules.kernel_sizes, self.counts_at(level), self.channels_at(level)
+        return ([Part(level, 1, size, width, a) for size, a in product(sizes, counts)],
+                [Part(level, 2, size, width + a, b) for size, a, b in product(sizes, counts, counts)],
+                [Part(level, 3, 3, width + a + b, width) for a, b in product(counts, counts)])
+
     def possible_parts(self) -> set[Part]:
         """Every part that costs are interpolated between."""
-        parts = set()
-        for level in set(self.block_levels()):
-            channels, counts = self.channels_at(level), self.counts_at(level)
-            for a in counts:
-                parts |= {Part(level, 1, size, channels, a) for size in self.rules.kernel_sizes}
-                for size in self.rules.kernel_sizes:
-                    parts |= {Part(level, 2, size, channels + a, b) for b in counts}
-                parts |= {Part(level, 3, 3, channels + a + b, channels) for b in counts}
-        return parts
+        return set().union(*(parts for level in self.block_levels() for parts in self.block_parts(level)))
 
     def parts(self, network: ResidualUNet) -> list[tuple[Part, nn.Module]]:
         """The convolutions in the blocks of a design's network."""
         parts = []
-        for block, level, slices in zip(network.blocks(), self.block_levels(), network.design.blocks):
-            channels = self.channels_at(level)
-            for number, ((size, count), module) in enumerate(zip(slices, block.layers), 1):
-                parts.append((Part(level, number, size, channels, count), module))
-                channels += count
-            parts.append((Part(level, 3, 3, channels, self.channels_at(level)), block.output))
+        for level, block in zip(self.block_levels(), network.blocks()):
+            for number, module in enumerate((*block.layers, block.output), 1):
+                conv = module[0]
+                part = Part(level, number, conv.kernel_size[0], conv.in_channels, conv.out_channels)
+                parts.append((part, module))
         return parts
 
     def carriers(self, rng: random.Random, rounds: int) -> list[Design]:
         """Designs that together hold every part `rounds` times or more."""
-        sizes, levels, decks = self.rules.kernel_sizes, self.block_levels(), {}
+        sizes, levels, decks, left = self.rules.kernel_sizes, self.block_levels(), {}, {}
+        for level in levels:
+            # Every second layer with every number of filters before it; the first's kernel sizes in turn.
+            counts = list(enumerate(self.counts_at(level)))
+            decks[level] = [(Slice(sizes[(i + j + k) % len(sizes)], a), Slice(size, b))
+                            for (i, a), (j, b), (k, size) in product(counts, counts, enumerate(sizes))]
 
         def deal(level: int) -> tuple[Slice, Slice]:
-            if not decks.get(level):
-                # Every second layer with every number of filters before it; the first's kernel sizes in turn.
-                counts = list(enumerate(self.counts_at(level)))
-                deck = [(Slice(sizes[(i + j + k) % len(sizes)], a), Slice(size, b))
-                        for i, a in counts for j, b in counts for k, size in enumerate(sizes)]
-                decks[level] = rng.sample(deck, len(deck))
-            return decks[level].pop()
+            left[level] = left.get(level) or rng.sample(decks[level], len(decks[level]))
+            return left[level].pop()
 
-        pairs = {level: len(self.counts_at(level)) ** 2 * len(sizes) for level in levels}
-        needed = max(math.ceil(rounds * count / levels.count(level)) for level, count in pairs.items())
-        return [Design(self, tuple(deal(level) for level in levels)) for _ in range(needed)]
+        needed = max(math.ceil(rounds * len(deck) / levels.count(level)) for level, deck in decks.items())
+        return [Design(self, tuple(map(deal, levels))) for _ in range(needed)]
 
     def cost(self, design: Design, costs: dict[Part, float], rest: float) -> float:
         """The cost of a design, interpolated between those of possible_parts; KeyError where one lacks."""
@@ -493,12 +482,12 @@ class Design:
         """From a record; ValueError in one sentence when something in it is wrong."""
         try:
             space = Space.from_identity(record)
-            if [block["level"] for block in record["blocks"]] != space.block_levels():
-                raise ValueError(f"its blocks must be at the levels {space.block_levels()}")
-            layers = [block["layers"] for block in record["blocks"]]
-            blocks = tuple(tuple(Slice(**layer) for layer in pair) for pair in layers)
-            for level, slices in zip(space.block_levels(), blocks):
-                sizes, most = space.rules.kernel_sizes, space.filters_at(level)[-1]
+            levels, sizes = space.block_levels(), space.rules.kernel_sizes
+            if [block["level"] for block in record["blocks"]] != levels:
+                raise ValueError(f"its blocks must be at the levels {levels}")
+            blocks = tuple(tuple(Slice(**layer) for layer in block["layers"]) for block in record["blocks"])
+            for level, slices in zip(levels, blocks):
+                most = space.filters_at(level)[-1]
                 if len(slices) != 2 or not all(type(size) is type(count) is int and size in sizes
                                                and 1 <= count <= most for size, count in slices):
                     raise ValueError(f"a block at level {level} has two layers, kernels of {sizes} and 1 to "
@@ -518,16 +507,11 @@ class BlockCosts:
     """The costs of the three convolutions of a block, as arrays over kernel sizes and numbers of filters."""
 
     def __init__(self, space: Space, level: int, costs: dict[Part, float]):
-        channels, sizes, counts = space.channels_at(level), space.rules.kernel_sizes, space.counts_at(level)
-
-        def cost(layer: int, size: int, grown: int, out: int) -> float:
-            return float(costs[Part(level, layer, size, channels + grown, out)])
-
-        self.sizes, self.counts = sizes, counts
-        self.first = torch.tensor([[cost(1, size, 0, b) for b in counts] for size in sizes])
-        self.second = torch.tensor([[[cost(2, size, a, b) for b in counts] for a in counts]
-                                    for size in sizes])
-        self.third = torch.tensor([[cost(3, 3, a + b, channels) for b in counts] for a in counts])
+        self.sizes, self.counts = space.rules.kernel_sizes, space.counts_at(level)
+        tables = [torch.tensor([float(costs[part]) for part in parts]) for parts in space.block_parts(level)]
+        count = len(self.counts)
+        self.first, self.second, self.third = (
+            table.view(shape) for table, shape in zip(tables, ((-1, count), (-1, count, count), (-1, count))))
 
     def expected(self, first: Tensor, second: Tensor) -> Tensor:
         """The expected cost of a block whose layers are distributed as `first` and `second`, (K, G)."""
@@ -543,9 +527,9 @@ class BlockCosts:
         return float(self.expected(*rows))
 
     def spread(self, structure: Structure) -> Tensor:
-        """The probabilities of a structure over all kernel sizes and numbers of filters, (K, G)."""
-        places = torch.tensor([self.counts.index(count) for count in structure.grid()])
-        return torch.zeros_like(self.first).index_add(1, places, structure.probabilities().cpu())
+        """The probabilities of a structure, whose grid is `counts` or all but its first, 1: (K, G)."""
+        probabilities = structure.probabilities().cpu()
+        return F.pad(probabilities, (len(self.counts) - probabilities.shape[1], 0))
 
 
 # --- Networks -----------------------------------------------------------------------------------------------
@@ -559,13 +543,17 @@ class Output(NamedTuple):
 
 class DenseBlock(nn.Module):
     """Densely connected residual block (fig. 3, 4): two searched convolutions, which see all before them, and
-    a 3x3 that restores the channels, with ReLU; with `skipinit` a scalar, first zero, scales the branch."""
+    a 3x3 that restores the channels, with ReLU; with SkipInit a scalar, first zero, scales the branch."""
 
-    def __init__(self, channels: int, layers: list[nn.Module], grown: int, skipinit: bool):
+    def __init__(self, space: Space, level: int, slices: tuple[Slice, Slice], make_layer):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.output = nn.Sequential(nn.Conv2d(channels + grown, channels, 3, padding=1), nn.ReLU())
-        self.scale = nn.Parameter(torch.zeros(())) if skipinit else None
+        channels = width = space.channels_at(level)
+        self.layers = nn.ModuleList()
+        for chosen in slices:
+            self.layers.append(make_layer(width, space.rules.kernel_sizes, space.filters_at(level), chosen))
+            width += chosen.filters
+        self.output = nn.Sequential(nn.Conv2d(width, channels, 3, padding=1), nn.ReLU())
+        self.scale = nn.Parameter(torch.zeros(())) if space.rules.skipinit else None
 
     def forward(self, x: Tensor) -> Tensor:
         features = x
@@ -627,21 +615,14 @@ class ResidualUNet(nn.Module):
         super().__init__()
         self.design, space = design, design.space
         self.channels, self.multiple = space.channels, 2 ** space.levels
-        blocks = []
-        for level, slices in zip(space.block_levels(), design.blocks):
-            layers, channels, grown = [], space.channels_at(level), 0
-            for chosen in slices:
-                sizes, counts = space.rules.kernel_sizes, space.filters_at(level)
-                layers.append(make_layer(channels + grown, sizes, counts, chosen))
-                grown += chosen.filters
-            blocks.append(DenseBlock(channels, layers, grown, space.rules.skipinit))
-        blocks = iter(blocks)
+        blocks = iter([DenseBlock(space, level, slices, make_layer)
+                       for level, slices in zip(space.block_levels(), design.blocks)])
         self.subnetworks = nn.ModuleList(UNet(space, blocks) for _ in range(space.subnetworks))
-        joined = space.base_width * space.subnetworks
+        width = space.base_width * space.subnetworks
         self.attention = nn.Identity()
         if space.rules.attention:
-            self.attention = SqueezeExcitation(joined, max(1, joined // 16))
-        self.image = nn.Conv2d(joined, space.channels, 3, padding=1)
+            self.attention = SqueezeExcitation(width, max(1, width // 16))
+        self.image = nn.Conv2d(width, space.channels, 3, padding=1)
 
     def blocks(self) -> list[DenseBlock]:
         """The dense blocks in the order of `design.blocks`."""
@@ -685,7 +666,6 @@ class SuperNet(nn.Module):
         return [layer for block in self.network.blocks() for layer in block.layers]
 
     def set_temperature(self, temperature: float | None) -> None:
-        """The temperature of all samples from now on."""
         for layer in self.superkernels():
             layer.temperature = temperature
 
@@ -715,53 +695,54 @@ class SuperNet(nn.Module):
 
     def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
         """The costs of the networks with the smallest and with the largest kernels and numbers of filters."""
-        structures = [layer.structure for layer in self.superkernels()]
-        least = self._design([Slice(each.kernel_sizes[0], each.grid()[0]) for each in structures])
+        least = self._design(lambda structure: Slice(structure.kernel_sizes[0], structure.grid()[0]))
         return self.space.cost(least, costs, rest), self.space.cost(self.space.largest_design(), costs, rest)
 
-    def _design(self, slices) -> Design:
-        """The design with these slices of all superkernels."""
-        return Design(self.space, tuple(zip(slices[::2], slices[1::2])))
+    def _design(self, choose) -> Design:
+        """The design whose searched layers are choose(structure) -> Slice."""
+        return Design(self.space, tuple(tuple(choose(layer.structure) for layer in block.layers)
+                                        for block in self.network.blocks()))
 
     def likeliest(self) -> Design:
         """The design of the likeliest slice of each superkernel (4.5.5)."""
-        return self._design([layer.structure.likeliest() for layer in self.superkernels()])
+        return self._design(Structure.likeliest)
 
-    # For latency.fit. A state: (slices of all superkernels, what this fit has worked out with `_block`).
+    # For latency.fit. A state: (the blocks of a design, what this fit has worked out with `_block`).
 
     def starts(self) -> list[tuple[float, tuple]]:
         """(log probability beside the likeliest network's, state): a fit begins at the likeliest network."""
-        return [(0.0, (sum(self.likeliest().blocks, ()), {}))]
+        return [(0.0, (self.likeliest().blocks, {}))]
 
-    def _block(self, number: int, state: tuple, costs: dict[Part, float]) -> tuple:
-        """A block's cost in a state, and its exchange that loses the least log probability per cost: (loss /
-        gain, place, slice, loss, gain), or None where nothing is cheaper."""
-        slices, known = state[0][2 * number:2 * number + 2], state[1]
+    def _block(self, number: int, state: tuple, costs: dict[Part, float]) -> tuple[float, list[tuple]]:
+        """A block's cost in a state, and a list of its exchange that loses the least log probability per
+        cost, (loss / gain, place, slice, loss, gain, slices of the block); [] where nothing is cheaper."""
+        slices, known = state[0][number], state[1]
         if (number, slices) not in known:
             table, exchanges = BlockCosts(self.space, self.space.block_levels()[number], costs), []
             present = table.of(slices)
             for place, layer in enumerate(self.network.blocks()[number].layers):
                 for chosen, loss in layer.structure.options(slices[place]):
-                    gain = present - table.of((*slices[:place], chosen, *slices[place + 1:]))
+                    after = (*slices[:place], chosen, *slices[place + 1:])
+                    gain = present - table.of(after)
                     if gain > 1e-9:
-                        exchanges.append((loss / gain, 2 * number + place, chosen, loss, gain))
-            known[number, slices] = present, min(exchanges, default=None)
+                        exchanges.append((loss / gain, place, chosen, loss, gain, after))
+            known[number, slices] = present, sorted(exchanges)[:1]
         return known[number, slices]
 
     def state_cost(self, state: tuple, costs: dict[Part, float], rest: float) -> float:
-        return rest + sum(self._block(number, state, costs)[0] for number in range(len(state[0]) // 2))
+        return rest + sum(self._block(number, state, costs)[0] for number in range(len(state[0])))
 
     def exchanges(self, state: tuple, costs: dict[Part, float], rest: float, target: float) -> list[tuple]:
         """Each block's best exchange, (log probability lost, cost saved, state); [] at the target."""
         if self.state_cost(state, costs, rest) <= target:
             return []
-        slices, known = state
-        best = [self._block(number, state, costs)[1] for number in range(len(slices) // 2)]
-        return [(loss, gain, ((*slices[:place], chosen, *slices[place + 1:]), known))
-                for _, place, chosen, loss, gain in filter(None, best)]
+        blocks, known = state
+        return [(loss, gain, ((*blocks[:number], after, *blocks[number + 1:]), known))
+                for number in range(len(blocks))
+                for _, _, _, loss, gain, after in self._block(number, state, costs)[1]]
 
     def settle(self, state: tuple, costs: dict[Part, float], rest: float, target: float) -> Design:
-        return self._design(state[0])
+        return Design(self.space, state[0])
 
     @torch.no_grad()
     def export(self, design: Design) -> ResidualUNet:
@@ -775,13 +756,12 @@ class SuperNet(nn.Module):
                                  if value.shape == shapes.get(name)}, strict=False)
         for source, block, slices in zip(self.network.blocks(), network.blocks(), design.blocks):
             inputs = list(range(block.output[0].out_channels))  # of the next layer, in the largest block
-            start = len(inputs)
             for layer, chosen, target in zip(source.layers, slices, block.layers):
                 conv = layer.distill(chosen)
                 target[0].weight.copy_(conv.weight[:, inputs])
                 target[0].bias.copy_(conv.bias)
-                inputs += [start + place for place in layer.structure.kept(chosen.filters)]
-                start += layer.filters[-1]
+                before = layer.weight.shape[1]
+                inputs += [before + place for place in layer.structure.kept(chosen.filters)]
             block.output[0].weight.copy_(source.output[0].weight[:, inputs])
         return network.train(self.training)
 
@@ -867,11 +847,8 @@ def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr:
     """How a supernet is trained: Adam at constant rates for weights and structure, in one step (5.1, 7).
 
     The paper's rate is 2e-5. It states no rate for the structure, no loss (here Charbonnier), no initial
-    logits (here zero: all slices are equally likely) and no temperature (here it falls by a constant factor
-    per epoch, to a tenth in the last one, unless `temperature_decay` is given). search.py clips gradients to
-    a norm of 5, of which the paper says nothing, and validates after every epoch on whole images (the paper:
-    every 1000 steps on patches of 128 px; a search ends after 30 validations without a better PSNR in both).
-    `two_level`, an Adam and images of its own for the structure, is the paper's future work.
+    logits (here zero) and no temperature (here it falls by a constant factor per epoch, by default to a tenth
+    in the last one). `two_level`, an Adam and images of the structure's own, is the paper's future work.
     """
     weights, structure = supernet.weight_parameters(), supernet.arch_parameters()
     groups = [{"params": weights, "lr": lr}] + ([] if two_level else [{"params": structure, "lr": arch_lr}])

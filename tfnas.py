@@ -178,8 +178,7 @@ class Space:
         first, others = carriers[:4 * rounds], carriers[4 * rounds:]
         return [arch.with_model(model) for arch in first for model in ("cnas", "dnas", "dcnas")] + others
 
-    def network(self, design: Arch) -> nn.Module:
-        return models.make_network(design)
+    network = staticmethod(models.make_network)
 
     def parts(self, network: models.Network) -> list[tuple[Part, nn.Module]]:
         """The parts of a network with their modules."""
@@ -370,7 +369,7 @@ class SuperNet(models.SuperNet):
         return widths
 
     def _exported(self, path: tuple[int, ...], widths: list[int]) -> Arch:
-        """The exported network of a path with these mid channels."""
+        """The network of a path with these mid channels."""
         rows = zip(self.candidate_blocks(), path, widths, self.kept())
         blocks = [replace(row[index], mid_channels=width) for row, index, width, keep in rows if keep]
         arch = self.network.arch
@@ -595,15 +594,12 @@ class Schedule:
     def expected_cost(self) -> Tensor:
         return self.supernet.expected_cost(self.costs.parts, self.costs.rest)
 
-    def is_warm_up(self, epoch: int) -> bool:
-        return epoch < self.warmup_epochs
-
     def work(self, epoch: int) -> float:
         """How long an epoch takes beside a warm-up epoch, for the forecast (measured at 64 px on a CPU)."""
-        return 1.0 if self.is_warm_up(epoch) else 1.8
+        return 1.0 if epoch < self.warmup_epochs else 1.8
 
     def begin_epoch(self, epoch: int, first_step: int) -> None:
-        self.warm = self.is_warm_up(epoch)
+        self.warm = epoch < self.warmup_epochs
         if self.inherits and epoch == self.warmup_epochs > 0 and first_step == 0:
             self.supernet.inherit_()
         self.tau = self.flags.get("temperature", 5.0) * self.decay ** max(0, epoch - self.warmup_epochs)

@@ -6,15 +6,7 @@
 
 Reads a record of a network and data (see data.py); writes into --output-dir: last.pt (everything needed to go
 on), best.pt (the network with the lowest validation loss), summary.csv (a row per epoch). Source: Markhorst
-2024, sections 3 and 4; TF-NAS, superkernels and HiNAS for what they find. Differences from the papers:
-
-- The best epoch has the lowest validation loss, by images that take no part in the evaluation. (HiNAS: PSNR.)
-- AdamW is the default. The papers' SGD takes small steps in the decoder, since the denoising loss is small.
-- Every method has a learning rate that warms up and falls as a cosine, and gradients clipped by their norm;
-  the papers on superkernels and HiNAS have no clipping.
-- Drop-connect grows with depth from 0 at the first block.
-- HiNAS's loss: SSIM is of each image, mirrored at its borders; the mean of the logarithms is taken (the paper
-  says neither), and below 0.01 they go on as a line.
+2024, sections 3 and 4; TF-NAS, superkernels and HiNAS for what they find; see docs/differences.md.
 """
 
 from __future__ import annotations
@@ -31,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data as data_module
@@ -73,11 +66,8 @@ def denoising_loss(image: Tensor, clean: Tensor) -> Tensor:
 
 
 def log_ssim(image: Tensor, clean: Tensor, weight: float = 0.6, floor: float = 0.01) -> Tensor:
-    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.4), finite for images of 6 pixels or more.
-
-    SSIM can be 0 or less: below `floor` the logarithm goes on as its tangent. Images are mirrored at their
-    borders; without that the outermost pixels keep six to ten times the error of the others.
-    """
+    """MSE + weight * log10(1 / SSIM) (Zhang 2020, section 3.4) of images of 6 pixels or more, mirrored at
+    their borders. SSIM can be 0 or less: below `floor` the logarithm goes on as its tangent."""
     ssim = metrics.ssim(*(F.pad(each, (metrics.WINDOW // 2,) * 4, "reflect") for each in (image, clean)))
     log = ssim.clamp(min=floor).log10() + (ssim - floor).clamp(max=0) / (floor * math.log(10))
     return F.mse_loss(image, clean) - weight * log.mean()
@@ -91,11 +81,7 @@ DENOISING_LOSSES = {
 
 def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str, label_smoothing: float = 0.1,
               denoising: str = "mixed") -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss `loss` of a network's output, in float32, and its parts for the log.
-
-    "cls": cross-entropy L_CE; "den": L_Den, one of DENOISING_LOSSES; "both": 0.1 * L_CE + 0.9 * L_Den
-    (Markhorst 2024, eq. 1 and 3).
-    """
+    """The loss of a network's output in float32 (Markhorst 2024, eq. 1 and 3), and its parts for the log."""
     parts = {}
     if loss != "den":
         parts["ce"] = F.cross_entropy(output.logits.float(), labels, label_smoothing=label_smoothing)
@@ -145,26 +131,23 @@ def make_schedule(optimizer, recipe: Recipe, steps_per_epoch: int):
     """"cosine": linear warm-up, then a cosine to 0, by batches. "plateau": a fifth of the learning rate after
     five epochs without a better validation loss (the paper has no numbers), by epochs."""
     if recipe.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.2, patience=5)
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.2, patience=5)
     epochs = min(5, recipe.epochs / 10) if recipe.warmup_epochs is None else recipe.warmup_epochs
     warmup = max(1, round(epochs * steps_per_epoch))
-    rest = max(1, recipe.epochs * steps_per_epoch - warmup)
-    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup),
-                  torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest)]
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [warmup])
+    rise = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    fall = lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.epochs * steps_per_epoch - warmup))
+    return lr_scheduler.SequentialLR(optimizer, [rise, fall], [warmup])
 
 
 @torch.inference_mode()
 def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noise: data_module.Noise,
              amp: str = "off", denoising: str = "mixed", seed: int = VALIDATION_SEED) -> dict:
-    """Mean loss, accuracy (None without classifier) and PSNR (None without denoiser) of a split.
+    """Mean loss, accuracy over labels (None without classifier) and PSNR (None without denoiser) of a split.
 
-    The noise is the same in every epoch and run; its levels go evenly from image to image, see
-    Noise.validation_sigma; pairs have their own. Means are over images, that of accuracy over labels.
+    The noise is the same in every epoch and run, see Noise.validation_sigma; pairs have their own.
     """
-    names = ["loss", *["accuracy"] * (loss != "den"), *["psnr_db"] * (loss != "cls")]
-    sums, count, was_training = run.Sums(dict.fromkeys(names, (0.0, 0))), 0, network.training
-    rank, world = run.rank_and_world()
+    sums = run.Sums(dict.fromkeys(("loss", "accuracy", "psnr_db"), (0.0, 0)))
+    (rank, world), count, was_training = run.rank_and_world(), 0, network.training
     network.eval()
     for images, labels in loader:
         labels, boxes = data_module.split_labels(labels, device)
@@ -182,7 +165,7 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
             sums.add("psnr_db", float(psnr.sum()), len(clean))
         count += len(clean)
     network.train(was_training)
-    return {"loss": None, "accuracy": None, "psnr_db": None, **sums.means()}
+    return sums.means()
 
 
 class Training:
@@ -200,25 +183,21 @@ class Training:
             averages = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(network, multi_avg_fn=averages, use_buffers=True)
         self.rows, self.best, self.first, self.sums = [], None, 0, run.Sums()
-        if state is None:
-            return
-        for name in ("network", "optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["ema"])
-            self.average.n_averaged.fill_(state["averaged"])
-        self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
-        self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
-                             if "count" in state else state["sums"])  # older checkpoints have one count
-
-    @property
-    def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        if state is not None:
+            for name in ("network", "optimizer", "schedule", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
+            if self.average is not None:
+                self.average.module.load_state_dict(state["ema"])
+                self.average.n_averaged.fill_(state["averaged"])
+            self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
+            self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
+                                 if "count" in state else state["sums"])  # older checkpoints have one count
+        self.lr = self.optimizer.param_groups[0]["lr"]  # of the latest step
 
     def weights(self) -> dict:
         """What a checkpoint holds of the network."""
-        average = None if self.average is None else self.average.module.state_dict()
-        return {"network": self.network.state_dict(), "ema": average}
+        return {"network": self.network.state_dict(),
+                "ema": None if self.average is None else self.average.module.state_dict()}
 
     def state_dict(self, step: int) -> dict:
         """What is needed to go on from `step` steps into the epoch after rows[-1]; asked on every process."""
@@ -230,6 +209,7 @@ class Training:
     def take_step(self, batch, guard: run.Guard, where: str) -> None:
         """One step with a batch (noisy, clean, labels)."""
         (noisy, clean, labels), recipe = batch, self.recipe
+        self.lr = self.optimizer.param_groups[0]["lr"]
         guard.remember(self.network)
         labels, boxes = data_module.split_labels(labels, self.device)
         with run.autocast(self.device, recipe.amp):
@@ -246,17 +226,16 @@ class Training:
         if recipe.schedule != "plateau":
             self.schedule.step()
 
-    def end_epoch(self, held_out: dict, lr: float, seconds: float) -> bool:
+    def end_epoch(self, held_out: dict, seconds: float) -> bool:
         """Add the row of an epoch; whether it is the best one."""
-        def rank(loss: float) -> float:
-            return loss if math.isfinite(loss) else math.inf
-
+        losses = [held_out["loss"], math.inf if self.best is None else self.best["val_loss"]]
+        loss, least = (each if math.isfinite(each) else math.inf for each in losses)
         if self.recipe.schedule == "plateau":
-            self.schedule.step(rank(held_out["loss"]))
-        self.rows.append({"epoch": len(self.rows) + 1, "lr": lr,
+            self.schedule.step(loss)
+        self.rows.append({"epoch": len(self.rows) + 1, "lr": self.lr,
                           **{f"train_{name}": value for name, value in self.sums.means().items()},
                           **{f"val_{name}": value for name, value in held_out.items()}, "seconds": seconds})
-        better = self.best is None or rank(held_out["loss"]) < rank(self.best["val_loss"])
+        better = self.best is None or loss < least
         self.best, self.first, self.sums = self.rows[-1] if better else self.best, 0, run.Sums()
         return better
 
@@ -265,9 +244,8 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
           output_dir: str | Path, about: dict, device: torch.device, state: dict | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; the best epoch's row.
 
-    about: goes into the checkpoints (record, classes, size, data, ...). state: the content of a last.pt to go
-    on from; it is also written every `save_minutes` and after a signal. The loaders hold the images of this
-    process. Raises run.TrainingError for a loss that is not finite, and run.Stopped after a signal.
+    about: goes into the checkpoints. state: the content of a last.pt to go on from; it is also written every
+    `save_minutes` and after a signal. The loaders hold the images of this process. Raises as run.Guard does.
     """
     training, output_dir = Training(network, recipe, len(train_loader), device, state), Path(output_dir)
     rank, steps, epochs = run.rank_and_world()[0], len(train_loader), recipe.epochs
@@ -282,15 +260,14 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
 
     with run.Guard(recipe.nonfinite, recipe.save_minutes) as guard:
         for epoch in range(len(training.rows), epochs):
-            start, lr = time.perf_counter(), training.lr  # in case no step is left of the epoch
+            start = time.perf_counter()
             network.train()
             progress = run.track(batches.epoch(epoch, training.first), f"epoch {epoch + 1}/{epochs}", steps,
                                  training.first, "batch", forecast=forecast)
             for step, batch in enumerate(progress, training.first):
-                lr = training.lr
                 torch.manual_seed(data_module.mix_seeds(recipe.seed, epoch, step, rank))  # of dropout
                 training.take_step(batch, guard, f"epoch {epoch + 1}, batch {step + 1}")
-                progress.set_postfix(loss=f"{training.sums.local_mean('loss'):.4f}", lr=f"{lr:.2g}")
+                progress.set_postfix(loss=f"{training.sums.local_mean('loss'):.4f}", lr=f"{training.lr:.2g}")
                 guard.end_of_step(lambda: save(step + 1))
             trained = network if training.average is None else training.average.module
             held_out = validate(trained, val_loader, loss=recipe.loss, device=device, noise=noise,
@@ -298,9 +275,9 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
                                 seed=VALIDATION_SEED if "splits" in about else 0)
             forecast.done(work - steps)
             guard.end_of_epoch(epoch + 1, "loss" in training.sums.pairs)
-            if training.end_epoch(held_out, lr, time.perf_counter() - start) and rank == 0:
-                files.save_checkpoint(output_dir / "best.pt",
-                                      {**about, "epoch": epoch + 1, **training.weights()})
+            if training.end_epoch(held_out, time.perf_counter() - start) and rank == 0:
+                content = {**about, "epoch": epoch + 1, **training.weights()}
+                files.save_checkpoint(output_dir / "best.pt", content)
             guard.save(lambda: save(0))
             if rank == 0:
                 write_summary(output_dir / "summary.csv", training.rows)
@@ -347,10 +324,8 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
 
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
                   widen: float | None = None) -> dict:
-    """The record of the same encoder as another model, with another decoder or wider channels.
-
-    ValueError where the record is not of a searched network. A latency in the record is dropped.
-    """
+    """The record, without its latency, of the same encoder as another model, with another decoder or wider
+    channels; ValueError where it is not of C-NAS, D-NAS or DC-NAS."""
     if model is None and decoder is None and widen is None:
         return record
     if record["method"] != "tfnas":

@@ -261,6 +261,9 @@ def test_noise_levels_are_uniform_even_or_chosen():
     assert 0 <= everything.min() < 0.01 and 0.49 < everything.max() <= 0.5 and len(everything.unique()) > 2000
     assert abs(float(everything.mean()) - 0.25) < 0.01
     assert draw(data.Noise(0.5, levels=3)).unique().tolist() == [0, 0.25, 0.5]
+    values, times = draw(data.Noise(1.0, 11), 4000).unique(return_counts=True)  # evenly distributed
+    torch.testing.assert_close(values, torch.arange(11) / 10)
+    assert times.min() > 4000 / 11 * 0.8
     chosen = draw(data.Noise(sigmas=(0.1, 0.3, 0.7)))
     assert chosen.unique().tolist() == pytest.approx([0.1, 0.3, 0.7])
     assert all(abs(float((chosen == level).float().mean()) - 1 / 3) < 0.05 for level in chosen.unique())

@@ -12,7 +12,6 @@ import time
 import types
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -27,7 +26,6 @@ import superkernel
 import tfnas
 from fake_table import fake_parts, fake_table, quick_compare
 
-ROOT = Path(latency.__file__).parent
 SPACES = {"tfnas": tfnas.Space(4, models.MIN_WIDTH, 3), "superkernel": superkernel.Space("skipinit", 3, 1),
           "hinas": hinas.Space(layers=1, nodes=2, base_width=3)}
 
@@ -211,7 +209,7 @@ def test_interleaving_goes_on_until_it_knows_or_time_is_up(monkeypatch):
     values = iter([1.0, 2.0, 1.0, 4.0] * 1000)
     monkeypatch.setattr(latency, "measure", lambda *_, **__: latency.Timing(next(values), 0, 0, 1))
     result = latency.interleave(["a", "b"], "cpu", min_rounds=4, seconds=0.05)
-    assert result.rounds > 4 and result.uncertainty[0] == 0 and result.uncertainty[1] > 0.01
+    assert result.timings[0].count > 4 and result.uncertainty[0] == 0 and result.uncertainty[1] > 0.01
 
 
 def test_networks_and_threads_are_left_as_they_were():
@@ -581,13 +579,6 @@ def args_of(sentence):
     return latency.build_parser().parse_args(str(sentence).split("python latency.py ")[1].split())
 
 
-def space_of(args):
-    values = dict(operations=args.space, min_width=args.min_width, num_classes=args.classes,
-                  base_width=args.width, channels=1 if args.grey else 3)
-    spaces = latency.spaces_of(args.method, values)
-    return spaces[args.network or next(iter(spaces))]
-
-
 def test_a_table_of_another_setting_is_refused_with_the_command_that_makes_the_right_one():
     table = latency.Table(fake_table(space=4))
     for change in ({"device": "another CPU"}, {"size": 128}, {"batch": 7}, {"threads": 9},
@@ -599,7 +590,7 @@ def test_a_table_of_another_setting_is_refused_with_the_command_that_makes_the_r
         args = args_of(caught.value)  # the printed command asks for just what is wanted
         names = ("size", "batch", "threads", "dtype", "mode")
         assert all(getattr(args, name) == getattr(wanted, name) for name in names)
-        assert space_of(args).identity() == table.space.identity()
+        assert latency.space_of(args).identity() == table.space.identity()
     latency.require_setting(table, table.setting, "t.json")
 
 
@@ -610,7 +601,7 @@ def test_a_table_of_another_setting_is_refused_with_the_command_that_makes_the_r
 def test_the_command_for_a_table_names_its_space(space):
     setting = latency.this_setting("cpu", size=16, num_classes=0)
     args = args_of(latency.table_command(setting, space.table_flags()))
-    assert space_of(args).identity() == space.identity()
+    assert latency.space_of(args).identity() == space.identity()
 
 
 @pytest.mark.parametrize("record, flags", [
@@ -630,7 +621,7 @@ def test_a_record_of_another_space_is_refused_with_the_command_of_its_table(reco
     with pytest.raises(ValueError, match="does not cover the network; make one") as caught:
         table.read_record(record())
     assert all(flag in str(caught.value) for flag in flags)
-    space, module = space_of(args_of(caught.value)), models.method_module(record()["method"])
+    space, module = latency.space_of(args_of(caught.value)), models.method_module(record()["method"])
     design = module.design_of(record())
     assert space.cost(design, dict.fromkeys(space.possible_parts(), 1.0), 0.0) > 0
 
@@ -699,21 +690,23 @@ def test_every_flag_has_a_help_with_its_default():
 
 
 def test_latency_works_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "latency.py", tmp_path)
+    shutil.copy(latency.__file__, tmp_path)
+    (tmp_path / "use.py").write_text("""
+import torch, latency
+setting = latency.this_setting("cpu", size=8, num_classes=1, mode="folded")
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+timing = latency.measure_network(network, setting, repeats=3, seconds=0)
+print(timing.count, len(latency.fast(network)))
+for argv in (["--help"], ["--table", "t.json"], []):
+    try:
+        latency.main(argv)
+    except SystemExit as stop:
+        print("exit", stop.code, flush=True)
+""")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def call(*arguments):
-        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env=environment)
-
-    code = ("import torch, latency; s = latency.this_setting('cpu', size=8, num_classes=1, mode='folded');"
-            "network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4));"
-            "timing = latency.measure_network(network, s, repeats=3, seconds=0);"
-            "print(timing.count, len(latency.fast(network)))")
-    run = call("-c", code)
-    assert run.stdout.strip() == "3 1", run.stderr
-    assert "--rounds" in call("latency.py", "--help").stdout
-    for arguments in (["--table", "t.json"], []):
-        run = call("latency.py", *arguments)
-        assert run.returncode == 2 and "Traceback" not in run.stderr
-        assert "needs the other files of the project" in run.stderr.splitlines()[-1]
+    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True,
+                         env=environment)
+    lines = run.stdout.splitlines()
+    assert lines[0] == "3 1" and "--rounds" in run.stdout, run.stderr
+    assert [line for line in lines if line.startswith("exit")] == ["exit 0", "exit 2", "exit 2"]
+    assert run.stderr.count("needs the other files of the project") == 2 and "Traceback" not in run.stderr

@@ -1,6 +1,7 @@
 """models.py: the record, the networks, and above all that the supernet is what it exports."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -316,18 +317,22 @@ def test_width_range_is_stated_and_keeps_the_expansion():
 
 def test_models_works_alone_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "models.py", tmp_path)
-    code = ("import torch, models; n = models.Network(models.named_arch('dcnas-k3-e3', 5)).eval();"
-            "print(tuple(n(torch.rand(1, 3, 30, 30)).image.shape))")
-    commands = (["-c", code], ["models.py"], ["models.py", "--json"], ["models.py", "--help"])
-    started = [subprocess.Popen([sys.executable, *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE) for command in commands]
-    (image, table, rows, help_text), errors = zip(*(process.communicate() for process in started))
-    assert [process.returncode for process in started] == [0] * 4, errors
-    assert image.strip() == "(1, 3, 30, 30)"
-    names = [row["name"] for row in json.loads(rows)]
-    assert names == [*models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original", "dcnet", "dcnet-s"]
-    assert [line.split()[0] for line in table.splitlines()[1:-1]] == names
-    assert "--input" in help_text and "default" in help_text
+    (tmp_path / "use.py").write_text("""
+import torch, models
+network = models.Network(models.named_arch("dcnas-k3-e3", 5)).eval()
+print(tuple(network(torch.rand(1, 3, 30, 30)).image.shape))
+for argv in ([], ["--help"]):
+    models.main(argv)
+""")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, text=True, env=environment,
+                         capture_output=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    image, _, *table = run.stdout.split("usage: ")[0].splitlines()
+    assert image == "(1, 3, 30, 30)"
+    assert [line.split()[0] for line in table[:-1]] == [
+        *models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original", "dcnet", "dcnet-s"]
+    assert "--input" in run.stdout and "default" in run.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -49,7 +49,7 @@ def test_claims_are_judged_by_means_and_by_seeds():
     rows = [("a", [{"x": 1.0}, {"x": 5.0}], {}), ("b", [{"x": 2.0}, {"x": 3.0}], {}), ("c", None, {})]
     claims = (reproduce.beats("a", "b", "x"), reproduce.beats("b", "a", "x"), reproduce.beats("a", "c", "x"),
               reproduce.is_close("a", "b", "x", 1.0))
-    verdicts = reproduce.judge_claims(claims, rows)
+    verdicts = reproduce.judge_claims(claims, reproduce.summarise(("x",), rows)[1])
     assert [v["verdict"] for v in verdicts] == ["holds", "does not hold", "not run", "holds"]
     assert [v["seeds_for"] for v in verdicts] == [1, 1, 0, 0]
 

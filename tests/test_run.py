@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import types
 
 import pytest
 import torch
@@ -14,14 +15,12 @@ import files
 import run
 
 
-class Clock:
-    """Seconds that pass when told."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when told: `now`."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -144,9 +143,8 @@ def test_messages_appear_at_once_and_of_the_first_process_only(monkeypatch):
     assert out.getvalue() == "a line\n"
 
 
-def test_a_forecast_is_said_once_within_half_a_minute(capsys):
-    clock = Clock()
-    forecast = run.Forecast("training", 101, clock)
+def test_a_forecast_is_said_once_within_half_a_minute(clock, capsys):
+    forecast = run.Forecast("training", 101)
     assert forecast.left_s() == 0
     clock.now += 6
     forecast.done()  # the first one is slow, and does not count
@@ -161,22 +159,19 @@ def test_a_forecast_is_said_once_within_half_a_minute(capsys):
     assert capsys.readouterr().out == "" and forecast.left_s() == pytest.approx(88 * (4 + 20) / 12)
 
 
-def test_a_forecast_of_slow_parts_and_of_what_is_nearly_done(capsys):
+def test_a_forecast_of_slow_parts_and_of_what_is_nearly_done(clock, capsys):
     for parts, seconds, said in ((1000, 25, "x: about 6.9 h in all\n"), (30, 11, ""), (3, 5, "")):
-        clock = Clock()
-        forecast = run.Forecast("x", parts, clock)
+        forecast = run.Forecast("x", parts)
         for _ in range(1 if seconds > 5 else 3):
             clock.now += seconds
             forecast.done()
         assert capsys.readouterr().out == said, parts
 
 
-def test_tracked_items_make_a_forecast_without_a_terminal(capsys):
-    clock, seen = Clock(), []
-    work = [1, 1, 2, 2, 4, 100]
-    forecast = run.Forecast("pictures", sum(work), clock)
-    for item in run.track("abcdef", "pictures", 6, work=work, forecast=forecast):
-        clock.now += 4 * work["abcdef".index(item)]
+def test_tracked_items_make_a_forecast_without_a_terminal(clock, capsys):
+    forecast, seen = run.Forecast("pictures", 110), []
+    for item in run.track("abcdef", "pictures", 6, forecast=forecast):
+        clock.now += 4
         seen.append(item)
     assert seen == list("abcdef")
     captured = capsys.readouterr()
@@ -320,7 +315,7 @@ def test_a_step_that_is_not_finite_is_refused_or_skipped(spoilt, words, capsys):
     assert step(guard, bad=False) and guard.skipped == 0
 
 
-def test_a_signal_lets_the_step_end_and_a_second_one_stops_at_once(monkeypatch):
+def test_a_signal_lets_the_step_end_and_a_second_one_stops_at_once(clock):
     saved, loss = [], torch.tensor(1.0)
     with pytest.raises(run.Stopped):
         with run.Guard() as guard:
@@ -329,8 +324,6 @@ def test_a_signal_lets_the_step_end_and_a_second_one_stops_at_once(monkeypatch):
             guard.reduce([], loss)
             guard.end_of_step(lambda: saved.append(1))
     assert saved == [1]
-    clock = Clock()
-    monkeypatch.setattr(run.time, "monotonic", clock)
     with pytest.raises(KeyboardInterrupt):
         with run.Guard():
             os.kill(os.getpid(), signal.SIGINT)
@@ -339,10 +332,8 @@ def test_a_signal_lets_the_step_end_and_a_second_one_stops_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_checkpoint_is_due_after_its_minutes(monkeypatch):
-    clock, saved = Clock(), []
-    monkeypatch.setattr(run.time, "monotonic", clock)
-    guard = run.Guard(save_minutes=2)
+def test_a_checkpoint_is_due_after_its_minutes(clock):
+    guard, saved = run.Guard(save_minutes=2), []
     for _ in range(5):
         clock.now += 50
         guard.reduce([], torch.tensor(1.0))

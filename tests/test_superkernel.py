@@ -3,9 +3,9 @@
 import argparse
 import copy
 import functools
+import importlib.util
 import random
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import models
 import superkernel
 from superkernel import BlockCosts, Design, Slice, Space, SuperConv2d, SuperNet
 
-ROOT = Path(superkernel.__file__).parent
+ROOT = Path(superkernel.__file__).resolve().parent
 KINDS = list(superkernel.STRUCTURES)
 SMALL = {"skipinit": Space("skipinit", 5, 1), "attention": Space("attention", 4, 1, 2, channels=1)}
 part_macs = functools.cache(latency.part_macs)
@@ -302,13 +302,15 @@ def test_an_exchange_costs_what_it_says_and_none_in_its_block_is_better(kind):
     assert len(exchanges) == len(supernet.likeliest().blocks)
     for loss, gain, after in exchanges:
         assert supernet.state_cost(after, costs, rest) == pytest.approx(before - gain, rel=1e-5) and gain > 0
-        (place,) = [place for place, (old, new) in enumerate(zip(state[0], after[0])) if old != new]
-        ratios = []
-        for other in (place - place % 2, place - place % 2 + 1):
-            for chosen, lost in supernet.superkernels()[other].structure.options(state[0][other]):
-                slices = [*state[0][:other], chosen, *state[0][other + 1:]]
-                saved = before - space.cost(Design(space, tuple(zip(slices[::2], slices[1::2]))), costs, rest)
-                ratios += [lost / saved] if saved > 1e-9 else []
+        (number,) = [number for number, (old, new) in enumerate(zip(state[0], after[0])) if old != new]
+        (first, second), ratios = state[0][number], []
+        layers = [layer.structure for layer in supernet.network.blocks()[number].layers]
+        neighbours = [((chosen, second), lost) for chosen, lost in layers[0].options(first)]
+        neighbours += [((first, chosen), lost) for chosen, lost in layers[1].options(second)]
+        for slices, lost in neighbours:
+            blocks = (*state[0][:number], slices, *state[0][number + 1:])
+            saved = before - space.cost(Design(space, blocks), costs, rest)
+            ratios += [lost / saved] if saved > 1e-9 else []
         assert loss / gain == pytest.approx(min(ratios), rel=1e-3)
 
 
@@ -505,17 +507,20 @@ def test_a_task_that_needs_5x5_gets_5x5_and_one_that_does_not_3x3(kind):
     assert planted(kind, wide=False) == 3
 
 
-def test_it_works_alone_in_an_empty_folder(tmp_path):
+def test_it_works_alone_in_an_empty_folder(tmp_path, monkeypatch):
+    """Without the other files, which can then not be imported. (test_cli.py imports it in a new process.)"""
+    for path in ROOT.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(
+        path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests"))])
     shutil.copy(ROOT / "superkernel.py", tmp_path)
-    code = """if True:
-        import torch, superkernel as s
-        conv = torch.nn.Conv2d(3, 4, 5, padding=2)
-        layer = s.SuperConv2d.from_conv(conv, (1, 3, 5), filters=(2, 4))
-        layer(torch.rand(1, 3, 9, 9)).mean().backward()
-        print(tuple(layer.distill(same_width=True)(torch.rand(1, 3, 9, 9)).shape))
-        supernet = s.SuperNet(s.Space("skipinit", 4, 1))
-        supernet(torch.rand(1, 3, 9, 9)).image.mean().backward()
-        print(tuple(supernet.eval().export(supernet.likeliest())(torch.rand(1, 3, 9, 9)).image.shape))
-    """
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.splitlines() == ["(1, 4, 9, 9)", "(1, 3, 9, 9)"], run.stderr
+    assert importlib.util.find_spec("data") is None
+    alone = importlib.import_module("superkernel")
+    assert Path(alone.__file__).parent == tmp_path
+    x = torch.rand(1, 3, 9, 9)
+    layer = alone.SuperConv2d.from_conv(nn.Conv2d(3, 4, 5, padding=2), (1, 3, 5), filters=(2, 4))
+    layer(x).mean().backward()
+    assert layer.distill(same_width=True)(x).shape == (1, 4, 9, 9)
+    supernet = alone.SuperNet(alone.Space("skipinit", 4, 1))
+    supernet(x).image.mean().backward()
+    assert supernet.eval().export(supernet.likeliest())(x).image.shape == x.shape
