@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -26,7 +25,7 @@ import latency
 import models
 import run
 import tfnas
-from data import whole
+from data import Parser, whole
 from train import charbonnier, task_loss
 
 FORMAT, VERSION = "joint-benchmark", 2
@@ -204,7 +203,7 @@ def compare_memory(operations: int, batch_size: int, sizes: list[int]) -> list[d
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py", usage="python benchmark.py [options]  (--help lists them)",
         epilog="examples: python benchmark.py --threads 1; python benchmark.py --parts memory search; "
                "python benchmark.py --space 4 --output benchmark.json",
@@ -232,7 +231,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+    with run.Command(parser):
+        files.check_folder(args.output)
         device = run.prepare_device(args.device, args.threads, args.seed)
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
@@ -249,11 +249,6 @@ def main(argv: list[str] | None = None) -> None:
             "format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, args.seed),
             "setting": asdict(setting), "space": args.space, "batch_size": args.batch_size, "amp": args.amp,
             "threads": threads, "peak_memory_mib": memory, "rows": rows})
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)
     print(f"{setting.device}, {threads} threads for search and training; space {args.space}, batch "
           f"{args.batch_size}, {args.size} px, amp {args.amp}, torch {torch.__version__}\n"
           f"{'':<50} {'plain':>10} {'ours':>10} {'ratio':>7}")

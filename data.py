@@ -3,31 +3,42 @@
     python data.py --data digits --output preview.png  # look at the images and their noisy versions
     python data.py --data path/to/images --size 128    # check that your own folder is understood
 
-Reads image files (or MNIST), writes the preview; everything random follows a seed. Works when copied alone.
-Scenes and noise follow Markhorst 2024: a coloured digit, or as in it two white ones, on grey from [0.1, 0.3];
-sigma ~ U[0, 1], not clipped. The splits share no image: train, val (to choose by) and test (to report)."""
+Reads image files (or MNIST), writes the preview; everything random follows a seed. Works when copied alone,
+with scenes.py for digits. Scenes and noise follow Markhorst 2024: sigma ~ U[0, 1], not clipped.
+The splits share no image: train, val (to choose by) and test (to report)."""
 import argparse
 import copy
 import functools
+import hashlib
+import itertools
 import os
 import re
 import signal
 import sys
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 
+try:
+    import scenes
+except ImportError:  # this file alone: image folders only
+    scenes = None
+
 MAX_PIXELS = 200_000_000  # a larger image is more likely a mistake (or an attack) than a photograph
 CACHE_BYTES = 2 * 2**30  # decoded images kept in memory, by all workers of a loader together
-DIGIT = 28  # pixels, height and width of a digit of MNIST
-SUPERSAMPLING = 4  # digits are drawn this many times larger, then averaged down
-SPLITS = ("train", "val", "test")
+SPLITS, VERSION = ("train", "val", "test"), 3  # the version of how they are made, kept in checkpoints
+SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+            "test": "test", "testing": "test"}  # by the name of a folder, in lower case
+NO_CLASSES = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information")
+KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's; it runs Ghostscript for EPS
+LONGEST = 8  # a longer side is cut to so many times the shorter one before an image is resized
 LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes; "
            "without labels, images directly in DIR/train (and DIR/val, DIR/test) or in DIR; for real noise, "
            "instead of images noisy/ and clean/ with the same file names, or x_noisy.png beside x_clean.png")
@@ -40,7 +51,7 @@ LOW_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA"
 
 
 class DataError(ValueError):
-    """A mistake in the user's data, told in one sentence."""
+    """A mistake in the user's data, in one sentence."""
     def __init__(self, message):  # a worker process of a loader wraps the sentence in its traceback
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
@@ -61,6 +72,8 @@ class Data:
     size: int  # side of the training images in pixels
     channels: int = 3
     sources: dict[str, str] = field(default_factory=dict)  # where the images of each split come from
+    files: dict[str, str] | None = None  # of a folder: the files of each split, see list_files
+    changes: str = ""  # how the folder differs from an earlier list of its files, in words
 
 
 def mix_seeds(*numbers):
@@ -93,21 +106,18 @@ PROTOCOLS = {
 
 
 def check_protocol(kind, protocol):
-    """ValueError where a kind of noise and a protocol do not go together."""
     _refuse(protocol != "own" and kind != "gaussian", f"The noise protocol {protocol!r} is Gaussian: "
             "take --noise gaussian, or --noise-protocol own.")
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise for images in [0, 1], sigma ~ U[0, sigma_max] per image; ValueError for wrong values.
-    levels: so many values of sigma, evenly spaced in [0, sigma_max], instead (0: all). sigmas: these instead.
-    kind: one of NOISES. scale: first the input is made so many times smaller, see shrink."""
+    """Noise for images in [0, 1], sigma ~ U[0, sigma_max] per image; ValueError for wrong values."""
     sigma_max: float = 1.0
-    levels: int = 0
-    sigmas: tuple[float, ...] = ()
-    kind: str = "gaussian"
-    scale: int = 1
+    levels: int = 0  # so many evenly spaced values of sigma in [0, sigma_max]; 0: all
+    sigmas: tuple[float, ...] = ()  # these values of sigma instead of both
+    kind: str = "gaussian"  # one of NOISES
+    scale: int = 1  # first the input is made so many times smaller, see shrink
 
     def __post_init__(self):
         _refuse(self.kind not in NOISES, f"the noise {self.kind!r} is unknown; known are {', '.join(NOISES)}")
@@ -122,7 +132,6 @@ class Noise:
         return f"{self.kind} noise, sigma {levels}" if self else "no noise"
 
     def sample_sigmas(self, count, generator):
-        """The levels of `count` training images: (count,) float32 on the generator's device."""
         how = {"generator": generator, "device": generator.device}
         if self.sigmas:
             sigmas = torch.tensor(self.sigmas, device=generator.device)
@@ -197,8 +206,8 @@ def _by_class(targets, seed):  # the indices of each class, in a seeded random o
 
 
 def stratified_split(targets, fraction, seed):
-    """Split range(len(targets)) into two sorted lists, `fraction`, in (0, 1), of each class in the first.
-    A class of two or more has at least one on either side. Unlabelled images (-1) are one class."""
+    """Split range(len(targets)) into two sorted lists, `fraction`, in (0, 1), of each class in the first, but
+    at least one of a class of two or more on either side."""
     _refuse(not 0 < fraction < 1, f"the fraction of a split must lie between 0 and 1, not {fraction}")
     first, second = [], []
     for members in _by_class(targets, seed):
@@ -219,111 +228,6 @@ def _choose(targets, count, seed):
 
 
 # --- Scenes: one or two digits on a grey background ---------------------------------------------------------
-_BOWL_OF_3 = "curve .28 .46 .58 .54 .68 .74 .54 .94 .27 1 .02 .88"
-STROKES = (  # of each digit: ways to write it, with / between them, each of strokes, with + between them
-    "arc .35 .5 .33 .5 -100 260",
-    "line .35 0 .35 1 / line .10 .27 .36 0 .36 1 / line .10 .25 .36 0 .36 1 + line .06 1 .66 1",
-    "curve .04 .24 .13 .07 .35 0 .59 .09 .63 .30 .48 .56 .24 .80 .03 1 + line .03 1 .68 1 / curve .05 .20 "
-    ".18 .04 .40 0 .60 .12 .60 .34 .42 .64 .20 .92 .06 .98 .04 .86 .16 .82 .36 .93 .54 1 .72 .92",
-    f"curve .05 .14 .28 0 .56 .08 .60 .29 .28 .46 + {_BOWL_OF_3} / line .04 0 .62 0 .28 .46 + {_BOWL_OF_3}",
-    "line .52 1 .52 0 .02 .68 .74 .68 / line .14 .02 .05 .58 .70 .58 + line .54 .06 .50 1",
-    "line .64 0 .15 0 .10 .46 + curve .10 .46 .36 .36 .62 .48 .67 .71 .53 .93 .26 1 .02 .90",
-    "curve .56 0 .28 .17 .08 .48 .05 .76 .17 .96 .38 1 .60 .88 .64 .67 .48 .51 .26 .53 .07 .72",
-    "line .02 0 .66 0 .26 1 / line .02 0 .66 0 .26 1 + line .20 .52 .62 .52",
-    "arc .35 .235 .26 .235 90 450 + arc .35 .735 .33 .265 -90 270 / curve .58 .12 .38 0 .14 .10 .14 .30 .36 "
-    ".47 .60 .66 .60 .90 .34 1 .08 .88 .10 .66 .34 .48 .56 .30 .60 .12 .56 .06",
-    "arc .33 .28 .29 .28 0 -360 + line .62 .22 .56 1 / arc .33 .28 .29 .28 0 -360 + curve .62 .24 .63 .60 "
-    ".52 .90 .28 1 .06 .92")
-
-
-@functools.cache
-def _trace_stroke(stroke):
-    """Points (n, 2) of a stroke, (x, y) with 0 <= y <= 1 downwards: line or curve (Catmull-Rom) of points, or
-    arc of an ellipse: centre, radii, first and last angle in degrees, clockwise from the right."""
-    kind, *numbers = stroke.split()
-    p = np.array([float(number) for number in numbers]).reshape(-1, 2)
-    if kind == "arc":
-        centre, radii, (start, stop) = p
-        angle = np.radians(np.linspace(start, stop, max(3, int(abs(stop - start) / 14))))
-        return centre + radii * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    t = np.linspace(0, 1, 5 if kind == "line" else 6, endpoint=False)[:, None]
-    if kind == "line":
-        return np.concatenate([*(a + (b - a) * t for a, b in zip(p, p[1:])), p[-1:]])
-    q = np.concatenate([p[:1], p, p[-1:]])[:, None]
-    a, b, c, d = q[:-3], q[1:-2], q[2:-1], q[3:]  # (segments, 1, 2)
-    parts = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    return np.concatenate([*parts, p[-1:]])
-
-
-def _draw_digit(label, height, limit, rng):
-    """A digit as if handwritten: coverage (h, w) uint8 with h = height, less where w would exceed `limit`."""
-    ways = STROKES[label].split("/")
-    strokes = [_trace_stroke(stroke) for stroke in ways[rng.integers(len(ways))].split("+")]
-    points = np.concatenate(strokes)  # bent all together, so that they stay joined
-    waves = rng.uniform(-1, 1, (2, 3)) * 1.2  # elastic: three sine waves, each about one period per digit
-    shift = np.sin(2 * np.pi * (points @ waves + rng.random(3)))  # (n, 3)
-    points = points - (0.35, 0.5) + shift @ rng.normal(0, 0.025, (3, 2))
-    angle, shear, stretch = rng.uniform((-15, -0.25, 0.85), (15, 0.25, 1.2))  # affine
-    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    points = points @ (np.array([[stretch, shear], [0, 1]]) @ np.array([[cos, -sin], [sin, cos]])).T
-    pen = rng.uniform(0.08, 0.17) * height
-    low, extent = points.min(0), np.ptp(points, 0)
-    scale = min((height - pen) / extent[1], (limit - pen) / extent[0])
-    points = ((points - low) * scale + pen / 2) * SUPERSAMPLING
-    stroke_width = max(1, round(pen * SUPERSAMPLING))
-    radius = (stroke_width - 1) / 2  # Pillow's ellipse covers both ends of its box
-    mask = Image.new("L", tuple((np.ceil(extent * scale + pen).astype(int) * SUPERSAMPLING).tolist()))
-    draw = ImageDraw.Draw(mask)
-    for stroke in np.split(points, np.cumsum([len(s) for s in strokes])[:-1]):
-        draw.line(stroke.ravel().tolist(), fill=255, width=stroke_width)
-        for box in np.concatenate([stroke - radius, stroke + radius], axis=1).tolist():
-            draw.ellipse(box, fill=255)  # round ends and joints
-    return np.asarray(mask.reduce(SUPERSAMPLING))
-
-
-def _fit_digit(digit, height, limit):
-    """An MNIST digit (28, 28) uint8, cut to its ink and resized: (h, w) uint8, sizes as in _draw_digit."""
-    rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
-    digit = digit[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    scale = min(height / digit.shape[0], limit / digit.shape[1])
-    size = [max(1, round(side * scale)) for side in digit.shape[::-1]]
-    return np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BICUBIC))
-
-
-def _paint(size, background, ink, masks, corners):
-    """Digits of coverage (h, w), at corners (left, top), on a grey: uint8 (C, size, size); ink: (C,)."""
-    scene = np.full((len(ink), size, size), round(255 * background), dtype=np.uint8)
-    for mask, (left, top) in zip(masks, corners):
-        paint = (background * 255 + 0.5) + mask * (ink - background)[:, None, None]  # + 0.5: rounded, not cut
-        scene[:, top:top + mask.shape[0], left:left + mask.shape[1]] = paint
-    return scene
-
-
-def _render_scene(index, rng, size, pool, digits, targets):
-    """One digit, digits[index] or (None) a drawn one: scene (3, size, size) uint8, label."""
-    box = max(6, round(rng.uniform(0.45, 0.85) * size)), round(0.85 * size)  # height, largest width
-    background, brightness, saturation = rng.uniform((0.1, 0.7, 0), (0.3, 1.0, 0.9))
-    tint = rng.random(3)
-    ink = brightness * (1 - saturation * (1 - tint / tint.max()))  # (3,), its maximum is `brightness`
-    corner, label = rng.random(2), int(targets[index % len(targets)])
-    mask = _draw_digit(label, *box, rng) if digits is None else _fit_digit(digits[index], *box)
-    corner = [int(share * (size - side + 1)) for share, side in zip(corner, mask.shape[::-1])]
-    return _paint(size, background, ink, [mask], [corner]), label
-
-
-def _render_pair(index, rng, size, pool, digits, targets):
-    """Two digits of `pool`, or drawn: scene (1, size, size), labels of Pairs; Markhorst 2024, section 3."""
-    chosen = pool[rng.integers(0, len(pool), 2)]
-    masks = digits[chosen] if digits is not None else [  # in the middle of (28, 28), as in MNIST
-        np.pad(mask, [((DIGIT - side) // 2, (DIGIT - side + 1) // 2) for side in mask.shape])
-        for mask in (_draw_digit(label, 20, 20, rng) for label in chosen)]
-    background, corners = rng.uniform(0.1, 0.3), np.zeros((2, 2))  # (left, top) of each
-    while np.abs(corners[0] - corners[1]).max() < DIGIT:
-        corners = rng.integers(0, size - DIGIT + 1, (2, 2))
-    labels = [[label, *corner, *(corner + DIGIT)] for label, corner in zip(targets[chosen], corners)]
-    return _paint(size, background, np.ones(1), masks, corners), labels
-
-
 class Scenes(Dataset):
     """Scenes in memory: images uint8 (N, 3, size, size), or (N, 1, size, size) if grey; targets: N labels."""
     def __init__(self, images, targets):
@@ -348,14 +252,16 @@ SCENES = {"digits": (64, (4000, 1000, 1000), (0, 4, 1)), "mnist": (64, (None,) *
           (96, (4000, 1000, 1000), (2, 5, 3)), "mnist-pairs": (96, (25000, 2500, 5000), (2, 5, 3))}
 
 
-def _load_scenes(name, root, size, seed, counts, old_splits):
+def _load_scenes(name, root, size, seed, counts, version):
     """[(dataset, words for its source)] of SPLITS; each scene is random by (seed, split, index) alone.
     mnist: val has a tenth of each class of the training set, train the rest. mnist-pairs: val has digits that
     the first 25,000 scenes of train (or all) do not use; Markhorst 2024 does not say how it splits them."""
     mnist, pairs, parts = name.startswith("mnist"), name.endswith("pairs"), []
-    dataset, render = (Pairs, _render_pair) if pairs else (Scenes, _render_scene)
-    _refuse(pairs and size < 2 * DIGIT, f"two digits need images of {2 * DIGIT} pixels or more, not {size}")
-    for split, count in zip((0, 2 if old_splits else 1, 2), counts):  # what is test now was val
+    _refuse(scenes is None, f"{name} is drawn by scenes.py, which is not beside data.py: copy it too")
+    dataset, render = (Pairs, scenes.render_pair) if pairs else (Scenes, scenes.render_scene)
+    least = 2 * scenes.DIGIT
+    _refuse(pairs and size < least, f"two digits need images of {least} pixels or more, not {size}")
+    for split, count in zip((0, 2 if version == 1 else 1, 2), counts):  # what is test now was val
         digits, targets, source = None, np.arange(10), "scenes drawn for it"
         if mnist:
             source = f"MNIST's {'training' if split < 2 else 'test'} set"
@@ -367,7 +273,7 @@ def _load_scenes(name, root, size, seed, counts, old_splits):
                                 "): give its folder with --data-root, or use --data digits") from None
             digits, targets = data.data.numpy(), data.targets.numpy()
         pool = np.arange(len(targets))
-        if name == "mnist" and split < 2 and not old_splits:
+        if name == "mnist" and split < 2 and version > 1:
             pool = np.array(stratified_split(targets, 0.9, seed)[split])
             source = f"{('nine tenths', 'a tenth')[split]} of {source}"
         elif name == "mnist-pairs" and split == 1:
@@ -394,20 +300,20 @@ def load_image(path):
     _refuse(not os.path.isfile(path), f"there is no image file {path}")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is lower than ours
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=KINDS) as image:
             _refuse(image.width * image.height > MAX_PIXELS,
                     f"the image {path} has {image.width} x {image.height} pixels, more than the "
                     f"{MAX_PIXELS // 10**6} million that are read: make it smaller or remove it")
             tiles = [(tile, *([tile.args] if isinstance(tile.args, str) else tile.args))
                      for tile in image.tile if image.format in ("PNG", "TIFF")]
             if tiles and all(mode in LOW_BYTES for _, mode, *_ in tiles):
-                with Image.open(path) as low:
+                with Image.open(path, formats=KINDS) as low:
                     low.tile = [tile._replace(args=(LOW_BYTES[mode], *rest)) for tile, mode, *rest in tiles]
                     deep = np.asarray(image) * np.uint32(256) + np.asarray(low)
                 image.paste(Image.fromarray(((deep + 128) // 257).astype(np.uint8)))  # rounded
             unsigned = image.format == "TIFF" and image.tag_v2.get(339) != (2,)  # 339: SampleFormat
             return _to_rgb(ImageOps.exif_transpose(image), unsigned)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError ...
         raise DataError(f"the image {path} is damaged or of an unknown kind ("
@@ -422,7 +328,9 @@ def _to_rgb(image, unsigned):
         grey = np.asarray(image).view(np.uint32) if unsigned and image.mode == "I" else np.asarray(image)
         grey = grey / ((2 ** max(16, int(grey.max()).bit_length()) - 1) / 255)
     elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image), nan=0.0).clip(0, 1) * 255
+        grey = np.nan_to_num(np.asarray(image), nan=0.0) * 255
+        if grey.max() > 2 * 255:
+            raise ValueError(f"its floating-point pixels go up to {grey.max() / 255:g} and not to 1")
     else:
         if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -441,7 +349,7 @@ def list_images(folder, recursive=False):
         if real in seen:
             names = subfolders[:] = []  # a change in place tells os.walk where to go on
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if recursive and _is_class(name)]
         files += [Path(parent, name) for name in names if not name.startswith(".")
                   and name.lower().endswith((*datasets.folder.IMG_EXTENSIONS, ".gif"))]
     return sorted(files)
@@ -470,7 +378,6 @@ class Pictures(Dataset):
         return torch.stack(images) if len(images) > 1 else images[0], self.targets[index]
 
     def _load(self, index):
-        """The picture, or the clean and the noisy one, as a list."""
         if index in self.decoded:
             return self.decoded[index]
         images = [load_image(file).convert(self.mode) for file in self.files[index]]
@@ -486,7 +393,9 @@ class Pictures(Dataset):
 
 def _resize_and_crop(image, size):
     """The centre of an image with its short side shrunk to size * 256/224, or enlarged to size alone."""
-    short = min(max(min(image.size), size), round(size * 256 / 224))
+    side = min(image.size)
+    image = v2.functional.center_crop(image, [min(LONGEST * side, length) for length in image.size[::-1]])
+    short = min(max(side, size), round(size * 256 / 224))
     return v2.functional.center_crop(v2.functional.resize(image, short), size)
 
 
@@ -519,8 +428,12 @@ class Part:
                        targets=[self.targets[i] for i in indices])
 
 
+def _is_class(name):  # a folder's name: hidden folders and those of file systems are none
+    return not name.startswith(".") and name.lower() not in NO_CLASSES
+
+
 def _subfolders(folder):
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_class(path.name))
 
 
 def _find_pairs(folder):
@@ -564,42 +477,121 @@ def _scan(folder):
     return Part(files, targets, classes, "class folders", str(folder))
 
 
-def _split_folder(folder, seed, train_folders, old_splits):
-    """The Parts of SPLITS, see load_data.
-    A class of two images has none in val; if no class has more, val and test share what is held back."""
-    def hold_back(part):
-        kept, held = stratified_split(part.targets, 0.9, seed)
-        return (part.take(kept, "the rest of " + part.source.removeprefix("the rest of ")),
-                part.take(held, f"a tenth of {part.source}"))
-    trains = list(dict.fromkeys(train_folders or ["train"]))
-    scans = {name: _scan(folder / name) for name in (*trains, "val", "test") if (folder / name).is_dir()}
-    scans = scans or ({} if train_folders else {"train": _scan(folder)})
-    for name in trains:
-        _refuse(name not in scans, f"--train-folders: there is no folder {folder / name}" if train_folders
-                else f"{folder} holds {' and '.join(scans)} but no train folder; {LAYOUTS}")
-    first = scans[trains[0]]
-    for part in scans.values():
+def _find_splits(folder, train_folders):
+    """{split: names of its folders}, by SPLIT_OF, those for training by `train_folders` if given; or {}."""
+    found = {split: [] for split in SPLITS}
+    for name in _subfolders(folder):
+        if name.lower() in SPLIT_OF and name not in (train_folders or ()):
+            found[SPLIT_OF[name.lower()]].append(name)
+    found["train"] = list(dict.fromkeys(train_folders or found["train"]))
+    for name in found["train"]:
+        _refuse(not (folder / name).is_dir(), f"--train-folders: there is no folder {folder / name}")
+    for split, names in found.items():
+        _refuse(len(names) > 1 and not (train_folders and split == "train"),
+                f"{folder} holds {' and '.join(names)}, each for {split}: keep one of them")
+    others = found["val"] + found["test"]
+    _refuse(others and not found["train"],
+            f"{folder} holds {' and '.join(others)} but no train folder; {LAYOUTS}")
+    return found if found["train"] else {}
+
+
+def _key(files, folder):  # a picture's name in a list of files: the path of its first file
+    return files[0].relative_to(folder).as_posix().replace("\n", "?")
+
+
+def _hold_back(part, names, folder):
+    """{name: a tenth of the Part} for `names` ("test", "val"), and "train": the rest.
+    An image's side follows from its path below `folder` alone, so it stays when others come or go. But of two
+    images of a class the first of `names` has one, and of three or more each has one."""
+    digests = [hashlib.sha256(os.fsencode(_key(files, folder))).digest() for files in part.files]
+    shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]  # in [0, 1)
+    sides, order = {}, sorted(range(len(shares)), key=lambda i: (part.targets[i], shares[i]))
+    for _, members in itertools.groupby(order, key=lambda i: part.targets[i]):
+        members = [*members]
+        for number, name in enumerate(names, 1):
+            most = len(members) // (len(names) + 2 - number) or int(len(members) > 1)
+            count = min(max(sum(shares[i] < number / 10 for i in members), 1), most)
+            sides.setdefault(name, []).extend(members[:count])
+            del members[:count]
+        sides.setdefault("train", []).extend(members)
+    return {name: part.take(sorted(places), f"{'a tenth' if name in names else 'the rest'} of {part.source}")
+            for name, places in sides.items()}
+
+
+def _hold_back_by_seed(part, names, seed):
+    """The same of versions 1 and 2, whose sides change with the number of images."""
+    held, source = {}, part.source
+    for name in names:
+        kept, places = stratified_split(part.targets, 0.9, seed)
+        held[name] = part.take(places, f"a tenth of {source}")
+        part = part.take(kept, f"the rest of {source}")
+    return {**held, "train": part}
+
+
+def _split_folder(folder, seed, train_folders, version):
+    """The Parts of SPLITS, see load_data. If no class has three images, val and test share what is held back.
+    """
+    names = _find_splits(folder, train_folders)
+    scans = {split: [_scan(folder / name) for name in names[split]] for split in names} or {
+        "train": [_scan(folder)], "val": [], "test": []}
+    first = scans["train"][0]
+    for part in sum(scans.values(), []):
         where = f"{first.source} and {part.source}"
         _refuse(part.kind != first.kind, f"{where} hold {first.kind} and {part.kind}; {LAYOUTS}")
         differing = ", ".join(sorted({*(part.classes or ())} ^ {*(first.classes or ())})[:5])
         _refuse(differing, f"the classes of {where} differ ({differing}): give both the same class folders")
-    parts = [scans.pop(name) for name in trains]
-    train = replace(first, source=" and ".join(part.source for part in parts), files=sum((
-        part.files for part in parts), []), targets=sum((part.targets for part in parts), []))
-    val, test = scans.get("val"), scans.get("test")
-    if train_folders or not (old_splits or (val and test)):
-        val, test = None, test or (None if old_splits else val)
-    if test is None and not old_splits:
-        train, test = hold_back(train)
-        if len(set(train.targets)) == len(train.targets):
-            halves = stratified_split([-1] * len(test.files), 0.5, seed)
-            val, test = (test.take(half, f"half of {test.source}") for half in halves)
-    if val is None:
-        train, val = hold_back(train)
-    test = test or val
-    _refuse(not (train.files and val.files and test.files),
+    parts = {split: replace(first, source=" and ".join(part.source for part in some),
+                            files=sum((part.files for part in some), []),
+                            targets=sum((part.targets for part in some), []))
+             for split, some in scans.items() if some}
+    if version == 1 and train_folders:
+        parts.pop("val", None)
+    elif version > 1 and (train_folders or len(parts) < 3):  # the images of val are for reporting
+        test = parts.get("test", parts.get("val"))
+        parts = {"train": parts["train"], **({"test": test} if test else {})}
+    wanted = [name for name in ("test", "val")[version == 1:] if name not in parts]
+    if wanted:
+        parts |= (_hold_back(parts["train"], wanted, folder) if version > 2 else
+                  _hold_back_by_seed(parts["train"], wanted, seed))
+    if not parts["val"].files:
+        halves = stratified_split([-1] * len(parts["test"].files), 0.5, seed)
+        parts |= {name: parts["test"].take(half, f"half of {parts['test'].source}")
+                  for name, half in zip(("val", "test"), halves)}
+    found = [parts[split] for split in SPLITS if split in parts]
+    _refuse(not all(part.files for part in found),
             f"{folder} holds too few images for all splits (a class needs three); {LAYOUTS}")
-    return train, val, test
+    return found if len(found) == 3 else [*found, found[1]]  # version 1 chose and reported on the same images
+
+
+def _list_files(part, folder):
+    """The pictures of a Part as text: a checksum, of size and last 4 KiB, and the path in each line."""
+    def checksum(files):
+        value = 0
+        for path in files:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 4096))
+                value = zlib.crc32(file.read(), value ^ size % 2**32)
+        return value
+    return "\n".join(f"{checksum(files):08x} {_key(files, folder)}" for files in part.files)
+
+
+def _as_listed(parts, listed, folder):
+    """(the Parts with the splits of an earlier list of files, how the folder differs from it, in words)."""
+    everything = replace(parts[0], files=sum((part.files for part in parts), []),
+                         targets=sum((part.targets for part in parts), []))
+    places = {_key(files, folder): place for place, files in enumerate(everything.files)}
+    now = dict(line.split(" ", 1)[::-1] for part in parts for line in _list_files(part, folder).split("\n"))
+    before = {split: dict(line.split(" ", 1)[::-1] for line in listed[split].split("\n")) for split in SPLITS}
+    union, words = {**before["train"], **before["val"], **before["test"]}, []
+    for what, names in (("gone", union.keys() - now), ("new", now.keys() - union),
+                        ("changed", {name for name in now.keys() & union if now[name] != union[name]})):
+        if names:
+            words.append(f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})")
+    parts = [everything.take([places[name] for name in before[split] if name in places], part.source)
+             for split, part in zip(SPLITS, parts)]
+    _refuse(not all(part.files for part in parts), f"{folder} has lost all images of a split: put them back")
+    return parts, ", ".join(words)
 
 
 def _name_classes(folder, codes):
@@ -619,14 +611,15 @@ def _name_classes(folder, codes):
 
 
 def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, test_images=None,
-              augment=True, grey=False, crops=1, train_folders=None, old_splits=False):
+              augment=True, grey=False, crops=1, train_folders=None, version=VERSION, files=None):
     """Data of a name in SCENES (MNIST is found under root, or downloaded) or of the path of an image folder.
     size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). *_images: limits, chosen by
     seed, in proportion to the classes. Of a folder: augment=False, training images get the transform of the
     others; grey, one channel (MODES); crops, of each training image without label an epoch; train_folders,
     names of those whose images are all for training. test: the folder test, else val, else a tenth of the
-    training images, by seed; val: the folder val if there is test too and no train_folders, else a tenth of
-    the training images left. old_splits: as before, val is what test is now, test the folder test or val."""
+    training images; val: the folder val if there is test too and no train_folders, else a tenth of the
+    training images. version: of the splits, of an older checkpoint; in 1 val was what test is now, and test
+    the folder test or val. files: those of an earlier Data, whose splits are then kept (see Data.changes)."""
     size = SCENES.get(name, (224,))[0] if size is None else size
     counts = (train_images, val_images, test_images)
     _refuse(size < 8, f"the image size must be at least 8 pixels, not {size}")
@@ -635,11 +628,14 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
     if name in SCENES:
         _refuse(grey or train_folders, f"{'--grey' if grey else '--train-folders'} is for image folders, and "
                 f"{name} is drawn: leave it out")
-        parts = _load_scenes(name, root, size, seed, counts, old_splits)
+        parts, listed, changes = _load_scenes(name, root, size, seed, counts, version), None, ""
     else:
         _refuse(not Path(name).is_dir(),
                 f"there is no folder {name}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
-        found = _split_folder(Path(name), seed, train_folders, old_splits)
+        found, changes = _split_folder(Path(name), seed, train_folders, version), ""
+        if files:
+            found, changes = _as_listed(found, files, Path(name))
+        listed = files or {split: _list_files(part, Path(name)) for split, part in zip(SPLITS, found)}
         classes = _name_classes(Path(name), found[0].classes)
         for part, count, training in zip(found, counts, (True, False, False)):
             part = part.take(_choose(part.targets, count, seed), part.source)
@@ -648,7 +644,7 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
             images = Pictures(part.files, part.targets, transform, seed, channels, repeats)
             parts.append((images, part.source))
     images, sources = zip(*parts)
-    return Data(str(name), *images, classes, size, channels, dict(zip(SPLITS, sources)))
+    return Data(str(name), *images, classes, size, channels, dict(zip(SPLITS, sources)), listed, changes)
 
 
 def load_everything(name, *, size=None, grey=False):
@@ -669,8 +665,7 @@ def _source(dataset):  # below any number of torch.utils.data.Subset
 
 class Order(Sampler):
     """The order of a dataset in an epoch, from image `start` on: shuffled by (seed, epoch), or as it is.
-    Each of `world` processes has every `world`-th image. equal: all have the same number, so that none waits
-    for another (training); else every image comes once (evaluation)."""
+    equal: all `world` processes have the same number, so that none waits; else every image comes once."""
     def __init__(self, count, shuffle, seed, equal, rank, world):
         self.count, self.shuffle, self.seed, self.epoch, self.start = count, shuffle, seed, 0, 0
         self.places = slice(rank, count - count % world if equal else count, world)
@@ -767,7 +762,6 @@ class NoisyBatches:
         return len(self.loader)
 
     def epoch(self, number, first=0):
-        """The batches of one epoch from the `first` on."""
         set_epoch(self.loader, number, first)
         for index, (images, labels) in enumerate(self.loader, first):
             self.generator.manual_seed(mix_seeds(self.seed, number, index, self.rank))
@@ -777,6 +771,14 @@ class NoisyBatches:
 
 
 # --- Flags --------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):  # which itself takes "--flag=--" for an empty list
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.endswith("=--"):
+                self.error(f"a value is missing after {word[:-2]}")
+        return super().parse_known_args(args, namespace)
+
+
 def number(low, high, kind="number"):
     """A type for argparse: a number in [low, high], or a fraction such as 25/255; nan is refused."""
     def convert(text):
@@ -795,12 +797,10 @@ def whole(low, high=2**31 - 1):
 
 
 def add_data_arguments(parser, training=True, validation=True):
-    """Add the flags of the data: those of training images or --test-images, --val-images for validation."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="digits", metavar="NAME", help="digits (drawn, no download), mnist, digit-pairs, "
         "mnist-pairs (two digits, the papers' controlled study), or an image folder (default: %(default)s)")
-    add("--data-root", default="data", metavar="DIR",
-        help="folder that holds MNIST, or that it is downloaded to (default: %(default)s)")
+    add("--data-root", default="data", metavar="DIR", help="where MNIST is, or is put (default: %(default)s)")
     add("--size", type=whole(8, 65536), metavar="PIXELS", help="side of the training images in pixels "
         "(default: 64 for digits and mnist, 96 for pairs, 224 for a folder)")
     for i, wanted in enumerate((training, validation, not training)):
@@ -818,10 +818,10 @@ def add_data_arguments(parser, training=True, validation=True):
             "image an epoch, of a folder without labels (default: %(default)s)")
 
 
-def data_from(flags, old_splits=False):
-    """The Data that a dict of the flags of add_data_arguments and --seed asks for."""
+def data_from(flags, version=VERSION, files=None):
+    """The Data that a dict of the flags of add_data_arguments and --seed asks for; others: see load_data."""
     names = ("size", "seed", *(f"{split}_images" for split in SPLITS), "grey", "crops", "train_folders")
-    return load_data(flags["data"], root=flags["data_root"], old_splits=old_splits,
+    return load_data(flags["data"], root=flags["data_root"], version=version, files=files,
                      **{name: flags[name] for name in names if name in flags})
 
 
@@ -862,7 +862,7 @@ def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data.py", usage="python data.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Show what a source of images holds, and write a picture of it with noise added.",

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torchvision.ops import SqueezeExcitation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import MODES, list_images, load_image, to_float
-from files import write_file
+from files import lacks_memory, write_file
 from metrics import to_8bit
 from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
 from run import Forecast, say, track
@@ -158,8 +159,9 @@ def find_pictures(source: Path, output_dir: Path) -> list[Path]:
     """The file `source`, or the pictures of that folder without those in `output_dir`; ValueError if none."""
     if not source.exists():
         raise ValueError(f"There is no file or folder {source}; give a picture or a folder with --input.")
-    paths = list_images(source) if source.is_dir() else [source]
-    paths = [path for path in paths if path == source or output_dir.resolve() not in path.resolve().parents]
+    paths, results = list_images(source) if source.is_dir() else [source], os.path.realpath(output_dir)
+    paths = [path for path in paths
+             if path == source or not os.path.realpath(path).startswith(results + os.sep)]
     if not paths:
         raise ValueError(f"{source} holds no picture outside --output-dir; give another --input.")
     return paths
@@ -175,24 +177,23 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
     training size `size` in pixels, otherwise from a copy whose short side is `size`: a classifier knows
     objects at that scale. A file that cannot be read is skipped. The network must be in eval mode.
     """
-    pictures, failures, names = [], [], _output_names(paths)
+    pictures, failures, names = [], [], output_names(paths)
     for place, path in enumerate(track(paths, "pictures", len(paths), unit="file")):
         try:
             noisy, image, logits, seen = _apply_to_picture(network, path, place, size, add_noise, device)
-        except (ValueError, OSError, torch.OutOfMemoryError, MemoryError) as error:
-            reason = (str(error) if isinstance(error, (ValueError, OSError)) else
-                      f"too large for the memory of {device}; try --device cpu")
+            record = {"file": str(path), "width_px": noisy.shape[3], "height_px": noisy.shape[2]}
+            for kind, result in (("noisy", noisy if add_noise else None), ("denoised", image)):
+                if result is not None:
+                    record[kind] = str(Path(output_dir) / f"{names[place]}_{kind}.png")
+                    picture = to_picture(result[0])
+                    write_file(record[kind], lambda temporary: picture.save(temporary, format="PNG"))
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of this picture; the others go on
+            reason = (f"too large for the memory of {device}; try --device cpu" if lacks_memory(error) else
+                      str(error).strip().splitlines()[0])
             failures.append({"file": str(path), "error": reason})
             say(f"{path}: skipped: {reason}", err=True)
             continue
-        height, width = noisy.shape[2:]
-        text = f"{path} ({width}x{height})"
-        record = {"file": str(path), "width_px": width, "height_px": height}
-        for kind, result in (("noisy", noisy if add_noise else None), ("denoised", image)):
-            if result is not None:
-                record[kind] = str(Path(output_dir) / f"{names[place]}_{kind}.png")
-                picture = to_picture(result[0])
-                write_file(record[kind], lambda temporary: picture.save(temporary, format="PNG"))
+        text = f"{path} ({record['width_px']}x{record['height_px']})"
         if logits is not None:
             best = logits[0].float().softmax(0).topk(min(5, logits.shape[1]))
             record["classified_at_px"] = list(seen.shape[-2:])  # height, width
@@ -224,13 +225,14 @@ def _apply_to_picture(network, path, place, size, add_noise, device):
     return noisy, image, logits, seen
 
 
-def _output_names(paths: list[Path]) -> list[str]:
-    """The stem of each path, counted up where another one has it: a.jpg and a.png must not write one file."""
+def output_names(paths: list[Path]) -> list[str]:
+    """The stem of each path, counted up where another one has it: a.jpg and a.png must not write one file.
+    Stems are cut to 60 characters, which have at most 240 bytes: file systems allow 255."""
     names: dict[str, str] = {}  # by lower case: some file systems do not tell it from upper case
     for path in paths:
-        name, number = path.stem, 1
+        name, number, stem = path.stem[:60], 1, path.stem[:60]
         while name.lower() in names:
-            name, number = f"{path.stem}_{number + 1}", number + 1
+            name, number = f"{stem}_{number + 1}", number + 1
         names[name.lower()] = name
     return list(names.values())
 

@@ -22,13 +22,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, distributed, nn
 
 import data
-from data import NOISES, Noise, is_paired, number, split_labels, whole
-from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, to_picture
+from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
+from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, this_setting
 from metrics import WINDOW, luma, psnr, ssim, to_8bit
 from models import apply_network, channels_of, check_fits, count_macs, count_parameters, scale_of
-from run import default_device, given_flags, in_turn, make_folder, prepare_device, rank_and_world, say, track
+from run import (Command, check_value, default_device, given_flags, in_turn, make_folder, prepare_device,
+                 rank_and_world, say, track)
 
 SIGMAS = tuple(level / 10 for level in range(11))
 # The measured values in the order of the table: name -> (heading, format of a number).
@@ -303,11 +304,11 @@ def _verdict(logits: Tensor, label: int, classes: list[str] | None) -> tuple[str
 
 # --- Command line -------------------------------------------------------------------------------------------
 
-OF_TRAINING = "that of the checkpoint's training"
+AS_TRAINED, OF_TRAINING = "that of the checkpoint's training", ("data_root", "noise", "train_folders")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="eval.py", usage="python eval.py [options]  (--help lists them)",
         description="Measure PSNR, SSIM, accuracy and latency of a trained network, or use it on pictures.",
         epilog="examples:\n"
@@ -325,10 +326,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole(0), default=0, metavar="N",
         help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
     data.add_data_arguments(parser, training=False)
-    parser.set_defaults(data=OF_TRAINING, data_root=OF_TRAINING)
+    parser.set_defaults(data=AS_TRAINED, data_root=AS_TRAINED)
     for action in parser._actions:
         if action.dest in ("size", "train_folders"):
-            action.help = f"{action.help.split(' (default')[0]} (default: {OF_TRAINING})"
+            action.help = f"{action.help.split(' (default')[0]} (default: {AS_TRAINED})"
     add = parser.add_argument_group("evaluation", "images, noise, measures").add_argument
     add("--split", choices=("val", "test", "all"), default="test",
         help="test: images on which no choice was made; val: those on which best.pt was chosen; all: every "
@@ -336,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sigmas", type=number(0, 100), nargs="+", metavar="SIGMA",
         help="noise levels, standard deviations on images in [0, 1], also as 25/255; pictures with real "
              "noise have no others (default: 0 0.1 0.2 ... 1; for super-resolution 0)")
-    add("--noise", choices=NOISES, help=f"kind of the noise, see train.py --help (default: {OF_TRAINING})")
+    add("--noise", choices=NOISES, help=f"kind of the noise, see train.py --help (default: {AS_TRAINED})")
     add("--noise-protocol", choices=data.PROTOCOLS, default="own",
         help="own: each image has own noise, by --seed; literature: all have numpy's RandomState(0).normal("
              "0, sigma, (H, W, C)), as in published tables of Gaussian noise (default: %(default)s)")
@@ -359,16 +360,21 @@ def build_parser() -> argparse.ArgumentParser:
              "the training size it is classified as a copy of that size (default: an evaluation)")
     add("--sigma", type=number(0, 100), default=0.0, metavar="SIGMA",
         help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
+    add("--overwrite", action="store_true",
+        help="write over pictures that are already in --output-dir (default: refuse)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
+    with Command(parser) as command:
+        args = parser.parse_args(argv)
+        command.stopped = f"what is in {args.output_dir} may be of an earlier run"
         device = prepare_device(args.device, args.threads, args.seed)
         network, checkpoint = load_checkpoint(args.checkpoint, device)
-        flags, scale = checkpoint.get("flags", {}), scale_of(network)
+        trained, scale = checkpoint.get("flags") or {}, scale_of(network)  # the oldest have no flags
+        flags = {action.dest: check_value(action, trained[action.dest]) for action in parser._actions
+                 if action.dest in OF_TRAINING and trained.get(action.dest) is not None}
         defaults = {"data_root": flags.get("data_root", "data"), "noise": flags.get("noise", "gaussian"),
                     "data": checkpoint.get("data"), "size": checkpoint["size"]}
         defaults |= ({"sigmas": SIGMAS, "shave": 0, "luma": False} if scale == 1 else
@@ -386,17 +392,13 @@ def main(argv: list[str] | None = None) -> None:
         output_dir = Path(args.output_dir)
         if args.input is not None:
             paths = find_pictures(Path(args.input), output_dir)
-            sys.exit(report_pictures(network, paths, output_dir, protocol, args.sigma, about, **common))
+            sys.exit(report_pictures(network, paths, output_dir, protocol, args.sigma, about, args.overwrite,
+                                     **common))
         dataset = load_split(network, checkpoint, args.split, protocol, vars(args))
         about |= {"data": args.data, "split": args.split, "data_seed": checkpoint["seed"]}
-        searched = checkpoint["record"].get("latency", {}).get("setting", {})
+        searched = (checkpoint["record"].get("latency") or {}).get("setting") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
                           workers=args.workers, searched=None if args.no_latency else searched)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        say(f"\nStopped; what is in {args.output_dir} may be from an earlier run.", err=True)
-        sys.exit(130)
 
 
 def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Protocol, flags: dict):
@@ -409,9 +411,13 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     elif grey and name in data.SCENES:
         raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give a folder.")
     else:
+        listed = checkpoint.get("images") if name == checkpoint.get("data") else None
         unused = {f"{part}_images": 1 for part in ("train", "val", "test") if part != split}
         source = in_turn(lambda: data.data_from({**flags, **unused, "seed": checkpoint["seed"], "grey": grey},
-                                                old_splits="splits" not in checkpoint))
+                                                checkpoint.get("splits") or 1, listed))
+        if source.changes:
+            say(f"note: the images of {name} are others than in the training: {source.changes}. Those that "
+                "are left are on the sides that they had; new ones are not used.", err=True)
     part = "val" if split == "val" else "test"
     dataset, known, scale = getattr(source, part), source.classes, scale_of(network)
     if scale > 1 and is_paired(dataset):
@@ -457,9 +463,16 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
 
 
 def report_pictures(network: nn.Module, paths: list[Path], output_dir: Path, protocol: Protocol, sigma: float,
-                    about: dict, *, size: int, classes: list[str] | None, device: torch.device) -> int:
+                    about: dict, overwrite: bool, *, size: int, classes: list[str] | None,
+                    device: torch.device) -> int:
     """Denoise and classify pictures, write predictions.json; 1 if a file could not be read, else 0."""
     make_folder(output_dir)
+    written = [output_dir / "predictions.json", *(
+        output_dir / f"{name}_{kind}.png" for name in output_names(paths) for kind in ("denoised", "noisy"))]
+    there = [] if overwrite else [str(path) for path in written if path.exists()]
+    if there:
+        raise ValueError(f"{there[0]}{f' and {len(there) - 1} others are' if there[1:] else ' is'} already "
+                         "there; write over it with --overwrite, or name another --output-dir.")
     noise = Noise(kind=protocol.noise)
     add_noise = lambda clean, place: noise.add_fixed(
         clean, [place], protocol.seed, protocol.noise_protocol, protocol.clip)(sigma)

@@ -1,7 +1,8 @@
 """What this project writes to disk: JSON that describes itself, records of networks, checkpoints.
 
 A file is written beside its place and renamed: it holds its old content or all of the new one.
-Checkpoints hold tensors, numbers, strings, lists and dicts only; loading one runs nothing in it.
+Checkpoints hold tensors, numbers, strings, lists and dicts only; loading one runs nothing in it. What is read
+is checked: the checksums of checkpoints, and the types and ranges of what is used of a record.
 """
 
 import datetime
@@ -10,6 +11,8 @@ import os
 import platform
 import subprocess
 import sys
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,19 @@ import models
 
 ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
+TEXT, PIXELS, SEED = (str, None), range(1, 65537), range(2**63)
+SETTING = {"device_type": str, "batch": PIXELS, "threads": range(4097), "dtype": str, "mode": TEXT}
+RECORD = {"model": str, "data": TEXT, "data_root": TEXT, "size": (PIXELS, None), "images": (dict, None),
+          "latency": ({"setting": (SETTING, None)}, None)}
+SPLIT_LISTS = {"train": str, "val": str, "test": str}
+SPLITS = {"splits": (range(1, 4), None), "images": (SPLIT_LISTS, None)}
+TRAINING = {  # in checkpoints of a network; what old ones do not have may be missing
+    "record": dict, "classes": ([str], None), "size": PIXELS, "data": TEXT, "seed": SEED, "loss": TEXT,
+    "network": dict, "ema": (dict, None), "flags": (dict, None), **SPLITS}
+CHECKPOINT = {**TRAINING, "epoch": range(1, 2**31)}
+STOPPED = {  # in checkpoints of a run that can go on
+    "flags": dict, "step": range(2**63), "rows": [{"epoch": range(1, 2**31), "seconds": (float, int)}],
+    "best": (dict, None), "sums": dict, **SPLITS}
 
 
 def provenance(device_name: str, seed: int | None = None) -> dict:
@@ -46,6 +62,55 @@ def write_file(path: str | Path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(path: str | Path) -> None:
+    """OSError in one sentence where no file can be written into the folder of `path`: before the work."""
+    folder = Path(path).resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / f".{os.getpid()}.test", lambda temporary: temporary.write_text("test"))
+        (folder / f".{os.getpid()}.test").unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from None
+
+
+@contextmanager
+def reading(path: str | Path):
+    """Around code that uses the content of a file: ValueError in one sentence where it is not as expected."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as error:
+        if lacks_memory(error) or isinstance(error, NotImplementedError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} does not hold what it should ({reason[:160]}).") from None
+
+
+def fits(value, kind) -> bool:
+    """Whether a value from a file is of a kind: a type, a range of whole numbers, None (or missing), [kind]:
+    a list, {name: kind}: a dict that has these, or a tuple of kinds: one of them."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), one) for name, one in kind.items())
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    return value is None if kind is None else isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_fields(path: str | Path, content: dict, kinds: dict) -> None:
+    """ValueError in one sentence that names a field of a file that is not of its kind, see `fits`."""
+    for name, kind in kinds.items():
+        if not fits(content.get(name), kind):
+            raise ValueError(f"{path} is not valid: its {name} is {str(content.get(name))[:60]!r}.")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is one of too little memory, of Python or of torch."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def write_json(path: str | Path, content: dict) -> None:
@@ -87,8 +152,10 @@ def make_record(method: str, content: dict, made: dict, **more) -> dict:
 def load_record(path: str | Path) -> dict:
     """Read and check an `arch.json`; ValueError in one sentence when it is missing, damaged or not valid."""
     record = read_json(path, ARCH_FORMAT, ARCH_VERSION, "make one with: python search.py --target 12")
+    check_fields(path, record, RECORD)
     try:
-        models.build_network(record)
+        with torch.device("meta"):  # a record can ask for more memory than there is
+            models.build_network(record)
     except ValueError as error:  # a name in it may have a line break
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return record
@@ -104,13 +171,29 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
     def write(temporary):
         try:
             torch.save(content, temporary)
-            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeErrors
+            check_archive(temporary)
+        except (OSError, RuntimeError, ValueError) as error:  # torch's own writer raises RuntimeErrors
             reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-            raise OSError(f"The checkpoint {path} could not be written ({reason}); the one before it is "
-                          "intact: make room, and go on with --resume.") from None
+            kept = "; the one before it is intact" if Path(path).exists() else ""
+            raise OSError(f"The checkpoint {path} could not be written ({reason}){kept}: make room, and "
+                          f"{'go on with --resume' if kept else 'start again'}.") from None
 
     write_file(path, write)
+
+
+def check_archive(path: str | Path) -> None:
+    """ValueError where a part of a checkpoint is not what was written; torch does not compare checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                    or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+                raise ValueError("it is compressed")  # so a small file can need any amount of memory
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(str(error)) from None
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
@@ -118,8 +201,11 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not Path(path).is_file():
         raise ValueError(f"There is no checkpoint at {path}; train one with: python train.py")
     try:
+        check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything, though it runs nothing
+        if lacks_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason[:120]}).") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
@@ -133,10 +219,9 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The network of a checkpoint of train.py, in eval mode, with averaged weights if any; its content."""
     checkpoint = read_checkpoint(path, device)
-    try:
+    check_fields(path, checkpoint, CHECKPOINT)
+    check_fields(path, checkpoint["record"], RECORD)
+    with reading(path):
         network = models.build_network(checkpoint["record"])
         network.load_state_dict(checkpoint.get("ema") or checkpoint["network"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} does not hold a trained network ({reason[:160]}).") from None
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint

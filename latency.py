@@ -32,13 +32,18 @@ MISSING = None
 try:
     import files
     import models
-    from data import number, whole
-    from run import check_device, track
+    from data import Parser, number, whole
+    from run import Command, check_device, track
 except ImportError as error:  # this file alone; of the command only --help works
-    MISSING, number, whole = error, lambda *_: None, lambda *_: None
+    MISSING, Parser, number, whole = error, argparse.ArgumentParser, lambda *_: None, lambda *_: None
 
 FORMAT, VERSION = "joint-latency", 2
 FORMAT_OF_PARTS = "joint-latency-parts"  # of the methods besides tfnas, version 1
+FIELDS = {  # of a table, and their kinds, see files.fits
+    "made": {"date": str}, "space": dict, "rest_ms": dict, "reference": dict, "parts": [dict],
+    "check": ({"networks": int, "median_percent": float, "p95_percent": float, "worst_percent": float}, None),
+    "setting": {"device": str, "device_type": str, "threads": range(4097), "batch": range(1, 65537),
+                "dtype": str, "size": range(1, 65537), "memory_format": str, "num_classes": range(65537)}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "folded", "compile", "graph")
 
@@ -301,6 +306,9 @@ class Table:
             raise ValueError(f"The latency table is not valid: {reason}.") from None
 
     def _read(self, content: dict) -> None:
+        for name, kind in FIELDS.items():
+            if not files.fits(content.get(name), kind):
+                raise ValueError(f"the field {name} is missing or not what it should be")
         self.content, self.setting = content, Setting(**content["setting"])
         self.method = content["space"]["method"]
         module = models.method_module(self.method)
@@ -617,7 +625,7 @@ def format_error(error: dict) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     count = dict(type=whole(1, 65536), metavar="N")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="latency.py", usage="python latency.py [options]  (--help lists them)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Build the latency table of this device, or compare a table with measurements.",
@@ -661,9 +669,9 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parser.parse_args(argv), time.perf_counter()
     if (args.check or args.arch) and not args.table:
         parser.error("--check and --arch compare with a table: name it with --table FILE.")
-    try:
-        if MISSING:
-            raise MISSING
+    if MISSING:
+        parser.error(f"this needs the other files of the project, and {MISSING.name} is not here.")
+    with Command(parser):
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # forecasts are not JSON
             setting = this_setting(check_device(args.device), size=args.size, num_classes=args.classes,
                                    batch=args.batch, threads=args.threads, dtype=args.dtype, mode=args.mode)
@@ -686,19 +694,12 @@ def main(argv: list[str] | None = None) -> None:
                         f"{args.size} px, {args.mode}, on {setting.device}")
             else:
                 space = space_of(args)
-                Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail before the work
+                files.check_folder(args.output)  # fail before the work
                 setting = replace(setting, num_classes=getattr(space, "num_classes", 0))
                 result = build_table(setting, space, args.rounds, args.seed)
                 files.write_json(args.output, result)
                 text = (f"{format_table(Table(result), times=False)}\n{args.output}: "
                         f"{len(result['parts'])} parts, timed in {time.perf_counter() - start:.0f} s")
-    except ImportError as error:
-        parser.error(f"this needs the other files of the project, and {error.name} is not here.")
-    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)
     print(json.dumps(result, indent=1) if args.json else text)
 
 

@@ -30,8 +30,8 @@ import latency
 import models
 import search
 import tfnas
-from data import load_data, whole
-from run import check_device, default_device
+from data import Parser, load_data, whole
+from run import Command, check_device, default_device
 
 HERE = Path(__file__).resolve().parent
 FORMAT, VERSION = "joint-table", 1
@@ -291,15 +291,15 @@ class Runner:
         self.folder = Path(args.output_dir) / args.scale
 
     def command(self, script: str, *flags: str) -> None:
-        """Run a script of this project; RuntimeError names the command where it fails."""
+        """Run a script of this project; OSError names the command where it fails."""
         line = [*flags, "--device", self.args.device]
         if self.args.threads and script != "latency.py":  # a table has one thread on a CPU
             line += ["--threads", str(self.args.threads)]
         text = shlex.join(["python", script, *line])
         print(f"$ {text}", flush=True)
         if run_script([sys.executable, str(HERE / script), *line]):
-            raise RuntimeError("This command failed; mend what it says and start again, what was done is "
-                               f"kept: {text}")
+            raise OSError("This command failed; mend what it says and start again, what was done is kept: "
+                          f"{text}")
 
     def data_flags(self, kind: str) -> list[str]:
         if kind == "natural" and self.args.data is None:
@@ -508,7 +508,7 @@ def build_parser() -> argparse.ArgumentParser:
     lines = [f"  {name:<10} thesis {table.thesis:<18} {table.title}" for name, table in TABLES.items()]
     lines += ["  figure-4 (thesis figure 5), how alpha moves: alpha.png in the search folders of table-10;",
               "  figures 1-3, 7 and 8 are pictures and drawings: grid.png in the folders of evaluations."]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reproduce.py", usage="python reproduce.py NAME [NAME ...] [options]",
         description="Run an experiment of the joint papers and print its table beside the paper's.\n\n"
                     + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -539,17 +539,10 @@ def main(argv: list[str] | None = None) -> None:
     if not args.names:
         parser.print_help()
         return
-    try:
+    with Command(parser, stopped="the same command goes on"):
         check_device(args.device)
         for name in args.names:
             make_table(name, args)
-    except ValueError as error:
-        parser.error(str(error))
-    except (RuntimeError, OSError) as error:
-        sys.exit(f"reproduce.py: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import atexit
 import datetime
+import itertools
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -32,9 +34,11 @@ except ImportError:  # Windows
 
 AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESUME_ME = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again"
-FREE_FLAGS = {"resume", "output_dir", "device", "threads", "workers", "data_root", "table", "nonfinite",
-              "save_minutes"}  # a resumed run may change these
+OF_THIS_CALL = {"resume", "output_dir", "accept_changes"}  # flags that a checkpoint does not keep
+FREE_FLAGS = OF_THIS_CALL | {"device", "threads", "workers", "data_root", "table", "nonfinite",
+                             "save_minutes"}  # a resumed run may change these
 SIGMAS = ("sigma", "sigma_levels", "sigmas")  # flags of one choice
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 # --- Processes and devices ---------------------------------------------------------------------------------
@@ -143,12 +147,68 @@ def autocast(device: torch.device, amp: str):
 
 # --- What the user is told ---------------------------------------------------------------------------------
 
+class Command:
+    """The frame of a script: with Command(parser) as command. What ends it early is said in one sentence.
+
+    Exit codes: 2 for wrong usage or files (ValueError), 1 for what failed, RESUME_ME for a run that was
+    stopped and can go on from its `checkpoint` in `folder`, 130 where there is none. SIGTERM and SIGHUP end
+    it as Ctrl-C does; a closed stdout does not.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, checkpoint: str | None = None,
+                 stopped: str = "nothing was written"):
+        self.parser, self.checkpoint, self.stopped = parser, checkpoint, stopped
+        self.folder, self.started = ".", time.time()
+
+    def __enter__(self) -> Command:
+        _prepare_streams_and_signals()
+        return self
+
+    def __exit__(self, _, error, __) -> None:
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            self._stopped(getattr(error, "folder", self.folder))
+        elif isinstance(error, (ValueError, argparse.ArgumentTypeError)):
+            self.parser.error(" ".join(str(error).split("\n")))
+        elif isinstance(error, (TrainingError, OSError)):
+            sys.exit(f"{self.parser.prog}: {error}")
+        elif error is not None and files.lacks_memory(error):
+            reason = f"{str(error).strip() or 'MemoryError'}".splitlines()[0][:120]
+            sys.exit(f"{self.parser.prog}: there is not enough memory ({reason}): take a smaller "
+                     "--batch-size or --size, or a smaller network.")
+
+    def _stopped(self, folder: str | Path) -> None:
+        """Say how to go on, and exit."""
+        path, command = Path(folder) / (self.checkpoint or ""), f"python {self.parser.prog}"
+        going = self.checkpoint and (
+            rank_and_world()[0] > 0 or path.exists() and path.stat().st_mtime >= self.started)
+        say("\nStopped" + (f". Go on with: {command} --resume {shlex.quote(str(folder))}" if going else
+                           " before there was anything to go on from." if self.checkpoint else
+                           f"; {self.stopped}."), err=True)
+        sys.exit(RESUME_ME if going else 130)
+
+
+def _prepare_streams_and_signals() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a file's name may have bytes that the locale cannot print
+            stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+        for name in SIGNALS:
+            if signal.getsignal(name) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(name, signal.default_int_handler)
+
+
 def say(text: str, err: bool = False) -> None:
     """Print a line, of the first process only; at once, also into a file or a pipe. err: to stderr."""
     if rank_and_world()[0] == 0:
         stream = sys.stderr if err else sys.stdout
-        tqdm.write(text, file=stream)  # above the progress bars
-        stream.flush()
+        try:
+            tqdm.write(text, file=stream)  # above the progress bars
+            stream.flush()
+        except BrokenPipeError:  # who read it has gone; the work goes on
+            setattr(sys, "stderr" if err else "stdout", open(os.devnull, "w"))
 
 
 def format_duration(seconds: float) -> str:
@@ -249,8 +309,9 @@ class TrainingError(RuntimeError):
 class Guard:
     """Watches for signals to stop, checkpoints that are due, losses that are not finite; all processes agree.
 
-    Within it, SIGTERM and SIGINT let the step in progress end; `end_of_step` then saves and raises Stopped. A
-    second SIGINT stops at once, unless it comes within two seconds: torchrun repeats what its processes got.
+    Within it, SIGTERM, SIGINT and SIGHUP let the step in progress end; `end_of_step` then saves and raises
+    Stopped. A second SIGINT stops at once, unless it comes within two seconds: torchrun repeats what its
+    processes got.
     """
 
     SKIPS = 10  # so many steps in a row may be skipped
@@ -264,8 +325,9 @@ class Guard:
     def __enter__(self) -> Guard:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            for name in (signal.SIGTERM, signal.SIGINT):
-                self.handlers[name] = signal.signal(name, self._note)
+            for name in SIGNALS:
+                if signal.getsignal(name) != signal.SIG_IGN:
+                    self.handlers[name] = signal.signal(name, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -324,10 +386,25 @@ class Guard:
         """Save when it is time or when the run was asked to stop; raise Stopped in the latter case."""
         if self.stop or self.due:
             self.save(save)
+        self._leave()
+
+    def _leave(self) -> None:
         if self.stop:
             if rank_and_world()[1] > 1:
                 distributed.barrier()  # torchrun ends all when one leaves: not before the first one has saved
             raise Stopped
+
+    def between(self, save) -> None:
+        """In a validation: save and raise Stopped when the run was asked to stop. Several processes, which
+        have numbers of batches of their own, end the validation first."""
+        if self.asked and rank_and_world()[1] == 1:
+            self.stop = True
+            self.end_of_step(save)
+
+    def after_epoch(self) -> None:
+        """Raise Stopped when a process was asked to stop since the last step; all has been saved."""
+        self.stop = sum_over_processes([float(self.asked)])[0] > 0
+        self._leave()
 
     def end_of_epoch(self, number: int, taken: bool) -> None:
         """TrainingError where no step of the epoch was taken."""
@@ -376,6 +453,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     add("--output-dir", default=output_dir, metavar="DIR", help="folder of results (default: %(default)s)")
     add("--resume", metavar="PATH",
         help="folder or checkpoint of a stopped run to go on with, with its flags (default: a new run)")
+    add("--accept-changes", action="store_true", help="with --resume: go on with the images that are there "
+        "although some have come, gone or changed since the run began (default: refuse)")
     add("--seed", type=whole(0), default=0, metavar="N",
         help="seed of weights, order, splits and noise (default: %(default)s)")
     add("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
@@ -432,8 +511,8 @@ def check_value(action: argparse.Action, value):
 
 
 def run_flags(values: dict) -> dict:
-    """The flags that make a run what it is, for its checkpoints: all but --resume and --output-dir."""
-    return {name: value for name, value in values.items() if name not in ("resume", "output_dir")}
+    """The flags that make a run what it is, for its checkpoints."""
+    return {name: value for name, value in values.items() if name not in OF_THIS_CALL}
 
 
 # --- Folders, stopping, going on ---------------------------------------------------------------------------
@@ -446,6 +525,7 @@ def resume_state(path: str | Path, checkpoint: str, *needed: str) -> tuple[dict,
     state = files.read_checkpoint(path)
     if not {"flags", "step", *needed} <= set(state):
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
+    files.check_fields(path, state, files.STOPPED)
     return state, path.parent
 
 
@@ -456,15 +536,16 @@ def check_resumed(before: dict, values: dict) -> None:
     if changed:
         raise ValueError(f"A resumed run keeps its settings, but {', '.join(changed)} differ: leave them "
                          "out, or start a new run in another --output-dir.")
+    if before.get("threads") != values.get("threads"):
+        say("note: the run began with another --threads; its last digits may differ from those of a run "
+            "without a stop.")
 
 
-def say_stopped(script: str, output_dir: str | Path, checkpoint: str, started: float) -> None:
-    """After a signal: say how to go on and exit with RESUME_ME; with 130 where there is no checkpoint."""
-    path = Path(output_dir) / checkpoint
-    going = rank_and_world()[0] > 0 or path.exists() and path.stat().st_mtime >= started
-    say("\nStopped" + (f". Go on with: python {script} --resume {shlex.quote(str(output_dir))}" if going else
-                       " before there was anything to go on from."), err=True)
-    sys.exit(RESUME_ME if going else 130)
+def check_images(data) -> None:
+    """ValueError in one sentence where the images of a resumed run are not those that it began with."""
+    if data.changes:
+        raise ValueError(f"The images of {data.name} are others than when the run began: {data.changes}. Put "
+                         "them back, or go on with those that are there: --accept-changes.")
 
 
 def make_folder(path: str | Path) -> None:
@@ -479,15 +560,47 @@ _locks: dict[Path, object] = {}  # open files of the folders that this process h
 
 
 def lock_folder(path: str | Path) -> None:
-    """Make the folder and hold it until this process ends; ValueError in one sentence where that fails."""
+    """Make the folder and hold it until this process ends; ValueError in one sentence where that fails.
+
+    Temporary files of a killed run in it are removed.
+    """
     make_folder(path)
     folder = Path(path).resolve()
+    if fcntl is None or folder in _locks or rank_and_world()[0] > 0:
+        return
     try:
-        if fcntl is not None and folder not in _locks and rank_and_world()[0] == 0:
-            file = open(folder / ".lock", "a")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locks[folder] = file
+        file = open(folder / ".lock", "a")
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
     except OSError as error:
-        reason = (f"Another run is writing into {path}: wait" if isinstance(error, BlockingIOError) else
-                  f"The folder {path} cannot be written to ({error.strerror}): mend that")
-        raise ValueError(f"{reason}, or name another --output-dir.") from None
+        raise ValueError(f"The folder {path} cannot be written to ({error.strerror}): mend that, or name "
+                         "another --output-dir.") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers of a killed run would keep that of flock
+    except OSError:
+        raise ValueError(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
+    _locks[folder] = file
+
+
+def begin_folder(path: str | Path, results: tuple[str, ...], resumed: str | Path | None = None) -> None:
+    """Hold the folder of a run, for its `results`, file names; ValueError in one sentence where that fails.
+
+    A new run moves what an earlier one has left into a folder previous-N: none of it may be taken for a
+    result of this one. A run that is `resumed` from elsewhere, its folder or checkpoint, brings its results.
+    """
+    lock_folder(path)
+    folder = Path(path)
+    if rank_and_world()[0] > 0:
+        return
+    if resumed is not None:
+        before = Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent
+        for name in results if before.resolve() != folder.resolve() else ():
+            if (before / name).exists():
+                files.write_file(folder / name, lambda temporary: shutil.copy(before / name, temporary))
+    elif left := [folder / name for name in results if (folder / name).exists()]:
+        aside = next(folder / f"previous-{n}" for n in itertools.count(1)
+                     if not (folder / f"previous-{n}").exists())
+        aside.mkdir()
+        for file in left:
+            file.rename(aside / file.name)
+        say(f"note: {folder} holds an earlier run, which is now in {aside}.")

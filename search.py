@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -33,7 +32,7 @@ import files
 import latency
 import models
 import run
-from data import number, whole
+from data import Parser, number, whole
 from train import check_images, task_loss, validate
 
 TOLERANCE = 0.03  # the measured latency may be this far from the target before table and fit are corrected
@@ -284,9 +283,10 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
     with run.Guard(nonfinite, save_minutes) as guard:
         schedule.guard = guard
         if state is not None:
-            schedule.load_state_dict(state["searcher"])
-            rows, best, first, sums = state["rows"], state["best"], state["step"], run.Sums(state["sums"])
-            seconds = state.get("seconds", 0.0)
+            with files.reading("The checkpoint of the stopped search"):
+                schedule.load_state_dict(state["searcher"])
+                rows, best, first, sums = state["rows"], state["best"], state["step"], run.Sums(state["sums"])
+                seconds = state.get("seconds", 0.0)
 
         def save(step: int) -> None:
             """search.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
@@ -328,6 +328,7 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
                 write_log(output_dir / "log.jsonl", rows)
             run.say(f"epoch {epoch + 1:>3}/{epochs}  {schedule.format_row(rows[-1])}  "
                     f"{rows[-1]['seconds']:.0f} s, about {run.format_duration(forecast.left_s())} left")
+            guard.after_epoch()
     return rows, best
 
 
@@ -398,11 +399,10 @@ def search_targets(job: Job, argv: list[str]) -> None:
     costs, high = obtain_costs(job, job.supernet(), argv)
     if flags["range"]:
         return
-    run.lock_folder(output_dir)
     found, targets = [], flags["target"] or [flags.get("target_macs")]
     for target in targets:
         folder = output_dir / f"target_{target:g}" if len(targets) > 1 else output_dir
-        run.make_folder(folder)
+        run.begin_folder(folder, RESULTS, job.state and flags["resume"])
         costs = costs._replace(target=target)
         within_reach = target is not None and target < high
         if target is not None and not within_reach:
@@ -455,12 +455,12 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
     if is_first:
         files.write_json(folder / "arch.json", record)
         trained = supernet.export(design) if rows else None
-        (folder / "distilled.pt").unlink(missing_ok=True)  # of another run
         if trained is not None:
             files.save_checkpoint(folder / "distilled.pt", {
                 "record": record, "classes": None, "size": job.data.size, "data": flags["data"],
                 "seed": flags["seed"], "loss": "den", "made": record["made"], "flags": run.run_flags(flags),
-                "epoch": len(rows), "splits": 2, "network": trained.state_dict(), "ema": None})
+                "epoch": len(rows), "splits": data_module.VERSION, "images": job.data.files,
+                "network": trained.state_dict(), "ema": None})
         pictures = []
         if rows and hasattr(job.method, "write_picture"):
             pictures = job.method.write_picture(folder, design, supernet, rows)
@@ -508,15 +508,11 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
             f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which "
             f"{min(schedule.warmup_epochs, flags['epochs'])} train the weights only.\n"
             f"{schedule.EXPLANATION}")
-    if job.state is not None and rank == 0:  # the best supernet so far, into the new folder
-        before = Path(flags["resume"]) if Path(flags["resume"]).is_dir() else Path(flags["resume"]).parent
-        kept = before / "supernet.pt"
-        if before.resolve() != folder.resolve() and kept.exists():
-            files.write_file(folder / "supernet.pt", lambda temporary: shutil.copy(kept, temporary))
     batches = [data_module.NoisyBatches(loader, device, noise, flags["seed"] + part, rank)
                for part, loader in enumerate(loaders)]
     about = {"flags": run.run_flags(flags) | ({"target": [costs.target]} if costs.table else {}),
-             "table": costs.table and costs.table.content}
+             "table": costs.table and costs.table.content, "images": data.files,
+             "splits": data_module.VERSION if job.state is None else job.state.get("splits") or 1}
     return search_epochs(schedule, *batches, epochs=flags["epochs"], output_dir=folder, about=about,
                          nonfinite=flags["nonfinite"], save_minutes=flags["save_minutes"],
                          patience=flags.get("patience", 0), state=job.state)
@@ -563,7 +559,10 @@ def report(job: Job, supernet: nn.Module, design, record: dict, costs: Costs, wi
 
 def milliseconds(text: str) -> list[float]:
     """A type for argparse: one target or several, separated by commas."""
-    return [number(1e-6, 1e9)(part) for part in text.split(",")]
+    targets = [number(1e-6, 1e9)(part) for part in text.split(",")]
+    if len({f"{target:g}" for target in targets}) < len(targets):  # their folders have these names
+        raise argparse.ArgumentTypeError(f"two targets are the same to six digits in {text}")
+    return targets
 
 
 MODELS = {model: method for method, names in models.METHODS.items() for model in names}  # --model -> method
@@ -573,7 +572,7 @@ def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
     """The parser of the flags that all methods share, and of those of this model's method."""
     method = models.method_module(MODELS[model])
     others = ", ".join(name for name, other in MODELS.items() if other != MODELS[model])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="search.py", allow_abbrev=False,
         usage="python search.py --target MS [options]  (--help lists them)",
         description=f"Search a network within a latency. These are the flags of --model {model}; of the "
@@ -654,25 +653,24 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     return args, state
 
 
+RESULTS = ("search.pt", "supernet.pt", "arch.json", "distilled.pt", "log.jsonl", "alpha.png", "network.svg")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser, started, folder = build_parser(), time.time(), "."
-    try:
+    with run.Command(build_parser(), "search.pt") as command:
         args, state = read_command(argv)
-        folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
+        command.folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
         unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part
-        data = run.in_turn(lambda: data_module.data_from({**flags, **unused}))
+        splits = data_module.VERSION if state is None else state.get("splits") or 1
+        listed = state.get("images") if state and not args.accept_changes else None
+        data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, splits, listed))
+        run.check_images(data)
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))
         search_targets(Job(method, plan, flags, data, device, state), argv)
-    except ValueError as error:
-        parser.error(str(error))
-    except (run.TrainingError, OSError) as error:
-        sys.exit(f"search.py: {error}")
-    except (KeyboardInterrupt, run.Stopped) as stop:
-        run.say_stopped("search.py", getattr(stop, "folder", folder), "search.pt", started)
 
 
 def _command_with(argv: list[str], changed: dict[str, str]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
@@ -32,7 +31,7 @@ import latency
 import metrics
 import models
 import run
-from data import number, whole
+from data import Parser, number, whole
 
 LOSSES = ("both", "cls", "den")
 VALIDATION_SEED = 1  # of the noise of validation images; eval.py's default is 0
@@ -141,15 +140,18 @@ def make_schedule(optimizer, recipe: Recipe, steps_per_epoch: int):
 
 @torch.inference_mode()
 def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noise: data_module.Noise,
-             amp: str = "off", denoising: str = "mixed", seed: int = VALIDATION_SEED) -> dict:
+             amp: str = "off", denoising: str = "mixed", seed: int = VALIDATION_SEED,
+             each=lambda: None) -> dict:
     """Mean loss, accuracy over labels (None without classifier) and PSNR (None without denoiser) of a split.
 
-    The noise is the same in every epoch and run, see Noise.validation_sigma; pairs have their own.
+    The noise is the same in every epoch and run, see Noise.validation_sigma; pairs have their own. `each` is
+    called before each batch.
     """
     sums = run.Sums(dict.fromkeys(("loss", "accuracy", "psnr_db"), (0.0, 0)))
     (rank, world), count, was_training = run.rank_and_world(), 0, network.training
     network.eval()
     for images, labels in loader:
+        each()
         labels, boxes = data_module.split_labels(labels, device)
         places = [rank + (count + i) * world for i in range(len(images))]  # of these images in the split
         clean, noisy = data_module.clean_and_noisy(images, places, device, noise, seed)
@@ -247,7 +249,8 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
     about: goes into the checkpoints. state: the content of a last.pt to go on from; it is also written every
     `save_minutes` and after a signal. The loaders hold the images of this process. Raises as run.Guard does.
     """
-    training, output_dir = Training(network, recipe, len(train_loader), device, state), Path(output_dir)
+    with files.reading("The checkpoint of the stopped training"):
+        training, output_dir = Training(network, recipe, len(train_loader), device, state), Path(output_dir)
     rank, steps, epochs = run.rank_and_world()[0], len(train_loader), recipe.epochs
     batches = data_module.NoisyBatches(train_loader, device, noise, recipe.seed, rank)
     work = steps + VALIDATION_WORK * len(val_loader)  # of an epoch
@@ -272,7 +275,8 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
             trained = network if training.average is None else training.average.module
             held_out = validate(trained, val_loader, loss=recipe.loss, device=device, noise=noise,
                                 amp=recipe.amp, denoising=recipe.denoising,
-                                seed=VALIDATION_SEED if "splits" in about else 0)
+                                seed=VALIDATION_SEED if about.get("splits") != 1 else 0,
+                                each=lambda epoch=epoch: guard.between(lambda: save(steps)))
             forecast.done(work - steps)
             guard.end_of_epoch(epoch + 1, "loss" in training.sums.pairs)
             if training.end_epoch(held_out, time.perf_counter() - start) and rank == 0:
@@ -283,6 +287,8 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
                 write_summary(output_dir / "summary.csv", training.rows)
             left = f", about {run.format_duration(forecast.left_s())} left" if epoch + 1 < epochs else ""
             run.say(format_row(training.rows[-1], epochs) + left)
+            if epoch + 1 < epochs:
+                guard.after_epoch()
     return training.best
 
 
@@ -341,7 +347,7 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", allow_abbrev=False, usage="python train.py [options]  (--help lists them)",
         description="Train a found or named network to denoise and classify. With --arch, the flags\n"
                     "of data and noise have the values of the search by default.",
@@ -410,6 +416,8 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tup
     given = run.given_flags(parser, argv)
     if "resume" in given:
         state, folder = run.resume_state(given["resume"], "last.pt", "optimizer")
+        files.check_fields(given["resume"], state, files.TRAINING)
+        files.check_fields(given["resume"], state["record"], files.RECORD)
         args = run.resolve(parser, argv, {**state["flags"], "output_dir": str(folder)})
         run.check_resumed(state["flags"], vars(args))
         return args, state["record"], state
@@ -447,20 +455,24 @@ def say_plan(network: nn.Module, record: dict, data: data_module.Data, noise, lo
             + "; ".join(f"{split}: {source}" for split, source in data.sources.items()))
 
 
+RESULTS = ("last.pt", "best.pt", "summary.csv")  # what a run writes into its folder
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser, started, start = build_parser(), time.time(), time.perf_counter()
-    args = argparse.Namespace(output_dir=".")
-    try:
+    parser, start = build_parser(), time.perf_counter()
+    with run.Command(parser, "last.pt") as command:
         args, record, state = read_command(parser, argv)
-        device, splits = run.prepare_device(args.device, args.threads, args.seed), {"splits": 2}
+        command.folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
         args.amp = run.choose_amp(device, args.amp)
-        if state is not None and "splits" not in state:
-            splits = {}
-            run.say("note: this run began when val and test images were the same; it keeps its splits.")
+        splits = data_module.VERSION if state is None else state.get("splits") or 1
+        if splits < data_module.VERSION:
+            run.say("note: this run began with an older version; it keeps the splits of its data.")
         if state is None and record and not record.get("images"):
             run.say("note: the record does not hold the noise of its search; that below is of the flags.")
         values = {**vars(args), "test_images": 1}  # the test images take no part
-        data = run.in_turn(lambda: data_module.data_from(values, old_splits=not splits))
+        listed = state.get("images") if state and not args.accept_changes else None
+        data = run.in_turn(lambda: data_module.data_from(values, splits, listed))
+        run.check_images(data)
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(data.classes or []) or 1, made)
@@ -469,24 +481,19 @@ def main(argv: list[str] | None = None) -> None:
         network, loss = make_network(args, record, data)
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         batch_size = run.split_batch_size(args.batch_size)
-        run.lock_folder(args.output_dir)
+        run.begin_folder(args.output_dir, RESULTS, state and args.resume)
         say_plan(network, record, data, noise, loss, args.crops)
         rank, world = run.rank_and_world()
         how = dict(seed=args.seed, workers=args.workers, device=device, rank=rank, world=world)
         about = {"record": record, "classes": data.classes, "size": data.size, "data": args.data,
-                 "seed": args.seed, "loss": loss, "made": made, "flags": run.run_flags(vars(args)), **splits}
+                 "seed": args.seed, "loss": loss, "made": made, "flags": run.run_flags(vars(args)),
+                 "splits": splits, "images": data.files}
         values = {**vars(args), "loss": loss, "denoising": args.denoising_loss}
         loaders = [data_module.make_loader(images, batch_size, shuffle=training, drop_last=training, **how)
                    for images, training in ((data.train, True), (data.val, False))]
         recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
         best = train(network, *loaders, recipe, noise=noise, output_dir=args.output_dir, about=about,
                      device=device, state=state)
-    except (KeyboardInterrupt, run.Stopped):
-        run.say_stopped("train.py", args.output_dir, "last.pt", started)
-    except (run.TrainingError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except ValueError as error:  # wrong flags or files, or a damaged image
-        parser.error(str(error))
     run.say(f"best epoch {best['epoch']} (validation loss {best['val_loss']:.4f}) in "
             f"{args.output_dir}/best.pt, after {time.perf_counter() - start:.0f} s; next:\n"
             f"  python eval.py --checkpoint {os.path.join(args.output_dir, 'best.pt')}")

@@ -1,5 +1,6 @@
 """denoise.py: large pictures in tiles, the self-ensemble, the user's own pictures through eval.py --input."""
 
+import os
 import json
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def checkpoints(tmp_path_factory):
         files.save_checkpoint(folder / f"{model}.pt", {
             "record": files.make_record("tfnas", arch.to_dict(), {}),
             "network": models.Network(arch).state_dict(),
-            "classes": None if model == "dnas" else list("abcdefghij"), "size": 32, "epoch": 3})
+            "seed": 0, "classes": None if model == "dnas" else list("abcdefghij"), "size": 32, "epoch": 3})
     return folder
 
 
@@ -221,8 +222,8 @@ def test_noise_and_the_self_ensemble(checkpoints, pictures, tmp_path):
 
 def test_networks_that_only_denoise_or_only_classify(checkpoints, pictures, tmp_path):
     (pictures / "bad.jpg").unlink()
-    for _ in range(2):  # pictures of an earlier run are not taken again
-        code, result = run(checkpoints / "dnas.pt", pictures, pictures / "out")
+    for flags in ((), ("--overwrite",)):  # pictures of an earlier run are not taken again
+        code, result = run(checkpoints / "dnas.pt", pictures, pictures / "out", *flags)
         assert code == 0 and len(list((pictures / "out").glob("*.png"))) == len(result["pictures"]) == 4
         assert not any("classes" in record for record in result["pictures"])
     code, result = run(checkpoints / "cnas.pt", pictures / "twin.png", tmp_path / "c")
@@ -241,6 +242,32 @@ def test_a_picture_larger_than_a_tile_goes_through_the_command(checkpoints, tmp_
         assert ("noisy" in record) == bool(flags)
 
 
+def test_nothing_is_written_over_unless_told(checkpoints, pictures, capsys):
+    (pictures / "grey_denoised.png").write_bytes(b"the user's own")
+    code, result = run(checkpoints / "dnas.pt", pictures / "grey.png", pictures)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (code, result) == (2, None)
+    assert "grey_denoised.png is already there" in error and "--overwrite" in error
+    assert (pictures / "grey_denoised.png").read_bytes() == b"the user's own"
+    assert len(list(pictures.iterdir())) == 6
+
+
+def test_every_picture_stands_for_itself(checkpoints, pictures, tmp_path, capsys):
+    odd = {"link.png": None, "x" * 244 + ".png": (20, 20), os.fsdecode(b"\xe9.png"): (20, 20),
+           "dot.png": (1, 1)}
+    for name, size in odd.items():
+        if size is None:
+            (pictures / name).symlink_to(pictures / name)
+        else:
+            Image.new("RGB", size, "grey").save(pictures / name)
+    (pictures / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
+    code, result = run(checkpoints / "dcnas.pt", pictures, tmp_path / "out")
+    assert code == 1 and "3 of 10" in capsys.readouterr().err
+    assert sorted(Path(failure["file"]).name for failure in result["failures"]) == [
+        "bad.jpg", "link.png", "script.png"]
+    assert all(Path(record["denoised"]).exists() for record in result["pictures"])
+
+
 @pytest.mark.parametrize("source, sentence", [("nowhere", "nowhere"), ("empty", "holds no picture")])
 def test_no_picture_ends_in_one_sentence(checkpoints, tmp_path, capsys, source, sentence):
     (tmp_path / "empty").mkdir()
@@ -250,5 +277,5 @@ def test_no_picture_ends_in_one_sentence(checkpoints, tmp_path, capsys, source, 
 
 def test_names_never_collide():
     paths = [Path(name) for name in ("a/x.png", "b/x.jpg", "b/X.bmp", "b/x_2.png")]
-    names = denoise._output_names(paths)
+    names = denoise.output_names(paths)
     assert names == ["x", "x_2", "X_3", "x_2_2"] and len({name.lower() for name in names}) == 4

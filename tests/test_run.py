@@ -105,7 +105,8 @@ def test_a_resumed_run_keeps_its_settings():
 
 
 def test_what_a_run_goes_on_from(tmp_path):
-    files.save_checkpoint(tmp_path / "last.pt", {"flags": {}, "step": 3, "optimizer": {}})
+    files.save_checkpoint(tmp_path / "last.pt", {
+        "flags": {}, "step": 3, "optimizer": {}, "rows": [], "sums": {}})
     for path in (tmp_path, tmp_path / "last.pt"):
         state, folder = run.resume_state(path, "last.pt", "optimizer")
         assert state["step"] == 3 and folder == tmp_path
@@ -249,9 +250,11 @@ def test_after_a_signal_it_says_how_to_go_on(written, code, text, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run" / "last.pt").touch()
-    started = (tmp_path / "a run" / "last.pt").stat().st_mtime + (0 if written else 1)
-    with pytest.raises(SystemExit) as caught:
-        run.say_stopped("train.py", "a run", "last.pt", started)
+    parser = argparse.ArgumentParser("train.py")
+    with pytest.raises(SystemExit) as caught, run.Command(parser, "last.pt") as command:
+        command.folder = "a run"
+        command.started = (tmp_path / "a run" / "last.pt").stat().st_mtime + (0 if written else 1)
+        raise run.Stopped
     assert caught.value.code == code and text in capsys.readouterr().err
 
 

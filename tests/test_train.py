@@ -4,6 +4,7 @@ import csv
 import math
 import re
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def test_files_hold_what_rebuilds_the_network(trained):
     state = files.read_checkpoint(folder / "last.pt")
     network, checkpoint = files.load_checkpoint(folder / "best.pt")
     assert checkpoint["classes"] == [str(d) for d in range(10)] and checkpoint["size"] == 16
-    assert state["splits"] == checkpoint["splits"] == 2
+    assert state["splits"] == checkpoint["splits"] == data.VERSION
     assert network.denoises and network.classifies and not network.training
     rows = list(csv.DictReader((folder / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -223,7 +224,8 @@ def test_it_says_what_it_trains_on(trained):
 
 def test_a_long_training_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
     ticks = iter(range(0, 100000, 4))  # every look at the clock takes four seconds
-    monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(
+        monotonic=lambda: next(ticks), time=time.time))
     train_on_digits(tmp_path, "--epochs", "3", "--save-minutes", "1000", "--model", "cnas-k3-e3")
     out = capsys.readouterr().out
     assert out.count(" in all") == 1 and out.index(" in all") < out.index("epoch   1/3")
@@ -402,7 +404,7 @@ def test_a_run_of_before_there_were_three_splits_goes_on_as_it_was(trained, tmp_
     seen, load, validate = [], data.load_data, train.validate
 
     def load_data(*args, **kwargs):
-        seen.append(kwargs["old_splits"])
+        seen.append(kwargs["version"])
         return load(*args, **kwargs)
 
     def record_seed(*args, **kwargs):
@@ -412,10 +414,10 @@ def test_a_run_of_before_there_were_three_splits_goes_on_as_it_was(trained, tmp_
     monkeypatch.setattr(data, "load_data", load_data)
     monkeypatch.setattr(train, "validate", record_seed)
     train.main(["--resume", str(tmp_path)])
-    assert seen == [True, 0]  # the old splits, the old validation noise
-    assert "it keeps its splits" in capsys.readouterr().out
+    assert seen == [1, 0]  # the old splits, the old validation noise
+    assert "it keeps the splits of its data" in capsys.readouterr().out
     ended = files.read_checkpoint(tmp_path / "last.pt")
-    assert ended["epoch"] == 2 and "splits" not in ended
+    assert ended["epoch"] == 2 and ended["splits"] == 1
     assert ended["rows"][1]["train_loss"] > 0.9  # of 36 images: 20 with the 40.0 of before, and 16
 
 
