@@ -680,8 +680,9 @@ class Order(Sampler):
 
 
 def _ignore_signals(_):  # in a worker; the main process ends its workers, when it has saved
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu",

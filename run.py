@@ -10,6 +10,7 @@ import atexit
 import datetime
 import itertools
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -165,6 +166,12 @@ class Command:
         return self
 
     def __exit__(self, _, error, __) -> None:
+        for child in multiprocessing.active_children() if error is not None else ():
+            child.kill()  # workers of loaders, which ignore SIGTERM; Python would wait for them
+            sys.unraisablehook = lambda *_: None  # which their loader would complain about
+        if error is not None and "Too many open files" in str(error):
+            sys.exit(f"{self.parser.prog}: too many files are open: take fewer --workers, or a higher limit "
+                     "(ulimit -n).")
         if isinstance(error, (KeyboardInterrupt, Stopped)):
             self._stopped(getattr(error, "folder", self.folder))
         elif isinstance(error, (ValueError, argparse.ArgumentTypeError)):

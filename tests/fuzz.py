@@ -193,6 +193,13 @@ ODD_WORDS = ["", "-1", "0", "1", "3", "nan", "inf", "1e400", "x", "-", "--", "1/
              "[]", "a" * 5000, "/proc/self/mem", "/root/x", "None", "digits", "0.5", "\ud800", "9" * 20]
 
 
+def make_photos(folder):
+    """Eight grey pictures without labels."""
+    (folder / "photos").mkdir()
+    for number in range(8):
+        Image.new("L", (24, 20), 30 * number).save(folder / "photos" / f"{number}.png")
+
+
 class Fuzz:
     """Cases for the scripts' main functions: {kind: function that tries one}; good files lie in `folder`."""
 
@@ -201,9 +208,7 @@ class Fuzz:
         self.counts, self.out = Counter(), folder / "out"
         assert not call("train", *TRIED["train"], *NAMED, "--output-dir", folder / "good", "--epochs", "2")
         assert not call("search", *TRIED["search"], "--output-dir", folder / "good", "--epochs", "2")
-        (folder / "photos").mkdir()
-        for number in range(8):
-            Image.new("L", (24, 20), 30 * number).save(folder / "photos" / f"{number}.png")
+        make_photos(folder)
         words = "--model dncnn-grey --grey --size 16 --epochs 1 --batch-size 2 --device cpu".split()
         assert not call("train", *words, "--data", folder / "photos", "--output-dir", folder / "grey")
         kernels = superkernel.Space("skipinit", 3, 1)

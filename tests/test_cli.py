@@ -160,7 +160,7 @@ def test_an_unknown_flag_ends_in_one_sentence(script, capsys):
     assert caught.value.code == 2 and "--no-such-flag" in error and len(error.strip().splitlines()) <= 2
 
 
-@pytest.mark.parametrize("name", ("superkernel", "metrics"))
+@pytest.mark.parametrize("name", ("superkernel", "metrics", "scenes"))
 def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
     """Those without a command; the tests beside the others run their commands alone."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
@@ -172,7 +172,7 @@ def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
 def test_the_files_that_work_alone_are_documented():
     text = (ROOT / "docs" / "elsewhere.md").read_text()
     assert set(re.findall(r"^\| `(\w+)\.py` \|", text, re.M)) == {
-        "models", "superkernel", "hinas", "data", "latency", "metrics"}
+        "models", "superkernel", "hinas", "data", "scenes", "latency", "metrics"}
 
 
 def test_only_the_list_of_methods_names_those_of_other_papers():

@@ -2,22 +2,26 @@
 ends with the same weights.
 
     python -m pytest tests/test_faults.py            # the short form
-    python -m pytest tests/test_faults.py --slow     # 50 kills, thousands of damaged files
+    python -m pytest tests/test_faults.py --slow     # 200 kills, 6,000 odd and damaged files, folders, flags
 """
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
+import eval as evaluation
 import files
 import fuzz
 import models
@@ -54,12 +58,18 @@ def complete(command, folder):
     return result(command, folder)
 
 
+def in_shell(line, folder):
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=200)
+
+
 def result(command, folder):
     if command[0] == "train.py":
         state = files.read_checkpoint(folder / "last.pt")
         return {f"{part}.{name}": value for part in ("network", "ema") for name, value in state[part].items()}
-    arch = models.Arch.from_dict(files.load_record(folder / "arch.json"))
-    return {**files.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "arch": arch}
+    record = files.load_record(folder / "arch.json")
+    design = models.method_module(record["method"]).design_of(record)
+    return {**files.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "design": design}
 
 
 def same(one, other):
@@ -107,12 +117,15 @@ def disturbed(command, checkpoint, folder, disturbances, rng, how, seconds=None)
 def commands(tmp_path_factory):
     table = tmp_path_factory.mktemp("table") / "t.json"
     files.write_json(table, fake_table(size=16))
-    return {"train": (TRAIN, "last.pt"), "search": ([*SEARCH, "--table", str(table)], "search.pt")}
+    others = {name: (["search.py", "--model", name, "--width", "2", "--val-images", "20", *words, *ALIKE],
+                     "search.pt") for name, words in (
+        ("superkernel", ("--train-images", "240")), ("hinas", ("--train-images", "48", "--search-width", "1")))}
+    return {"train": (TRAIN, "last.pt"), "search": ([*SEARCH, "--table", str(table)], "search.pt"), **others}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(commands, tmp_path_factory):
-    return {name: complete(command, tmp_path_factory.mktemp(name)) for name, (command, _) in commands.items()}
+    return {name: complete(commands[name][0], tmp_path_factory.mktemp(name)) for name in ("train", "search")}
 
 
 @pytest.mark.parametrize("name, how", (("train", signal.SIGKILL), ("search", signal.SIGINT)))
@@ -123,14 +136,14 @@ def test_a_run_that_is_disturbed_ends_as_one_that_is_not(name, how, commands, un
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("train", "search"))
-def test_fifty_kills(name, commands, undisturbed, tmp_path, capsys):
-    """25 kills of each, over as many runs as that takes; each ends with the weights of an undisturbed one."""
+@pytest.mark.parametrize("name", ("train", "search", "superkernel", "hinas"))
+def test_kills(name, commands, tmp_path, capsys):
+    """48 kills of each, over as many runs as that takes; each ends with the weights of an undisturbed one."""
     command, checkpoint = commands[name]
-    rng, kills, runs = random.Random(7), 0, 0
-    while kills < 25:
-        kills += disturbed(command, checkpoint, tmp_path / str(runs), 5, rng, signal.SIGKILL, (2.0, 8.0))
-        assert same(result(command, tmp_path / str(runs)), undisturbed[name])
+    whole, rng, kills, runs = complete(command, tmp_path / "whole"), random.Random(7), 0, 0
+    while kills < 48:
+        kills += disturbed(command, checkpoint, tmp_path / str(runs), 8, rng, signal.SIGKILL, (2.0, 7.0))
+        assert same(result(command, tmp_path / str(runs)), whole)
         runs += 1
     with capsys.disabled():
         print(f"\n{name}: {kills} kills over {runs} runs, 0 lost")
@@ -152,7 +165,7 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
     while True:
         resumable = (tmp_path / "part/last.pt").exists()
         process = begin("part", *(["--resume", str(tmp_path / "part")] if resumable else []))
-        if kills < 5:
+        if kills < 8:
             await_checkpoint(process, tmp_path / "part/last.pt")
             time.sleep(rng.uniform(0.0, 0.5))
             if process.poll() is None:
@@ -167,13 +180,13 @@ def test_two_processes_that_are_killed_go_on_with_the_same_weights(tmp_path, cap
         assert process.returncode == -signal.SIGKILL, output
     whole, part = (files.read_checkpoint(tmp_path / name / "last.pt")["network"]
                    for name in ("whole", "part"))
-    assert kills >= 3 and all(torch.equal(value, part[name]) for name, value in whole.items())
+    assert kills >= 5 and all(torch.equal(value, part[name]) for name, value in whole.items())
     with capsys.disabled():
         print(f"\ntwo processes: {kills} kills, 0 lost")
 
 
 def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way(commands, tmp_path):
-    command, _ = commands["train"]
+    command = [*commands["train"][0], "--workers", "2"]  # they live on for a moment, and must hold no lock
     first = start(command, tmp_path / "run")
     await_checkpoint(first, tmp_path / "run/last.pt")
     first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second begins
@@ -186,6 +199,146 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way
     third = start([*command, *SELDOM, "--resume", str(tmp_path / "run")], tmp_path / "run")
     _, error = third.communicate(timeout=300)
     assert third.returncode == 0, error
+
+
+def test_a_signal_in_a_validation_is_heard_there(tmp_path, monkeypatch, capsys):
+    command, real, asked = [*SMALL, "--epochs", "2", "--output-dir"], train.task_loss, []
+
+    def interrupt(*args, **how):
+        if how.get("label_smoothing") == 0 and not asked:  # the first batch of the first validation
+            asked.append(os.kill(os.getpid(), signal.SIGHUP))
+        return real(*args, **how)
+
+    train.main([*command, str(tmp_path / "whole")])
+    monkeypatch.setattr(train, "task_loss", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*command, str(tmp_path / "part")])
+    assert stopped.value.code == run.RESUME_ME and "--resume" in capsys.readouterr().err
+    assert files.read_checkpoint(tmp_path / "part/last.pt")["rows"] == []
+    train.main(["--resume", str(tmp_path / "part")])
+    whole, part = (files.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
+    assert same(whole["network"], part["network"])
+
+
+def test_a_signal_before_the_first_step_ends_in_a_sentence(tmp_path):
+    """While data are drawn; and a closed stderr and a reader that has gone do not end a run."""
+    drawing = start(["train.py", *SMALL, "--train-images", "2000000"], tmp_path / "drawing")
+    words = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SMALL)} --epochs 1 --output-dir deaf"
+    deaf = in_shell(f"{words} 2>&- | head -n 1", tmp_path)
+    assert deaf.stdout.count("\n") == 1 and (tmp_path / "deaf/best.pt").exists(), deaf
+    drawing.send_signal(signal.SIGTERM)  # by now it has begun
+    _, error = drawing.communicate(timeout=100)
+    assert drawing.returncode == 130 and error.strip() == "Stopped before there was anything to go on from."
+
+
+def test_too_few_open_files_for_the_workers_end_in_a_sentence(tmp_path):
+    fuzz.make_photos(tmp_path)
+    flags = "--model dncnn-grey --data photos --grey --size 16 --batch-size 2 --workers 4 --device cpu"
+    result = in_shell(f"ulimit -n 30; {sys.executable} {ROOT / 'train.py'} {flags}", tmp_path)
+    assert result.returncode == 1 and "take fewer --workers" in result.stderr.splitlines()[-1]
+
+
+# --- Folders of runs, images that change --------------------------------------------------------------------
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_new_run_sets_an_earlier_one_aside_and_a_resumed_one_brings_its_own(tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main([*SMALL, "--epochs", "2", "--output-dir", str(first)])
+    (first / ".last.pt.123.tmp").touch()  # of a killed run
+    run._locks.clear()
+    content = (first / "best.pt").read_bytes()
+    train.main(["--resume", str(first), "--output-dir", str(second)])  # where the best epoch is past
+    assert (second / "best.pt").read_bytes() == content and (second / "summary.csv").exists()
+    assert "second/best.pt" in capsys.readouterr().out
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit) as stopped:  # before its first checkpoint
+        train.main([*SMALL, "--output-dir", str(first)])
+    assert stopped.value.code == 130 and "holds an earlier run, which is now in" in capsys.readouterr().out
+    assert sorted(path.name for path in first.iterdir()) == [".lock", "previous-1"]
+    assert (first / "previous-1/best.pt").read_bytes() == content
+
+
+def test_a_run_whose_images_have_changed_is_refused_or_goes_on_as_told(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (20, 20), (9 * number, 0, 200 * (name == "dog"))).save(
+                tmp_path / "data" / name / f"{number}.png")
+    train.main([*SMALL, "--data", str(tmp_path / "data"), "--epochs", "2", "--output-dir",
+                str(tmp_path / "run")])
+
+    def refused(script, *argv):
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*map(str, argv)])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    for old, new in (("cat", "was"), ("dog", "cat"), ("was", "dog")):  # the same names, other pictures
+        (tmp_path / "data" / old).rename(tmp_path / "data" / new)
+    assert "24 changed" in refused(train, "--resume", tmp_path / "run")
+    for old, new in (("cat", "was"), ("dog", "cat"), ("was", "dog")):
+        (tmp_path / "data" / old).rename(tmp_path / "data" / new)
+    train.main(["--resume", str(tmp_path / "run")])
+    listed = files.read_checkpoint(tmp_path / "run/best.pt")["images"]
+    gone = listed["test"].splitlines()[0].split(" ", 1)[1]
+    (tmp_path / "data" / gone).rename(tmp_path / "data/dog/other.png")
+    error = refused(train, "--resume", tmp_path / "run")
+    assert gone in error and "dog/other.png" in error and "--accept-changes" in error
+    train.main(["--resume", str(tmp_path / "run"), "--accept-changes"])
+    capsys.readouterr()
+    evaluation.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-latency", "--sigmas", "0",
+                     "--output-dir", str(tmp_path / "eval")])
+    assert f"1 gone ({gone}), 1 new (dog/other.png)" in capsys.readouterr().err
+    measured = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert measured["images"] == len(listed["test"].splitlines()) - 1  # the new one may be of the training
+
+
+def test_what_a_record_says_is_data_and_never_a_flag(tmp_path, capsys):
+    images = dict.fromkeys(("noise", "sigma", "sigma_levels", "grey", "crops", "train_folders"))
+    record = models.named_record("mb1-s", 10, files.provenance("a CPU", 0)) | {
+        "images": {**images, "sigmas": ["0.1", "--output-dir", str(tmp_path / "elsewhere")]}}
+    files.write_json(tmp_path / "arch.json", record)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--arch", str(tmp_path / "arch.json"), "--output-dir", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "--sigmas of the record" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# --- Checkpoints with wrong bytes ---------------------------------------------------------------------------
+
+
+def test_every_changed_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "c.pt"
+    files.save_checkpoint(path, {"weights": torch.randn(4000), "number": 3})
+    good, rng = path.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(path) as archive:
+        tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
+    start = good.index(torch.load(path)["weights"].numpy().tobytes())
+    for place in rng.sample(range(start, start + tensor.file_size), 50):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checksum of .* is wrong"):
+            files.read_checkpoint(path)
+    path.write_bytes(good[:start] + bytes(5000) + good[start + 5000:])
+    with pytest.raises(ValueError, match="checksum of .* is wrong"):
+        files.read_checkpoint(path)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """A file of 300 kB that would need 256 MB."""
+    files.save_checkpoint(tmp_path / "c.pt", {"weights": torch.zeros(2**26)})
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive, zipfile.ZipFile(
+            tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in archive.infolist():
+            small.writestr(entry.filename, archive.read(entry))
+    assert (tmp_path / "small.pt").stat().st_size < 1e6
+    with pytest.raises(ValueError, match="it is compressed"):
+        files.read_checkpoint(tmp_path / "small.pt")
 
 
 def test_a_run_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path, monkeypatch):
