@@ -36,7 +36,7 @@ CACHE_BYTES = 2 * 2**30  # decoded images kept in memory, by all workers of a lo
 SPLITS, VERSION = ("train", "val", "test"), 3  # the version of how they are made, kept in checkpoints
 SPLIT_OF = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
             "test": "test", "testing": "test"}  # by the name of a folder, in lower case
-NO_CLASSES = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information")
+NO_CLASS = re.compile(r"\.|(@eadir|__macosx|lost\+found|\$recycle\.bin|system volume information)$", re.I)
 KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's; it runs Ghostscript for EPS
 LONGEST = 8  # a longer side is cut to so many times the shorter one before an image is resized
 LAYOUTS = ("these layouts work: DIR/train/CLASS/ and DIR/val/CLASS/, or DIR/CLASS/ with two or more classes; "
@@ -267,7 +267,7 @@ def _load_scenes(name, root, size, seed, counts, version):
             source = f"MNIST's {'training' if split < 2 else 'test'} set"
             try:
                 data = datasets.MNIST(root, train=split < 2, download=True)  # if it is not there
-            except (RuntimeError, OSError, ValueError) as error:
+            except Exception as error:  # torchvision's reader raises many kinds on a damaged file
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 raise DataError(f"MNIST was not found under {root} and could not be downloaded ({reason[0]}"
                                 "): give its folder with --data-root, or use --data digits") from None
@@ -349,7 +349,7 @@ def list_images(folder, recursive=False):
         if real in seen:
             names = subfolders[:] = []  # a change in place tells os.walk where to go on
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if recursive and _is_class(name)]
+        subfolders[:] = [name for name in subfolders if recursive and not NO_CLASS.match(name)]
         files += [Path(parent, name) for name in names if not name.startswith(".")
                   and name.lower().endswith((*datasets.folder.IMG_EXTENSIONS, ".gif"))]
     return sorted(files)
@@ -428,12 +428,8 @@ class Part:
                        targets=[self.targets[i] for i in indices])
 
 
-def _is_class(name):  # a folder's name: hidden folders and those of file systems are none
-    return not name.startswith(".") and name.lower() not in NO_CLASSES
-
-
 def _subfolders(folder):
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_class(path.name))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not NO_CLASS.match(path.name))
 
 
 def _find_pairs(folder):
@@ -680,9 +676,8 @@ class Order(Sampler):
 
 
 def _ignore_signals(_):  # in a worker; the main process ends its workers, when it has saved
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGINT", "SIGHUP"} & signal.Signals.__members__.keys():
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_last=False, device="cpu",
@@ -736,6 +731,11 @@ def to_float(images, device):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
+def smallest(dataset):
+    """(shortest side in pixels, file) of the smallest picture of a dataset, by the headers of the files."""
+    return min((min(Image.open(file, formats=KINDS).size), str(file)) for file, *_ in _source(dataset).files)
+
+
 def split_pair(images, device):
     """Images of a loader as (clean, noisy), see to_float; noisy: None, unless of pairs (B, 2, C, H, W)."""
     clean, noisy = images.unbind(1) if images.ndim == 5 else (images, None)
@@ -772,11 +772,10 @@ class NoisyBatches:
 
 
 # --- Flags --------------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):  # which itself takes "--flag=--" for an empty list
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if word.endswith("=--"):
-                self.error(f"a value is missing after {word[:-2]}")
+class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):  # argparse takes "--flag=--" for an empty list
+        if any(word.endswith("=--") for word in (sys.argv[1:] if args is None else args)):
+            self.error("a value is missing after =")
         return super().parse_known_args(args, namespace)
 
 

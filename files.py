@@ -22,6 +22,7 @@ import models
 
 ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
+MOST_PARAMETERS = 2**28
 TEXT, PIXELS, SEED = (str, None), range(1, 65537), range(2**63)
 SETTING = {"device_type": str, "batch": PIXELS, "threads": range(4097), "dtype": str, "mode": TEXT}
 RECORD = {"model": str, "data": TEXT, "data_root": TEXT, "size": (PIXELS, None), "images": (dict, None),
@@ -155,7 +156,9 @@ def load_record(path: str | Path) -> dict:
     check_fields(path, record, RECORD)
     try:
         with torch.device("meta"):  # a record can ask for more memory than there is
-            models.build_network(record)
+            count = models.count_parameters(models.build_network(record))
+        if count > MOST_PARAMETERS:
+            raise ValueError(f"the network has {count:,} parameters, more than any of this project")
     except ValueError as error:  # a name in it may have a line break
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return record

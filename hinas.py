@@ -851,7 +851,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    output, rng = args.output or "network.svg", random.Random(args.seed)
+    output, rng = args.output or "network.svg", random.Random(args.seed or 0)  # "--seed=--" gives []
     if args.output is None and args.change:
         parser.error("name the record to write with --output FILE.")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import datetime
+import errno
 import itertools
 import math
 import multiprocessing
@@ -38,6 +39,7 @@ RESUME_ME = 75  # exit code of a run that was asked to stop and can go on: EX_TE
 OF_THIS_CALL = {"resume", "output_dir", "accept_changes"}  # flags that a checkpoint does not keep
 FREE_FLAGS = OF_THIS_CALL | {"device", "threads", "workers", "data_root", "table", "nonfinite",
                              "save_minutes"}  # a resumed run may change these
+OF_USAGE = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP)
 SIGMAS = ("sigma", "sigma_levels", "sigmas")  # flags of one choice
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
@@ -176,6 +178,9 @@ class Command:
             self._stopped(getattr(error, "folder", self.folder))
         elif isinstance(error, (ValueError, argparse.ArgumentTypeError)):
             self.parser.error(" ".join(str(error).split("\n")))
+        elif isinstance(error, OSError) and error.errno in OF_USAGE:
+            name = str(error.filename)[:100]
+            self.parser.error(f"{name} cannot be used ({error.strerror}); name another one.")
         elif isinstance(error, (TrainingError, OSError)):
             sys.exit(f"{self.parser.prog}: {error}")
         elif error is not None and files.lacks_memory(error):

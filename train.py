@@ -326,6 +326,11 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
              f"denoising loss: SSIM needs {metrics.WINDOW} pixels.")):
         if wrong:
             raise ValueError(sentence)
+    if loss != "cls" and getattr(data.val, "whole", False):
+        side, file = data_module.smallest(data.val)
+        if side < metrics.WINDOW * scale:
+            raise ValueError(f"{file} has a side of {side} pixels, and SSIM needs {metrics.WINDOW * scale}: "
+                             "remove it.")
 
 
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,

@@ -75,11 +75,11 @@ def call(script, *argv):
     """Run a script's main in this process: its exit code. Failed where it ends in a traceback, hangs, or does
     not say in one sentence why it has failed."""
     def hang(*_):
-        raise Failed(f"hangs: {script} {' '.join(argv)}")
+        raise Failed(f"hangs: {script} {' '.join(map(str, argv))}")
 
     handlers = {name: signal.getsignal(name) for name in life.SIGNALS}
     signal.signal(signal.SIGALRM, hang)
-    signal.alarm(100)
+    signal.alarm(200)
     error, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
@@ -182,7 +182,7 @@ def odd_folder(folder, rng):
 
 TRIED = {
     "train": "--epochs 1 --train-images 8 --val-images 4 --batch-size 2 --size 32 --threads 1 --device cpu",
-    "search": "--epochs 1 --train-images 16 --batch-size 2 --size 16 --model hinas --width 2 "
+    "search": "--epochs 1 --train-images 16 --val-images 4 --batch-size 2 --size 16 --model hinas --width 2 "
               "--search-width 1 --threads 1 --device cpu",
     "eval": "--test-images 4 --sigmas 0.1 --no-latency --device cpu",
     "latency": "--model mb1-s --size 28 --device cpu",

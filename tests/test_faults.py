@@ -117,9 +117,9 @@ def disturbed(command, checkpoint, folder, disturbances, rng, how, seconds=None)
 def commands(tmp_path_factory):
     table = tmp_path_factory.mktemp("table") / "t.json"
     files.write_json(table, fake_table(size=16))
-    others = {name: (["search.py", "--model", name, "--width", "2", "--val-images", "20", *words, *ALIKE],
-                     "search.pt") for name, words in (
-        ("superkernel", ("--train-images", "240")), ("hinas", ("--train-images", "48", "--search-width", "1")))}
+    small = {"superkernel": "--train-images 240", "hinas": "--train-images 48 --search-width 1"}
+    others = {name: (["search.py", "--model", name, "--width", "2", "--val-images", "20", *words.split(),
+                      *ALIKE], "search.pt") for name, words in small.items()}
     return {"train": (TRAIN, "last.pt"), "search": ([*SEARCH, "--table", str(table)], "search.pt"), **others}
 
 

@@ -222,6 +222,17 @@ def test_it_says_what_it_trains_on(trained):
     assert re.search(r"epoch   2/2  .* \d+ s\n", trained[1]) and "note: " not in trained[1]
 
 
+def test_pictures_that_are_too_small_for_ssim_are_refused_before_the_training(tmp_path, capsys):
+    for number in range(9):
+        Image.new("RGB", (5, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", "dncnn", "--data", str(tmp_path), "--size", "16", "--output-dir",
+                    str(tmp_path / "run")])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and "has a side of 5 pixels, and SSIM needs 11" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_long_training_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
     ticks = iter(range(0, 100000, 4))  # every look at the clock takes four seconds
     monkeypatch.setattr(run, "time", types.SimpleNamespace(
