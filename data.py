@@ -607,15 +607,15 @@ def _name_classes(folder, codes):
 
 
 def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, test_images=None,
-              augment=True, grey=False, crops=1, train_folders=None, version=VERSION, files=None):
+              augment=True, grey=False, crops=1, train_folders=None, kept=None):
     """Data of a name in SCENES (MNIST is found under root, or downloaded) or of the path of an image folder.
     size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). *_images: limits, chosen by
     seed, in proportion to the classes. Of a folder: augment=False, training images get the transform of the
     others; grey, one channel (MODES); crops, of each training image without label an epoch; train_folders,
-    names of those whose images are all for training. test: the folder test, else val, else a tenth of the
-    training images; val: the folder val if there is test too and no train_folders, else a tenth of the
-    training images. version: of the splits, of an older checkpoint; in 1 val was what test is now, and test
-    the folder test or val. files: those of an earlier Data, whose splits are then kept (see Data.changes)."""
+    names of those for training. test: the folder test, else val, else a tenth of the training images; val:
+    the folder val if there is test too and no train_folders, else a tenth of the training images. kept: a
+    checkpoint, or its "splits" (version; in 1 val was what test is now) and "images", which are kept."""
+    version, files = (VERSION, None) if kept is None else (kept.get("splits") or 1, kept.get("images"))
     size = SCENES.get(name, (224,))[0] if size is None else size
     counts = (train_images, val_images, test_images)
     _refuse(size < 8, f"the image size must be at least 8 pixels, not {size}")
@@ -818,10 +818,10 @@ def add_data_arguments(parser, training=True, validation=True):
             "image an epoch, of a folder without labels (default: %(default)s)")
 
 
-def data_from(flags, version=VERSION, files=None):
-    """The Data that a dict of the flags of add_data_arguments and --seed asks for; others: see load_data."""
+def data_from(flags, kept=None):
+    """The Data that a dict of the flags of add_data_arguments and --seed asks for; kept: see load_data."""
     names = ("size", "seed", *(f"{split}_images" for split in SPLITS), "grey", "crops", "train_folders")
-    return load_data(flags["data"], root=flags["data_root"], version=version, files=files,
+    return load_data(flags["data"], root=flags["data_root"], kept=kept,
                      **{name: flags[name] for name in names if name in flags})
 
 

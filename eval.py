@@ -411,10 +411,10 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     elif grey and name in data.SCENES:
         raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give a folder.")
     else:
-        listed = checkpoint.get("images") if name == checkpoint.get("data") else None
+        kept = checkpoint if name == checkpoint.get("data") else {"splits": checkpoint.get("splits")}
         unused = {f"{part}_images": 1 for part in ("train", "val", "test") if part != split}
         source = in_turn(lambda: data.data_from({**flags, **unused, "seed": checkpoint["seed"], "grey": grey},
-                                                checkpoint.get("splits") or 1, listed))
+                                                kept))
         if source.changes:
             say(f"note: the images of {name} are others than in the training: {source.changes}. Those that "
                 "are left are on the sides that they had; new ones are not used.", err=True)
@@ -432,6 +432,8 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     if known:
         boxes = split_labels(torch.as_tensor(dataset[0][1])[None], next(network.parameters()).device)[1]
         check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
+    if split == "test" and "splits" not in checkpoint:
+        say("note: the checkpoint is of an older version; these images also chose its epoch.", err=True)
     say(f"{split}: {source.sources[part]}")
     return dataset
 

@@ -553,6 +553,11 @@ def check_resumed(before: dict, values: dict) -> None:
             "without a stop.")
 
 
+def kept_splits(state: dict | None, accept: bool) -> dict | None:
+    """What data.load_data keeps of a stopped run: its splits, and its images unless changes are accepted."""
+    return state if state is None or not accept else {"splits": state.get("splits")}
+
+
 def check_images(data) -> None:
     """ValueError in one sentence where the images of a resumed run are not those that it began with."""
     if data.changes:

@@ -271,12 +271,10 @@ def write_log(path: Path, rows: list[dict]) -> None:
 def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output_dir: Path, about: dict,
                   nonfinite: str = "stop", save_minutes: float = 10.0, patience: int = 0,
                   state: dict | None = None) -> tuple[list[dict], dict | None]:
-    """Run a schedule's epochs: (a row per epoch, as in log.jsonl; the row of the supernet that was kept, or
-    None).
+    """Run a schedule's epochs: (a row per epoch, as in log.jsonl; the row of the kept supernet, or None).
 
-    Writes search.pt, all that is needed to go on (`state` is its content, `about` goes into it: flags and
-    table), and supernet.pt where the schedule keeps its best one. With `patience`, ends after so many epochs
-    without a better one.
+    Writes search.pt, all that is needed to go on (its content is `state`, `about` goes into it), and
+    supernet.pt where the schedule keeps its best one. `patience`: end after so many epochs without a better.
     """
     rows, best, first, sums, seconds = [], None, 0, run.Sums(), 0.0
     steps, is_first = len(weight_batches), run.rank_and_world()[0] == 0
@@ -315,8 +313,8 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
                 progress.set_postfix({name: f"{sums.local_mean(name):.3f}" for name in sums.pairs})
                 guard.end_of_step(lambda: save(step + 1))
             guard.end_of_epoch(epoch + 1, "weight_loss" in sums.pairs)
-            rows.append({"epoch": epoch + 1, **sums.means(), **schedule.end_epoch(),
-                         "seconds": time.perf_counter() - start})
+            row = {"epoch": epoch + 1, **sums.means(), **schedule.end_epoch()}
+            rows.append({**row, "seconds": time.perf_counter() - start})
             if schedule.better(rows[-1], best):
                 best = rows[-1]
                 if is_first:
@@ -507,6 +505,7 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
             f"{len(parts[1]):,} for the architecture{'' if share < 1 else ' (the same)'}; "
             f"{noise.describe()}; {flags['epochs']} epochs of {steps} steps, of which "
             f"{min(schedule.warmup_epochs, flags['epochs'])} train the weights only.\n"
+            f"train: {data.sources['train']}; val: {data.sources['val']}; test: {data.sources['test']}\n"
             f"{schedule.EXPLANATION}")
     batches = [data_module.NoisyBatches(loader, device, noise, flags["seed"] + part, rank)
                for part, loader in enumerate(loaders)]
@@ -663,9 +662,8 @@ def main(argv: list[str] | None = None) -> None:
         command.folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
         unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part
-        splits = data_module.VERSION if state is None else state.get("splits") or 1
-        listed = state.get("images") if state and not args.accept_changes else None
-        data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, splits, listed))
+        kept = run.kept_splits(state, args.accept_changes)
+        data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
         run.check_images(data)
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)

@@ -475,8 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         if state is None and record and not record.get("images"):
             run.say("note: the record does not hold the noise of its search; that below is of the flags.")
         values = {**vars(args), "test_images": 1}  # the test images take no part
-        listed = state.get("images") if state and not args.accept_changes else None
-        data = run.in_turn(lambda: data_module.data_from(values, splits, listed))
+        data = run.in_turn(lambda: data_module.data_from(values, run.kept_splits(state, args.accept_changes)))
         run.check_images(data)
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do

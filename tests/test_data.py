@@ -68,8 +68,9 @@ def generator(seed=0):
 # --- Scenes -------------------------------------------------------------------------------------------------
 
 @functools.cache
-def digits(name="digits", **options):
-    return data.load_data(name, **{"train_images": 20, "val_images": 10, "test_images": 10, **options})
+def digits(name="digits", splits=data.VERSION, **options):
+    return data.load_data(name, **{"train_images": 20, "val_images": 10, "test_images": 10,
+                                   "kept": {"splits": splits}, **options})
 
 
 def test_digits_have_ten_classes_and_the_stated_shape():
@@ -94,7 +95,7 @@ def test_scenes_follow_the_seed_and_fewer_are_a_prefix_of_more(name):
 
 @pytest.mark.parametrize("name", ["digits", "digit-pairs"])
 def test_no_scene_is_in_two_splits_and_what_is_test_now_was_val(name):
-    scenes, old = digits(name), digits(name, version=1)
+    scenes, old = digits(name), digits(name, splits=1)
     images = torch.cat([getattr(scenes, split).images for split in data.SPLITS]).flatten(1)
     assert len(images.unique(dim=0)) == len(images) == 40
     for split, was in (("train", "train"), ("test", "val"), ("test", "test")):
@@ -104,10 +105,10 @@ def test_no_scene_is_in_two_splits_and_what_is_test_now_was_val(name):
 
 def test_random_numbers_of_the_scenes_are_those_of_before_there_were_three_splits():
     """Computed by the code of that time; another release or machine must not change them."""
-    old = digits("digit-pairs", version=1, seed=3)
+    old = digits("digit-pairs", splits=1, seed=3)
     assert old.train.labels[0].tolist() == [[8, 51, 67, 79, 95], [0, 66, 7, 94, 35]]
     assert old.val.labels[7].tolist() == [[0, 68, 53, 96, 81], [6, 8, 40, 36, 68]]
-    scenes = digits(size=32, seed=3, version=1)
+    scenes = digits(size=32, seed=3, splits=1)
     greys = torch.cat([scenes.train.images[:6, 0], scenes.val.images[:6, 0]]).flatten(1).mode().values
     assert greys.tolist() == [38, 46, 49, 53, 67, 55, 46, 66, 62, 70, 72, 27]
 
@@ -166,7 +167,7 @@ def test_mnist_scenes_are_placed_digits_and_val_is_a_tenth_of_the_training_set(t
     fewer, again = (data.load_data("mnist", root=tmp_path, train_images=9, val_images=2) for _ in range(2))
     assert sorted(fewer.train.targets) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len(fewer.val) == 2  # in proportion
     assert torch.equal(fewer.train.images, again.train.images)
-    old = data.load_data("mnist", root=tmp_path, version=1)
+    old = data.load_data("mnist", root=tmp_path, kept={"splits": 1})
     assert counts(old) == (30, 30, 30) and torch.equal(old.val.images, scenes.test.images)
     # the labels tell which digits are used
     blank = np.zeros((3, 64, 64), dtype=np.uint8)
@@ -444,7 +445,7 @@ def test_the_files_of_a_folder_are_listed_and_what_has_changed_is_said(tmp_path)
     write_images(tmp_path / "a", 30)
     write_images(tmp_path / "b", 30, size=(24, 20))
     images = load(tmp_path)
-    again = load(tmp_path, files=images.files)
+    again = load(tmp_path, kept={"splits": 3, "images": images.files})
     assert again.changes == "" and again.files == images.files
     assert all(files(getattr(images, split)) == files(getattr(again, split)) for split in data.SPLITS)
     gone = images.test.files[0][0]
@@ -453,19 +454,19 @@ def test_the_files_of_a_folder_are_listed_and_what_has_changed_is_said(tmp_path)
     write_images(tmp_path / "new", 1)
     (tmp_path / "new" / "000.png").rename(tmp_path / "a" / "new.png")
     (tmp_path / "new").rmdir()
-    changed = load(tmp_path, files=images.files)
+    changed = load(tmp_path, kept={"splits": 3, "images": images.files})
     gone, other = gone.relative_to(tmp_path), images.train.files[0][0].relative_to(tmp_path)
     assert changed.changes == f"1 gone ({gone}), 1 new (a/new.png), 1 changed ({other})"
     assert files(changed.test) == files(images.test)[1:] and files(changed.val) == files(images.val)
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "b").rename(tmp_path / "a")
     write_images(tmp_path / "b", 30)  # other classes under the same names
-    assert "60 changed" in load(tmp_path, files=images.files).changes
+    assert "60 changed" in load(tmp_path, kept={"splits": 3, "images": images.files}).changes
     for path in (tmp_path / "a", tmp_path / "b"):
         shutil.rmtree(path)
         write_images(path / "else", 5)
     with pytest.raises(data.DataError, match="has lost all images of a split"):
-        load(tmp_path, files=images.files)
+        load(tmp_path, kept={"splits": 3, "images": images.files})
 
 
 @pytest.mark.parametrize("train, val, test", [
@@ -489,15 +490,15 @@ def test_usual_names_of_folders_are_recognised(tmp_path, train, val, test):
 
 def test_class_folders_of_older_versions(tmp_path):
     touch(tmp_path, a=20, b=30, c=3, d=2)
-    images, old = load(tmp_path, version=2), load(tmp_path, version=1)
+    images, old = load(tmp_path, kept={"splits": 2}), load(tmp_path, kept={"splits": 1})
     count = [[getattr(images, split).targets.count(label) for label in range(4)] for split in data.SPLITS]
     assert count == [[16, 24, 1, 1], [2, 3, 1, 0], [2, 3, 1, 1]]  # the class of two is in train and test
     check_apart(images.train, images.val, images.test)
     assert files(old.val) == files(images.test) == files(old.test)
     assert " ".join(files(old.val)) == "a/00.png a/01.png b/18.png b/21.png b/27.png c/02.png d/01.png"
     assert set(files(old.train)) == set(files(images.train) + files(images.val)) and len(old.train) == 48
-    assert files(load(tmp_path, seed=1, version=2).val) != files(images.val)
-    assert files(load(tmp_path, seed=1, version=2).test) != files(images.test)
+    assert files(load(tmp_path, seed=1, kept={"splits": 2}).val) != files(images.val)
+    assert files(load(tmp_path, seed=1, kept={"splits": 2}).test) != files(images.test)
 
 
 @pytest.mark.parametrize("layout", ["train", "."])
@@ -510,7 +511,7 @@ def test_images_without_labels(tmp_path, layout):
     assert images.train[0][0].shape == (3, 16, 16) and images.train[0][1] == -1
     whole = images.test[0][0]
     assert np.array_equal(whole.permute(1, 2, 0), data.load_image(images.test.files[0][0]))
-    images, old = load(tmp_path, version=2), load(tmp_path, version=1)
+    images, old = load(tmp_path, kept={"splits": 2}), load(tmp_path, kept={"splits": 1})
     assert [Path(file).name for file in files(old.val)] == ["007.png", "008.png"]
     assert files(old.val) == files(images.test) and counts(images) == (16, 2, 2)
 
@@ -518,15 +519,15 @@ def test_images_without_labels(tmp_path, layout):
 def test_folders_that_are_there_become_splits(tmp_path):
     touch(tmp_path, train=20, val=5)
     check_apart(*(getattr(load(tmp_path), split) for split in data.SPLITS))
-    images, old = load(tmp_path, version=2), load(tmp_path, version=1)
+    images, old = load(tmp_path, kept={"splits": 2}), load(tmp_path, kept={"splits": 1})
     assert files(load(tmp_path).test) == files(images.test)
     assert counts(images) == (18, 2, 5) and counts(old) == (20, 5, 5)
     assert files(images.test) == files(old.val) and old.sources["val"] == str(tmp_path / "val")
     check_apart(images.train, images.val, images.test)
     touch(tmp_path, test=7)
-    assert counts(load(tmp_path)) == counts(load(tmp_path, version=1)) == (20, 5, 7)
+    assert counts(load(tmp_path)) == counts(load(tmp_path, kept={"splits": 1})) == (20, 5, 7)
     shutil.rmtree(tmp_path / "val")
-    images, old = load(tmp_path, version=2), load(tmp_path, version=1)
+    images, old = load(tmp_path, kept={"splits": 2}), load(tmp_path, kept={"splits": 1})
     assert counts(images) == (18, 2, 7) and files(images.val) == files(old.val)
     assert list(images.sources.values()) == [f"the rest of {tmp_path}/train",
                                              f"a tenth of {tmp_path}/train", f"{tmp_path}/test"]
@@ -536,7 +537,7 @@ def test_training_folders_are_put_together_and_val_is_left_for_test(tmp_path):
     touch(tmp_path, train=12, val=5, test=8, more=18)
 
     def load_folders(*names, **options):
-        images = load(tmp_path, train_folders=list(names), **{"version": 2, **options})
+        images = load(tmp_path, train_folders=list(names), **{"kept": {"splits": 2}, **options})
         check_apart(images.train, images.val, *([] if options else [images.test]))
         parts = (images.train, images.val, images.test)
         return images, [{file.split("/")[0] for file in files(part)} for part in parts]
@@ -544,7 +545,7 @@ def test_training_folders_are_put_together_and_val_is_left_for_test(tmp_path):
     assert counts(images) == (27, 3, 8) and where[0] == {"train", "more"} >= where[1] and where[2] == {"test"}
     images, where = load_folders("train", "test")
     assert counts(images) == (18, 2, 5) and where[0] | where[1] == {"train", "test"} and where[2] == {"val"}
-    old, _ = load_folders("train", "test", version=1)
+    old, _ = load_folders("train", "test", kept={"splits": 1})
     assert files(old.train) == files(images.train) and files(old.val) == files(images.val) == files(old.test)
     assert files(old.val) == ["train/07.png", "train/08.png"]
     images, where = load_folders("val", "more", "test", "train", "val")  # nothing is left
@@ -570,7 +571,7 @@ def test_few_images_of_a_class(tmp_path):
     touch(tmp_path / "two", **{f"class {index}": 2 for index in range(10)})  # two of each class
     images = load(tmp_path / "two")
     assert counts(images) == (10, 5, 5) and len(set(images.train.targets)) == 10
-    images, old = load(tmp_path / "two", version=2), load(tmp_path / "two", version=1)
+    images, old = load(tmp_path / "two", kept={"splits": 2}), load(tmp_path / "two", kept={"splits": 1})
     assert counts(images) == (10, 5, 5) and counts(old) == (10, 10, 10)
     assert len(set(images.train.targets)) == 10 and files(images.train) == files(old.train)
     check_apart(images.train, images.val, images.test)
@@ -899,7 +900,7 @@ PAIR_NAMES = {
 @pytest.mark.parametrize("names", PAIR_NAMES.values(), ids=PAIR_NAMES)
 def test_pairs_are_found_and_transformed_alike(tmp_path, names):
     write_pairs(tmp_path, 20, names)
-    images = load(tmp_path, version=2)
+    images = load(tmp_path, kept={"splits": 2})
     assert images.classes is None and counts(images) == (16, 2, 2)
     check_apart(images.train, images.val, images.test)
     assert data.is_paired(images.train) and data.is_paired(torch.utils.data.Subset(images.val, [0]))
@@ -977,7 +978,7 @@ def test_words_in_names_that_are_no_pairs(tmp_path):
 
 def test_several_crops_of_an_image_are_different_and_follow_the_epoch(tmp_path):
     write_images(tmp_path, 12, size=(60, 50))
-    once, often = (load(tmp_path, size=12, crops=crops, version=2) for crops in (1, 4))
+    once, often = (load(tmp_path, size=12, crops=crops, kept={"splits": 2}) for crops in (1, 4))
     assert counts(once) == (10, 1, 1) and counts(often) == (40, 1, 1)  # val and test: whole images, once
     once, often = once.train, often.train
     assert len(often.targets) == 40 and torch.equal(once[3][0], often[3][0])  # the first are those of one
@@ -1139,7 +1140,7 @@ def test_flags_of_noise_and_data(tmp_path):
              "--train-folders", "train", "more"]
     images = data.data_from(parse(*words))
     assert counts(images) == (27, 1, 3) and images.channels == 1 and images.train.seed == 2
-    assert counts(data.data_from(parse(*words), version=1)) == (27, 1, 1)
+    assert counts(data.data_from(parse(*words), kept={"splits": 1})) == (27, 1, 1)
     kept = data.image_flags(parse(*words, "--sigmas", "25/255"))
     assert kept == {"grey": True, "crops": 3, "train_folders": ["train", "more"], "noise": "gaussian",
                     "sigma": 1.0, "sigma_levels": 0, "sigmas": [25 / 255]}

@@ -415,7 +415,7 @@ def test_a_run_of_before_there_were_three_splits_goes_on_as_it_was(trained, tmp_
     seen, load, validate = [], data.load_data, train.validate
 
     def load_data(*args, **kwargs):
-        seen.append(kwargs["version"])
+        seen.append(kwargs["kept"].get("splits") or 1)
         return load(*args, **kwargs)
 
     def record_seed(*args, **kwargs):
