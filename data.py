@@ -340,8 +340,7 @@ def _to_rgb(image, unsigned):
 
 
 def list_images(folder, recursive=False):
-    """Image files of a folder, sorted, without hidden ones; DataError when there is no such folder.
-    Links are followed, but none that leads to where one was already, or to a folder that holds this one."""
+    """Image files of a folder, sorted, without hidden ones; links are followed, but not in circles."""
     _refuse(not Path(folder).is_dir(), f"there is no folder {folder}")
     files, seen = [], set(Path(folder).resolve().parents)
     for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -415,8 +414,7 @@ def _make_transform(size, labelled, augment):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Image files as in Pictures, their labels or -1, the classes, what they are and where from, in words."""
+class Part:  # image files as in Pictures, labels or -1, classes, what they are and where from, in words
     files: list[tuple[Path, ...]]
     targets: list[int]
     classes: list[str] | None
@@ -481,7 +479,8 @@ def _find_splits(folder, train_folders):
             found[SPLIT_OF[name.lower()]].append(name)
     found["train"] = list(dict.fromkeys(train_folders or found["train"]))
     for name in found["train"]:
-        _refuse(not (folder / name).is_dir(), f"--train-folders: there is no folder {folder / name}")
+        _refuse(not (folder / name).is_dir() or Path(name).is_absolute(),
+                f"--train-folders: there is no folder {name} in {folder}")
     for split, names in found.items():
         _refuse(len(names) > 1 and not (train_folders and split == "train"),
                 f"{folder} holds {' and '.join(names)}, each for {split}: keep one of them")
@@ -514,8 +513,7 @@ def _hold_back(part, names, folder):
             for name, places in sides.items()}
 
 
-def _hold_back_by_seed(part, names, seed):
-    """The same of versions 1 and 2, whose sides change with the number of images."""
+def _hold_back_by_seed(part, names, seed):  # in versions 1 and 2; sides change with the number of images
     held, source = {}, part.source
     for name in names:
         kept, places = stratified_split(part.targets, 0.9, seed)
@@ -572,7 +570,7 @@ def _list_files(part, folder):
     return "\n".join(f"{checksum(files):08x} {_key(files, folder)}" for files in part.files)
 
 
-def _as_listed(parts, listed, folder):
+def _as_listed(parts, listed, folder, version, accept):
     """(the Parts with the splits of an earlier list of files, how the folder differs from it, in words)."""
     everything = replace(parts[0], files=sum((part.files for part in parts), []),
                          targets=sum((part.targets for part in parts), []))
@@ -584,6 +582,9 @@ def _as_listed(parts, listed, folder):
                         ("changed", {name for name in now.keys() & union if now[name] != union[name]})):
         if names:
             words.append(f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})")
+    for split, part in zip(SPLITS, parts if accept else ()):  # new files: on their own side, or for training
+        names = (_key(files, folder) for files in part.files)
+        before[split if version > 2 else "train"] |= {name: "" for name in names if name not in union}
     parts = [everything.take([places[name] for name in before[split] if name in places], part.source)
              for split, part in zip(SPLITS, parts)]
     _refuse(not all(part.files for part in parts), f"{folder} has lost all images of a split: put them back")
@@ -630,8 +631,8 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
                 f"there is no folder {name}: --data is {', '.join(SCENES)} or an image folder; {LAYOUTS}")
         found, changes = _split_folder(Path(name), seed, train_folders, version), ""
         if files:
-            found, changes = _as_listed(found, files, Path(name))
-        listed = files or {split: _list_files(part, Path(name)) for split, part in zip(SPLITS, found)}
+            found, changes = _as_listed(found, files, Path(name), version, kept.get("accept"))
+        listed = {split: _list_files(part, Path(name)) for split, part in zip(SPLITS, found)}
         classes = _name_classes(Path(name), found[0].classes)
         for part, count, training in zip(found, counts, (True, False, False)):
             part = part.take(_choose(part.targets, count, seed), part.source)
@@ -720,8 +721,7 @@ def split_labels(labels, device):
     return (labels, None) if labels.ndim == 1 else (labels[..., 0].flatten(), labels[..., 1:])
 
 
-def is_paired(dataset):
-    """Whether a dataset's images are pairs, (clean, noisy)."""
+def is_paired(dataset):  # whether its images are pairs, (clean, noisy)
     return len(getattr(_source(dataset), "files", [()])[0]) > 1
 
 
@@ -733,6 +733,7 @@ def to_float(images, device):
 
 def smallest(dataset):
     """(shortest side in pixels, file) of the smallest picture of a dataset, by the headers of the files."""
+    Image.MAX_IMAGE_PIXELS = None  # load_image has its own limit
     return min((min(Image.open(file, formats=KINDS).size), str(file)) for file, *_ in _source(dataset).files)
 
 
@@ -826,7 +827,6 @@ def data_from(flags, kept=None):
 
 
 def add_noise_arguments(parser):
-    """Add the flags of the noise in a training, see Noise."""
     add = parser.add_argument_group("noise", "Of images in [0, 1]; fractions work too, 25/255.").add_argument
     add("--noise", choices=NOISES, default="gaussian", help="gaussian; or poisson-gaussian: shot noise, its "
         "variance proportional to intensity, and read noise, together sigma at white (default: %(default)s)")

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -380,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         defaults |= ({"sigmas": SIGMAS, "shave": 0, "luma": False} if scale == 1 else
                      {"sigmas": (0.0,), "shave": scale, "luma": channels_of(network) == 3})
         vars(args).update(defaults | given_flags(parser, argv))
-        if args.data == checkpoint.get("data"):
+        if is_same_data(args.data, checkpoint.get("data")):
             args.train_folders = args.train_folders or flags.get("train_folders")
         protocol = Protocol(tuple(args.sigmas), args.noise, args.noise_protocol, args.seed, args.clip,
                             args.shave, args.luma)
@@ -401,9 +402,17 @@ def main(argv: list[str] | None = None) -> None:
                           workers=args.workers, searched=None if args.no_latency else searched)
 
 
+def is_same_data(name: str | None, other: str | None) -> bool:
+    """Whether two names of data are one, or two paths of one folder."""
+    return name == other or None not in (name, other) and os.path.isdir(name) and (
+        os.path.realpath(name) == os.path.realpath(other))
+
+
 def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Protocol, flags: dict):
     """Images to measure on, split as in the training; flags: see add_data_arguments; ValueError if unfit."""
     name, grey, classes = flags["data"], channels_of(network) == 1, checkpoint["classes"]
+    if name is None:
+        raise ValueError("The checkpoint does not say which images it was trained on; give --data.")
     if grey and protocol.y_only:
         raise ValueError("--luma is of colour images, and the network is for grey ones: leave it out.")
     if split == "all":
@@ -411,7 +420,8 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     elif grey and name in data.SCENES:
         raise ValueError(f"The network takes grey images, and {name} is drawn in colour; give a folder.")
     else:
-        kept = checkpoint if name == checkpoint.get("data") else {"splits": checkpoint.get("splits")}
+        same = is_same_data(name, checkpoint.get("data"))
+        kept = {"splits": checkpoint.get("splits"), "images": checkpoint.get("images") if same else None}
         unused = {f"{part}_images": 1 for part in ("train", "val", "test") if part != split}
         source = in_turn(lambda: data.data_from({**flags, **unused, "seed": checkpoint["seed"], "grey": grey},
                                                 kept))
@@ -432,7 +442,7 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     if known:
         boxes = split_labels(torch.as_tensor(dataset[0][1])[None], next(network.parameters()).device)[1]
         check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
-    if split == "test" and "splits" not in checkpoint:
+    if split == "test" and (checkpoint.get("splits") or 1) == 1:
         say("note: the checkpoint is of an older version; these images also chose its epoch.", err=True)
     say(f"{split}: {source.sources[part]}")
     return dataset

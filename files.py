@@ -35,7 +35,8 @@ TRAINING = {  # in checkpoints of a network; what old ones do not have may be mi
 CHECKPOINT = {**TRAINING, "epoch": range(1, 2**31)}
 STOPPED = {  # in checkpoints of a run that can go on
     "flags": dict, "step": range(2**63), "rows": [{"epoch": range(1, 2**31), "seconds": (float, int)}],
-    "best": (dict, None), "sums": dict, **SPLITS}
+    "best": ({"epoch": range(1, 2**31)}, None), "sums": dict, "seconds": (float, int, None),
+    "steps": (range(2**63), None), **SPLITS}
 
 
 def provenance(device_name: str, seed: int | None = None) -> dict:
@@ -66,14 +67,14 @@ def write_file(path: str | Path, write) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """OSError in one sentence where no file can be written into the folder of `path`: before the work."""
+    """ValueError in one sentence where no file can be written into the folder of `path`: before the work."""
     folder = Path(path).resolve().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / f".{os.getpid()}.test", lambda temporary: temporary.write_text("test"))
         (folder / f".{os.getpid()}.test").unlink()
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from None
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name another file.") from None
 
 
 @contextmanager

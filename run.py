@@ -161,7 +161,7 @@ class Command:
     def __init__(self, parser: argparse.ArgumentParser, checkpoint: str | None = None,
                  stopped: str = "nothing was written"):
         self.parser, self.checkpoint, self.stopped = parser, checkpoint, stopped
-        self.folder, self.started = ".", time.time()
+        self.folder, self.started, self.resumed = ".", time.time(), False
 
     def __enter__(self) -> Command:
         _prepare_streams_and_signals()
@@ -192,7 +192,8 @@ class Command:
         """Say how to go on, and exit."""
         path, command = Path(folder) / (self.checkpoint or ""), f"python {self.parser.prog}"
         going = self.checkpoint and (
-            rank_and_world()[0] > 0 or path.exists() and path.stat().st_mtime >= self.started)
+            rank_and_world()[0] > 0 or
+            path.exists() and (self.resumed or path.stat().st_mtime >= self.started))
         say("\nStopped" + (f". Go on with: {command} --resume {shlex.quote(str(folder))}" if going else
                            " before there was anything to go on from." if self.checkpoint else
                            f"; {self.stopped}."), err=True)
@@ -219,7 +220,9 @@ def say(text: str, err: bool = False) -> None:
         try:
             tqdm.write(text, file=stream)  # above the progress bars
             stream.flush()
-        except BrokenPipeError:  # who read it has gone; the work goes on
+        except OSError as error:  # who read it has gone, a pipe or a terminal; the work goes on
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             setattr(sys, "stderr" if err else "stdout", open(os.devnull, "w"))
 
 
@@ -554,13 +557,20 @@ def check_resumed(before: dict, values: dict) -> None:
 
 
 def kept_splits(state: dict | None, accept: bool) -> dict | None:
-    """What data.load_data keeps of a stopped run: its splits, and its images unless changes are accepted."""
-    return state if state is None or not accept else {"splits": state.get("splits")}
+    """What data.load_data keeps of a stopped run: its splits, which new images join if changes are accepted.
+    """
+    return state and {"splits": state.get("splits"), "images": state.get("images"), "accept": accept}
 
 
-def check_images(data) -> None:
+def check_images(data, state: dict | None, accept: bool) -> None:
     """ValueError in one sentence where the images of a resumed run are not those that it began with."""
-    if data.changes:
+    classes = (state or {}).get("classes", data.classes)
+    if data.classes != classes:
+        raise ValueError(f"The classes of {data.name} are others than when the run began: "
+                         f"{str(data.classes)[:200]}, not {str(classes)[:200]}; start a new run.")
+    if data.changes and accept:
+        say(f"note: images of {data.name} have changed: {data.changes}. Schedules stay as they were planned.")
+    elif data.changes:
         raise ValueError(f"The images of {data.name} are others than when the run began: {data.changes}. Put "
                          "them back, or go on with those that are there: --accept-changes.")
 
@@ -587,8 +597,6 @@ def lock_folder(path: str | Path) -> None:
         return
     try:
         file = open(folder / ".lock", "a")
-        for left in folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"The folder {path} cannot be written to ({error.strerror}): mend that, or name "
                          "another --output-dir.") from None
@@ -597,27 +605,31 @@ def lock_folder(path: str | Path) -> None:
     except OSError:
         raise ValueError(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
     _locks[folder] = file
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def begin_folder(path: str | Path, results: tuple[str, ...], resumed: str | Path | None = None) -> None:
     """Hold the folder of a run, for its `results`, file names; ValueError in one sentence where that fails.
 
-    A new run moves what an earlier one has left into a folder previous-N: none of it may be taken for a
-    result of this one. A run that is `resumed` from elsewhere, its folder or checkpoint, brings its results.
+    What another run has left is moved into a folder previous-N: none of it may be taken for a result of this
+    one. A run that is `resumed` from elsewhere, its folder or checkpoint, brings its results.
     """
     lock_folder(path)
     folder = Path(path)
     if rank_and_world()[0] > 0:
         return
-    if resumed is not None:
-        before = Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent
-        for name in results if before.resolve() != folder.resolve() else ():
-            if (before / name).exists():
-                files.write_file(folder / name, lambda temporary: shutil.copy(before / name, temporary))
-    elif left := [folder / name for name in results if (folder / name).exists()]:
+    before = None if resumed is None else Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent
+    if before is not None and before.resolve() == folder.resolve():
+        return
+    if left := [folder / name for name in results if (folder / name).exists()]:
         aside = next(folder / f"previous-{n}" for n in itertools.count(1)
                      if not (folder / f"previous-{n}").exists())
         aside.mkdir()
         for file in left:
             file.rename(aside / file.name)
         say(f"note: {folder} holds an earlier run, which is now in {aside}.")
+    if before is not None:
+        for name in results:
+            if (before / name).exists():
+                files.write_file(folder / name, lambda temporary: shutil.copy(before / name, temporary))

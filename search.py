@@ -398,9 +398,11 @@ def search_targets(job: Job, argv: list[str]) -> None:
     if flags["range"]:
         return
     found, targets = [], flags["target"] or [flags.get("target_macs")]
-    for target in targets:
-        folder = output_dir / f"target_{target:g}" if len(targets) > 1 else output_dir
+    folders = [output_dir / f"target_{target:g}" if len(targets) > 1 else output_dir for target in targets]
+    run.lock_folder(output_dir)
+    for folder in folders:  # all before the first search: what lies there later is of this run
         run.begin_folder(folder, RESULTS, job.state and flags["resume"])
+    for target, folder in zip(targets, folders):
         costs = costs._replace(target=target)
         within_reach = target is not None and target < high
         if target is not None and not within_reach:
@@ -457,7 +459,7 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
             files.save_checkpoint(folder / "distilled.pt", {
                 "record": record, "classes": None, "size": job.data.size, "data": flags["data"],
                 "seed": flags["seed"], "loss": "den", "made": record["made"], "flags": run.run_flags(flags),
-                "epoch": len(rows), "splits": data_module.VERSION, "images": job.data.files,
+                "epoch": len(rows), "splits": splits_of(job.state), "images": job.data.files,
                 "network": trained.state_dict(), "ema": None})
         pictures = []
         if rows and hasattr(job.method, "write_picture"):
@@ -511,10 +513,15 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
                for part, loader in enumerate(loaders)]
     about = {"flags": run.run_flags(flags) | ({"target": [costs.target]} if costs.table else {}),
              "table": costs.table and costs.table.content, "images": data.files,
-             "splits": data_module.VERSION if job.state is None else job.state.get("splits") or 1}
+             "splits": splits_of(job.state), "classes": data.classes}
     return search_epochs(schedule, *batches, epochs=flags["epochs"], output_dir=folder, about=about,
                          nonfinite=flags["nonfinite"], save_minutes=flags["save_minutes"],
                          patience=flags.get("patience", 0), state=job.state)
+
+
+def splits_of(state: dict | None) -> int:
+    """The version of the splits of a run: that of the run that is resumed, or the present one."""
+    return data_module.VERSION if state is None else state["splits"]
 
 
 def make_record(job: Job, supernet: nn.Module, design, result: dict, costs: Costs) -> dict:
@@ -628,7 +635,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
 
     Values: default < method < stopped run < command line. ValueError in one sentence where they do not fit.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--model")
     early.add_argument("--resume")
     named, _ = early.parse_known_args(argv)
@@ -636,6 +643,10 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     if named.resume is not None:
         state, folder = run.resume_state(named.resume, "search.pt", "searcher")
         before = {**state["flags"], "output_dir": str(folder)}
+        # Older checkpoints do not say their splits. Version 2 came together with --range.
+        state["splits"] = state.get("splits") or (2 if "range" in before else 1)
+        if state["splits"] < data_module.VERSION:
+            run.say("note: this run began with an older version; it keeps the splits of its data.")
     model = before.get("model", "dcnas") if named.model is None else named.model
     parser = build_parser(model if model in MODELS else "dcnas")
     for word in parser.parse_known_args(argv)[1]:
@@ -659,12 +670,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with run.Command(build_parser(), "search.pt") as command:
         args, state = read_command(argv)
-        command.folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
+        command.folder, command.resumed = args.output_dir, state is not None
+        device = run.prepare_device(args.device, args.threads, args.seed)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
         unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part
         kept = run.kept_splits(state, args.accept_changes)
         data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
-        run.check_images(data)
+        run.check_images(data, state, args.accept_changes)
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))

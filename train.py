@@ -185,7 +185,9 @@ class Training:
             averages = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(network, multi_avg_fn=averages, use_buffers=True)
         self.rows, self.best, self.first, self.sums = [], None, 0, run.Sums()
+        self.steps = recipe.epochs * steps  # of the schedule; beyond them a cosine would rise again
         if state is not None:
+            self.steps = state.get("steps", self.steps)
             for name in ("network", "optimizer", "schedule", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
             if self.average is not None:
@@ -206,7 +208,7 @@ class Training:
         return {"epoch": len(self.rows), **self.weights(), "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
                 "averaged": 0 if self.average is None else int(self.average.n_averaged), "rows": self.rows,
-                "best": self.best, "step": step, "sums": self.sums.gather()}
+                "best": self.best, "step": step, "sums": self.sums.gather(), "steps": self.steps}
 
     def take_step(self, batch, guard: run.Guard, where: str) -> None:
         """One step with a batch (noisy, clean, labels)."""
@@ -225,7 +227,7 @@ class Training:
                 self.average.update_parameters(self.network)
             for name, part in {"loss": total.detach(), **parts}.items():
                 self.sums.add(name, part * len(clean), len(clean))
-        if recipe.schedule != "plateau":
+        if recipe.schedule != "plateau" and self.schedule.last_epoch < self.steps:
             self.schedule.step()
 
     def end_epoch(self, held_out: dict, seconds: float) -> bool:
@@ -423,6 +425,7 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tup
         state, folder = run.resume_state(given["resume"], "last.pt", "optimizer")
         files.check_fields(given["resume"], state, files.TRAINING)
         files.check_fields(given["resume"], state["record"], files.RECORD)
+        files.check_fields(given["resume"], state["best"] or {"val_loss": 0.0}, {"val_loss": (float, int)})
         args = run.resolve(parser, argv, {**state["flags"], "output_dir": str(folder)})
         run.check_resumed(state["flags"], vars(args))
         return args, state["record"], state
@@ -467,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, start = build_parser(), time.perf_counter()
     with run.Command(parser, "last.pt") as command:
         args, record, state = read_command(parser, argv)
-        command.folder, device = args.output_dir, run.prepare_device(args.device, args.threads, args.seed)
+        command.folder, command.resumed = args.output_dir, state is not None
+        device = run.prepare_device(args.device, args.threads, args.seed)
         args.amp = run.choose_amp(device, args.amp)
         splits = data_module.VERSION if state is None else state.get("splits") or 1
         if splits < data_module.VERSION:
@@ -476,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
             run.say("note: the record does not hold the noise of its search; that below is of the flags.")
         values = {**vars(args), "test_images": 1}  # the test images take no part
         data = run.in_turn(lambda: data_module.data_from(values, run.kept_splits(state, args.accept_changes)))
-        run.check_images(data)
+        run.check_images(data, state, args.accept_changes)
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(data.classes or []) or 1, made)

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import files
+import latency
 import models
-from fake_table import fake_table
+from fake_table import fake_table, quick_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
@@ -30,16 +31,6 @@ SMALLEST = {
     "train": "--size 16 --train-images 40 --val-images 20 --epochs 1 --batch-size 8",
     "eval": "--test-images 12 --sigmas 0 0.5",
 }
-# search.py with a latency table of its own, made in few runs.
-QUICK_SEARCH = f"""if True:
-    import sys
-    sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
-    import fake_table, latency, pytest, search
-    fake_table.quick_compare(pytest.MonkeyPatch())
-    build = latency.build_table
-    latency.build_table = lambda *args, **how: build(*args, **how | {{"rounds": 1}})
-    search.main(sys.argv[1:])
-"""
 
 
 def commands(text):
@@ -109,15 +100,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder):
-    """Search, train, evaluate, denoise: each on what the one before wrote."""
+def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder, monkeypatch):
+    """Search, with a table of its own, train, evaluate, denoise: each on what the one before wrote."""
+    monkeypatch.chdir(folder)
+    quick_compare(monkeypatch)
+    build = latency.build_table
+    monkeypatch.setattr(latency, "build_table", lambda *args, **how: build(*args, **how | {"rounds": 1}))
     first = commands(README.split("## First run")[1].split("\n## ")[0])
     assert [command.split()[0] for command in first] == ["search.py", "train.py", "eval.py"]
     for command in first:
         script, *words = shlex.split(command)
-        start = ["-c", QUICK_SEARCH] if script == "search.py" else [str(ROOT / script)]
-        run = call([*start, *words, *SMALLEST[script.removesuffix(".py")].split()], folder)
-        assert run.returncode == 0, f"{command}: {run.stderr}"
+        name = script.removesuffix(".py")
+        importlib.import_module(name).main([*words, *SMALLEST[name].split()])
     metrics = json.loads((folder / "runs" / "eval" / "metrics.json").read_text())
     assert metrics["format"] == "joint-eval" and metrics["images"] == 12
     assert (folder / "runs" / "eval" / "grid.png").stat().st_size > 500
