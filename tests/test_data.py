@@ -458,6 +458,10 @@ def test_the_files_of_a_folder_are_listed_and_what_has_changed_is_said(tmp_path)
     gone, other = gone.relative_to(tmp_path), images.train.files[0][0].relative_to(tmp_path)
     assert changed.changes == f"1 gone ({gone}), 1 new (a/new.png), 1 changed ({other})"
     assert files(changed.test) == files(images.test)[1:] and files(changed.val) == files(images.val)
+    accepted = load(tmp_path, kept={"splits": 3, "images": images.files, "accept": True})
+    assert sum(counts(accepted)) == 60 and accepted.changes == changed.changes
+    for split in data.SPLITS:  # each image that was there is where it was
+        assert set(files(getattr(changed, split))) <= set(files(getattr(accepted, split)))
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "b").rename(tmp_path / "a")
     write_images(tmp_path / "b", 30)  # other classes under the same names

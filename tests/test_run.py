@@ -1,6 +1,7 @@
 """run.py: where flags get their values, forecasts, sums, and what guards a step."""
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -242,6 +243,56 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         run.lock_folder(tmp_path / "file" / "x")
     run.lock_folder(tmp_path / "new" / "folder")
     assert (tmp_path / "new" / "folder" / ".lock").exists()
+
+
+def test_a_run_resumed_elsewhere_sets_aside_what_lies_there(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("last.pt", "best.pt"):
+            (tmp_path / folder / name).write_text(f"{name} of {folder}")
+    (tmp_path / "b/summary.csv").write_text("of b")
+    run.begin_folder(tmp_path / "a", ("last.pt", "best.pt", "summary.csv"), tmp_path / "a/last.pt")
+    assert not (tmp_path / "a/previous-1").exists()  # it goes on there
+    run.begin_folder(tmp_path / "b", ("last.pt", "best.pt", "summary.csv"), tmp_path / "a")
+    assert (tmp_path / "b/best.pt").read_text() == "best.pt of a"
+    assert not (tmp_path / "b/summary.csv").exists() and "earlier run" in capsys.readouterr().out
+    assert (tmp_path / "b/previous-1/summary.csv").read_text() == "of b"
+
+
+def test_only_who_holds_a_folder_removes_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / ".last.pt.1.tmp").touch()
+    with monkeypatch.context() as held:
+        held.setattr(run.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
+        with pytest.raises(ValueError, match="Another run is writing"):
+            run.lock_folder(tmp_path)
+    assert (tmp_path / ".last.pt.1.tmp").exists()
+    run.lock_folder(tmp_path)
+    assert not (tmp_path / ".last.pt.1.tmp").exists()
+
+
+@pytest.mark.parametrize("number", (errno.EPIPE, errno.EIO))
+def test_a_reader_that_has_gone_does_not_end_a_run(number, monkeypatch):
+    def gone(*_, **__):
+        raise OSError(number, "gone")
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(run.tqdm, "write", gone)
+    run.say("a line")
+    monkeypatch.undo()
+    run.say("a line")
+
+
+def test_images_and_classes_of_a_resumed_run(capsys):
+    same = types.SimpleNamespace(name="photos", classes=["cat", "dog"], changes="")
+    run.check_images(same, None, False)
+    run.check_images(same, {"classes": ["cat", "dog"]}, False)
+    changed = types.SimpleNamespace(name="photos", classes=["cat", "dog"], changes="1 gone (x.png)")
+    with pytest.raises(ValueError, match="1 gone .*--accept-changes"):
+        run.check_images(changed, {}, False)
+    run.check_images(changed, {}, True)
+    assert "1 gone" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="classes of photos are others"):
+        run.check_images(changed, {"classes": ["dog", "zebra"]}, True)
 
 
 @pytest.mark.parametrize("written, code, text", [(True, 75, "python train.py --resume 'a run'"),
