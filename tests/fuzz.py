@@ -71,7 +71,7 @@ class Failed(AssertionError):
     """What a command must never do."""
 
 
-def call(script, *argv):
+def call(script, *argv, error=None):
     """Run a script's main in this process: its exit code. Failed where it ends in a traceback, hangs, or does
     not say in one sentence why it has failed."""
     def hang(*_):
@@ -80,7 +80,7 @@ def call(script, *argv):
     handlers = {name: signal.getsignal(name) for name in life.SIGNALS}
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(200)
-    error, code = io.StringIO(), 0
+    error, code = error or io.StringIO(), 0
     try:
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(script).main([str(word) for word in argv])

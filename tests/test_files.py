@@ -86,7 +86,9 @@ def test_checkpoint_errors_name_the_file(tmp_path):
     record, path = models.named_record("mb1-s", 2, files.provenance("a CPU", 0)), tmp_path / "best.pt"
     network = models.build_network(record)
     average = {name: value + 1 for name, value in network.state_dict().items()}
-    files.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": average})
+    about = {"record": record, "network": network.state_dict(), "ema": None, "classes": None, "size": 28,
+             "seed": 0, "epoch": 1}
+    files.save_checkpoint(path, {**about, "ema": average})
     loaded, checkpoint = files.load_checkpoint(path)
     assert not loaded.training and checkpoint["record"] == record
     assert all(torch.equal(value, average[name]) for name, value in loaded.state_dict().items())
@@ -99,7 +101,8 @@ def test_checkpoint_errors_name_the_file(tmp_path):
         files.load_checkpoint(tmp_path / "none.pt")
     for more, sentence in (({"version": 7}, "best.pt has checkpoint version 7"),
                            ({"format": "x"}, "best.pt is not a checkpoint"),
-                           ({"record": {**record, "num_classes": 3}}, "best.pt does not hold a trained net")):
-        files.save_checkpoint(path, {"record": record, "network": network.state_dict(), "ema": None, **more})
+                           ({"size": "28"}, "best.pt is not valid: its size is '28'"),
+                           ({"record": {**record, "num_classes": 3}}, "best.pt does not hold what it should")):
+        files.save_checkpoint(path, {**about, **more})
         with pytest.raises(ValueError, match=sentence):
             files.load_checkpoint(path)
