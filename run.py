@@ -341,7 +341,7 @@ class Guard:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             for name in SIGNALS:
-                if signal.getsignal(name) != signal.SIG_IGN:
+                if name == signal.SIGINT or signal.getsignal(name) != signal.SIG_IGN:  # nohup: SIGHUP
                     self.handlers[name] = signal.signal(name, self._note)
         return self
 

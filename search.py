@@ -284,7 +284,7 @@ def search_epochs(schedule, weight_batches, arch_batches, *, epochs: int, output
             with files.reading("The checkpoint of the stopped search"):
                 schedule.load_state_dict(state["searcher"])
                 rows, best, first, sums = state["rows"], state["best"], state["step"], run.Sums(state["sums"])
-                seconds = state.get("seconds", 0.0)
+                seconds = state.get("seconds") or 0.0
 
         def save(step: int) -> None:
             """search.pt: all that is needed to go on from `step` steps into the epoch after rows[-1]."""
@@ -430,7 +430,7 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
     flags, state, is_first, rows = job.flags, job.state, run.rank_and_world()[0] == 0, []
     start, supernet = time.perf_counter(), job.supernet()
     if state is not None:  # with the time before the run was stopped
-        start -= sum(row["seconds"] for row in state["rows"]) + state.get("seconds", 0.0)
+        start -= sum(row["seconds"] for row in state["rows"]) + (state.get("seconds") or 0.0)
     if flags["strategy"] == "random":
         supernet.draw_random(flags["seed"])
     elif flags["strategy"] == "plain":
@@ -653,7 +653,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         has = [name for name in MODELS if word.split("=")[0] in build_parser(name)._option_string_actions]
         if has:
             raise ValueError(f"{word} is for --model {', '.join(has)}, not for {model}; leave it out.")
-    given = {**before, **run.given_flags(parser, argv)}
+    checked = vars(run.resolve(parser, [], before))  # a value of a wrong type is refused here
+    given = {**{name: checked[name] for name in before if name in checked}, **run.given_flags(parser, argv)}
     args = run.resolve(parser, argv, models.method_module(MODELS[model]).search_defaults(given), before)
     run.check_resumed(before, vars(args))
     if args.table and not (args.target or args.range):
