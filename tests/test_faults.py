@@ -200,6 +200,7 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_is_not_in_the_way
 
 def test_a_signal_in_a_validation_is_heard_there(tmp_path, monkeypatch, capsys):
     command, real, asked = [*SMALL, "--epochs", "2", "--output-dir"], train.task_loss, []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 
     def interrupt(*args, **how):
         if how.get("label_smoothing") == 0 and not asked:  # the first batch of the first validation
