@@ -188,8 +188,7 @@ def shrink(images, scale):
     return enlarge(images, 1 / scale)[..., 2:-2, 2:-2].clamp(0, 1).mul(255).round().div(255)
 
 
-def enlarge(images, scale):
-    """images (B, C, H, W) made larger by a whole factor, with the same bicubic kernel as in `shrink`."""
+def enlarge(images, scale):  # (B, C, H, W) made larger by a whole factor, with the kernel of `shrink`
     return torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
 
 
@@ -473,13 +472,13 @@ def _scan(folder):
 
 def _find_splits(folder, train_folders):
     """{split: names of its folders}, by SPLIT_OF, those for training by `train_folders` if given; or {}."""
-    found = {split: [] for split in SPLITS}
+    found, train_folders = {split: [] for split in SPLITS}, [*map(os.path.normpath, train_folders or ())]
     for name in _subfolders(folder):
-        if name.lower() in SPLIT_OF and name not in (train_folders or ()):
+        if name.lower() in SPLIT_OF and name not in train_folders:
             found[SPLIT_OF[name.lower()]].append(name)
     found["train"] = list(dict.fromkeys(train_folders or found["train"]))
     for name in found["train"]:
-        _refuse(not (folder / name).is_dir() or Path(name).is_absolute(),
+        _refuse(not (folder / name).is_dir() or os.path.isabs(name) or name.startswith("."),
                 f"--train-folders: there is no folder {name} in {folder}")
     for split, names in found.items():
         _refuse(len(names) > 1 and not (train_folders and split == "train"),
@@ -562,6 +561,7 @@ def _list_files(part, folder):
     def checksum(files):
         value = 0
         for path in files:
+            _refuse(not path.is_file(), f"{path} is not a file: remove it")  # a pipe would be waited for
             with open(path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - 4096))
@@ -700,8 +700,7 @@ def set_epoch(loader, epoch, batches=0):
         _source(loader.dataset).epoch.fill_(epoch)
 
 
-def with_own_epoch(dataset):
-    """The same images with an epoch of their own, for a second loader that must not change these crops."""
+def with_own_epoch(dataset):  # the same images, for a second loader that must not change these crops
     other = copy.copy(dataset)
     other.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
     return other
@@ -792,8 +791,7 @@ def number(low, high, kind="number"):
     return convert
 
 
-def whole(low, high=2**31 - 1):
-    """A type for argparse: a whole number in [low, high]."""
+def whole(low, high=2**31 - 1):  # a type for argparse: a whole number in [low, high]
     return number(low, high, "whole number")
 
 
@@ -838,8 +836,7 @@ def add_noise_arguments(parser):
         help="draw sigma from these values instead of both; one: a fixed level (default: as --sigma says)")
 
 
-def noise_from(flags, scale=1):
-    """The Noise that a dict of the flags of add_noise_arguments asks for; its network enlarges by `scale`."""
+def noise_from(flags, scale=1):  # the Noise that flags ask for, of a network that enlarges by `scale`
     return Noise(flags["sigma"], flags["sigma_levels"], tuple(flags["sigmas"] or ()), flags["noise"], scale)
 
 
@@ -857,8 +854,9 @@ def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
     noise = Noise().add_fixed(images, range(len(images)), seed, clip=True)  # a picture cannot but clip
     rows = [noise(sigma) for sigma in sigmas] if noisy is None else [images, noisy]
     grid = utils.make_grid(torch.cat(rows), nrow=len(images), padding=2, pad_value=1)
-    v2.functional.to_pil_image(grid).save(f"{path}.part", format="PNG")
-    os.replace(f"{path}.part", path)
+    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    v2.functional.to_pil_image(grid).save(beside, format="PNG")
+    os.replace(beside, path)
 
 
 def build_parser():
@@ -884,8 +882,10 @@ def main(argv=None):
     try:
         data = data_from(vars(args))
         preview(data, args.output, args.seed)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        parser.error(str(error) or "there is not enough memory")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped; nothing was written.\n")
     print(f"{'split':<8}{'images':>8}{'classes':>9}  {'size':<14}from")
     for split, source in data.sources.items():
         dataset = getattr(data, split)

@@ -322,7 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint that train.py wrote (default: %(default)s)")
     add("--output-dir", default="runs/eval", metavar="DIR", help="folder of results (default: %(default)s)")
     add("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
-    add("--threads", type=whole(1), metavar="N",
+    add("--threads", type=whole(1, 4096), metavar="N",
         help="threads of torch on a CPU; the latency has those of the search (default: torch's choice)")
     add("--seed", type=whole(0), default=0, metavar="N",
         help="seed of the noise; data is split by the checkpoint's own seed (default: %(default)s)")
@@ -469,7 +469,8 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timing}
     table = format_table(metrics)
     write_json(output_dir / "metrics.json", strict_json(metrics))
-    write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(table + "\n"))
+    write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(
+        table + "\n", encoding="utf-8", errors="backslashreplace"))
     save_grid(output_dir / "grid.png", network, dataset, protocol, classes=classes, device=device)
     say(f"{table}\nwrote metrics.json, table.txt and grid.png to {output_dir}")
 

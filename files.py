@@ -112,7 +112,8 @@ def check_fields(path: str | Path, content: dict, kinds: dict) -> None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error is one of too little memory, of Python or of torch."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("allocate memory", "size calculation overflowed"))
 
 
 def write_json(path: str | Path, content: dict) -> None:

@@ -13,6 +13,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -605,8 +606,9 @@ def lock_folder(path: str | Path) -> None:
     except OSError:
         raise ValueError(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
     _locks[folder] = file
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp"):  # those of files.write_file, and no file of the user
+        if re.fullmatch(r"\..+\.(pt|json|jsonl|csv|png|svg|txt)\.\d+\.tmp", left.name):
+            left.unlink(missing_ok=True)
 
 
 def begin_folder(path: str | Path, results: tuple[str, ...], resumed: str | Path | None = None) -> None:

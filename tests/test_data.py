@@ -554,6 +554,8 @@ def test_training_folders_are_put_together_and_val_is_left_for_test(tmp_path):
     assert files(old.val) == ["train/07.png", "train/08.png"]
     images, where = load_folders("val", "more", "test", "train", "val")  # nothing is left
     assert counts(images) == (35, 4, 4) and where[0] | where[1] | where[2] == {"train", "val", "test", "more"}
+    plain, slashed = load_folders("train", "test"), load_folders("train/", "./test/", "test")
+    assert files(plain[0].train) == files(slashed[0].train) and plain[1] == slashed[1]
     with pytest.raises(data.DataError, match="--train-folders: there is no folder .*absent"):
         load_folders("train", "absent")
     touch(tmp_path, c__train__a=3, c__train__b=3, c__more__a=3, c__more__b=3, c__other__a=3, c__other__c=3)
