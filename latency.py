@@ -309,6 +309,8 @@ class Table:
         for name, kind in FIELDS.items():
             if not files.fits(content.get(name), kind):
                 raise ValueError(f"the field {name} is missing or not what it should be")
+        if content["setting"]["dtype"] not in DTYPES or content["setting"].get("mode", "eager") not in MODES:
+            raise ValueError("its number format or mode is unknown")
         self.content, self.setting = content, Setting(**content["setting"])
         self.method = content["space"]["method"]
         module = models.method_module(self.method)
@@ -377,7 +379,8 @@ read_table = Table  # content of a file -> its table
 
 def load_table(path: str | Path) -> Table:
     """Read a table file; ValueError in one sentence where it is missing, damaged or too new."""
-    remedy = f"make a new one with: python latency.py --output {path}"
+    name = "NEW.json" if Path(path).exists() else path  # whatever that is, it must not be written over
+    remedy = f"make a new one with: python latency.py --output {name}"
     return Table(files.read_json(path, (FORMAT, FORMAT_OF_PARTS), (1, VERSION), remedy))
 
 

@@ -557,6 +557,11 @@ def check_resumed(before: dict, values: dict) -> None:
             "without a stop.")
 
 
+def resumed_folder(path: str | Path) -> Path:
+    """The folder of a run that is resumed by its folder or its checkpoint."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def kept_splits(state: dict | None, accept: bool) -> dict | None:
     """What data.load_data keeps of a stopped run: its splits, which new images join if changes are accepted.
     """
@@ -621,7 +626,7 @@ def begin_folder(path: str | Path, results: tuple[str, ...], resumed: str | Path
     folder = Path(path)
     if rank_and_world()[0] > 0:
         return
-    before = None if resumed is None else Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent
+    before = None if resumed is None else resumed_folder(resumed)
     if before is not None and before.resolve() == folder.resolve():
         return
     if left := [folder / name for name in results if (folder / name).exists()]:

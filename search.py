@@ -438,9 +438,10 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
     else:
         rows, best = train_supernet(job, supernet, costs, folder, within_reach)
         if best is not None and is_first:
-            kept = files.read_checkpoint(folder / "supernet.pt", job.device)
-            supernet.load_state_dict(kept["supernet"])
-            run.say(f"The supernet was best after epoch {kept['epoch']}.")
+            with files.reading(folder / "supernet.pt"):
+                kept = files.read_checkpoint(folder / "supernet.pt", job.device)
+                supernet.load_state_dict(kept["supernet"])
+                run.say(f"The supernet was best after epoch {kept['epoch']}.")
     supernet.cpu()
 
     def on_first() -> tuple:
@@ -671,7 +672,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with run.Command(build_parser(), "search.pt") as command:
         args, state = read_command(argv)
-        command.folder, command.resumed = args.output_dir, state is not None
+        command.resumed = state is not None
+        command.folder = run.resumed_folder(args.resume) if command.resumed else args.output_dir
         device = run.prepare_device(args.device, args.threads, args.seed)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
         unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part

@@ -187,13 +187,15 @@ class Training:
         self.rows, self.best, self.first, self.sums = [], None, 0, run.Sums()
         self.steps = recipe.epochs * steps  # of the schedule; beyond them a cosine would rise again
         if state is not None:
-            self.steps = state.get("steps", self.steps)
+            self.steps = state.get("steps") or self.steps
             for name in ("network", "optimizer", "schedule", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
             if self.average is not None:
                 self.average.module.load_state_dict(state["ema"])
                 self.average.n_averaged.fill_(state["averaged"])
             self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
+            if self.rows and self.best is None:
+                raise ValueError("it has epochs and no best one")
             self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
                                  if "count" in state else state["sums"])  # older checkpoints have one count
         self.lr = self.optimizer.param_groups[0]["lr"]  # of the latest step
@@ -470,7 +472,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, start = build_parser(), time.perf_counter()
     with run.Command(parser, "last.pt") as command:
         args, record, state = read_command(parser, argv)
-        command.folder, command.resumed = args.output_dir, state is not None
+        command.resumed = state is not None
+        command.folder = run.resumed_folder(args.resume) if command.resumed else args.output_dir
         device = run.prepare_device(args.device, args.threads, args.seed)
         args.amp = run.choose_amp(device, args.amp)
         splits = data_module.VERSION if state is None else state.get("splits") or 1
@@ -490,6 +493,7 @@ def main(argv: list[str] | None = None) -> None:
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         batch_size = run.split_batch_size(args.batch_size)
         run.begin_folder(args.output_dir, RESULTS, state and args.resume)
+        command.folder = args.output_dir
         say_plan(network, record, data, noise, loss, args.crops)
         rank, world = run.rank_and_world()
         how = dict(seed=args.seed, workers=args.workers, device=device, rank=rank, world=world)

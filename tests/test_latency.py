@@ -571,7 +571,8 @@ def test_a_file_that_is_no_table_is_refused_in_one_sentence(tmp_path):
             files.write_json(path, content)
         with pytest.raises(ValueError, match=word) as caught:
             latency.load_table(path)
-        assert f"python latency.py --output {path}" in str(caught.value)
+        suggested = "NEW.json" if content else path  # never to write over what is there
+        assert f"python latency.py --output {suggested}" in str(caught.value)
 
 
 def args_of(sentence):
