@@ -437,11 +437,21 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     if known and network.classifies and known != classes:
         if classes and len(known) != len(classes):
             raise ValueError(f"The network knows {len(classes)} classes, and {name} has {len(known)}.")
+        moved = [one for one, other in zip(known, classes or ()) if one != other and one in classes]
+        if moved:
+            raise ValueError(f"The classes of {name} are in another order than in the training, {moved[0]} "
+                             "for example: give the class folders the names that they had.")
         say(f"note: the classes of {name} have other names than in the training; their order counts." if
             classes else "note: the network was trained without labels; its accuracy is chance.", err=True)
     if known:
         boxes = split_labels(torch.as_tensor(dataset[0][1])[None], next(network.parameters()).device)[1]
         check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
+    if getattr(dataset, "whole", False):
+        side, file = data.smallest(dataset)
+        if side < scale:
+            raise ValueError(f"{file} has a side of {side} pixels, and the network enlarges {scale} times.")
+        if side < 64:  # larger ones fit all networks
+            check_fits(network, f"{checkpoint['record']['model']} on {file}", side // scale)
     if split == "test" and (checkpoint.get("splits") or 1) == 1:
         say("note: the checkpoint is of an older version; these images also chose its epoch.", err=True)
     say(f"{split}: {source.sources[part]}")

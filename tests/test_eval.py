@@ -378,6 +378,10 @@ def test_other_names_of_classes_are_told(checkpoints, tmp_path, capsys):
                "--test-images", 10, "--output-dir", tmp_path / "out") == 0
     assert "have other names" in capsys.readouterr().err
     assert read_metrics(tmp_path / "out")["labelled_images"] == 10
+    changed = change(checkpoints["dcnas"], tmp_path / "c.pt", classes=list("jabcdefghi"))
+    assert run("--checkpoint", changed, "--data", tmp_path, "--sigmas", 0, "--no-latency",
+               "--output-dir", tmp_path / "out") == 2  # counted by their order, a would be b
+    assert "are in another order than in the training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, sentence", [
