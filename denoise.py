@@ -160,8 +160,7 @@ def find_pictures(source: Path, output_dir: Path) -> list[Path]:
     if not source.exists():
         raise ValueError(f"There is no file or folder {source}; give a picture or a folder with --input.")
     paths, results = list_images(source) if source.is_dir() else [source], os.path.realpath(output_dir)
-    paths = [path for path in paths
-             if path == source or not os.path.realpath(path).startswith(results + os.sep)]
+    paths = [path for path in paths if path == source or os.path.dirname(os.path.realpath(path)) != results]
     if not paths:
         raise ValueError(f"{source} holds no picture outside --output-dir; give another --input.")
     return paths

@@ -562,6 +562,14 @@ def resumed_folder(path: str | Path) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def check_output(data: str, output_dir: str) -> None:
+    """ValueError in one sentence where results would lie among the images, and be taken for a class later."""
+    images, results = os.path.realpath(data), os.path.realpath(output_dir)
+    if os.path.isdir(data) and os.path.commonpath([images, results]) == images:
+        raise ValueError(f"--output-dir {output_dir} lies in the folder of the images, {data}; name one "
+                         "outside.")
+
+
 def kept_splits(state: dict | None, accept: bool) -> dict | None:
     """What data.load_data keeps of a stopped run: its splits, which new images join if changes are accepted.
     """

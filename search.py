@@ -411,7 +411,13 @@ def search_targets(job: Job, argv: list[str]) -> None:
         try:
             record, costs = search_one(job, costs, folder, within_reach)
         except (KeyboardInterrupt, run.Stopped) as stop:
-            stop.folder = folder  # the one to go on with
+            stop.folder, rest = folder, targets[len(found) + 1:]  # the one to go on with, and what is left
+            if rest:
+                where = output_dir if len(rest) > 1 else folders[-1]
+                command = _command_with(argv, {"--target": ",".join(f"{one:g}" for one in rest), "--table":
+                                               flags["table"] or str(output_dir / "latency.json"),
+                                               "--output-dir": str(where)})
+                run.say(f"note: after this one, the other targets: {command}", err=True)
             raise
         found.append((record, folder / "arch.json"))
     if costs.table and run.rank_and_world()[0] == 0:
@@ -675,6 +681,7 @@ def main(argv: list[str] | None = None) -> None:
         command.resumed = state is not None
         command.folder = run.resumed_folder(args.resume) if command.resumed else args.output_dir
         device = run.prepare_device(args.device, args.threads, args.seed)
+        run.check_output(args.data, args.output_dir)
         flags = {**vars(args), "device": str(device), "amp": run.choose_amp(device, args.amp)}
         unused = {"val_images": flags.get("val_images", 1), "test_images": 1}  # those that take no part
         kept = run.kept_splits(state, args.accept_changes)

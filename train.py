@@ -481,6 +481,7 @@ def main(argv: list[str] | None = None) -> None:
             run.say("note: this run began with an older version; it keeps the splits of its data.")
         if state is None and record and not record.get("images"):
             run.say("note: the record does not hold the noise of its search; that below is of the flags.")
+        run.check_output(args.data, args.output_dir)
         values = {**vars(args), "test_images": 1}  # the test images take no part
         data = run.in_turn(lambda: data_module.data_from(values, run.kept_splits(state, args.accept_changes)))
         run.check_images(data, state, args.accept_changes)

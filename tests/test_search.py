@@ -558,6 +558,17 @@ def test_several_targets_are_searched_with_one_table_and_compared(table, tmp_pat
     assert "below the cheapest" in message and not (tmp_path / "none").exists()
 
 
+def test_a_stop_in_the_first_of_two_targets_says_how_to_get_both(table, tmp_path, monkeypatch, capsys):
+    stopped_after(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        command("--target", "2.6,3", "--table", table, "--output-dir", tmp_path, *JOINT)
+    error = capsys.readouterr().err
+    assert f"--resume {tmp_path}/target_2.6" in error
+    (rest,) = [line for line in error.splitlines() if "the other targets" in line]
+    assert all(words in rest for words in (
+        "--target 3 ", f"--table {table}", f"--output-dir {tmp_path}/target_3"))
+
+
 def test_a_table_made_before_or_not_the_weights_start_the_same(
     table, tmp_path, monkeypatch, quick_measurement
 ):

@@ -223,14 +223,19 @@ def test_it_says_what_it_trains_on(trained):
 
 
 def test_pictures_that_are_too_small_for_ssim_are_refused_before_the_training(tmp_path, capsys):
+    folder = tmp_path / "small"
+    folder.mkdir()
     for number in range(9):
-        Image.new("RGB", (5, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (5, 30), (number, 0, 0)).save(folder / f"{number}.png")
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--model", "dncnn", "--data", str(tmp_path), "--size", "16", "--output-dir",
+        train.main(["--model", "dncnn", "--data", str(folder), "--size", "16", "--output-dir",
                     str(tmp_path / "run")])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and "has a side of 5 pixels, and SSIM needs 11" in error
     assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit) as stopped:  # results among the images would be taken for a class later
+        train.main(["--model", "dncnn", "--data", str(folder), "--output-dir", str(folder / "run")])
+    assert stopped.value.code == 2 and "lies in the folder of the images" in capsys.readouterr().err
 
 
 def test_a_long_training_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
@@ -481,17 +486,19 @@ def test_unlabelled_images_are_refused_for_classifiers_with_a_clear_word(model, 
 
 
 def test_a_denoiser_trains_on_pairs_with_their_own_noise(tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
     for index in range(8):
         for kind, level in (("mean", 100), ("real", 130)):
-            Image.new("RGB", (40, 30), (level, level, 10 * index)).save(tmp_path / f"{index}_{kind}.png")
-    pairs = data.load_data(str(tmp_path), size=16)
+            Image.new("RGB", (40, 30), (level, level, 10 * index)).save(folder / f"{index}_{kind}.png")
+    pairs = data.load_data(str(folder), size=16)
     noisy, clean, _ = next(data.NoisyBatches(data.make_loader(pairs.train, 4), CPU, data.Noise(), 0).epoch(0))
     assert ((noisy - clean)[:, :2] * 255).round().unique().tolist() == [30]
     assert torch.equal(noisy[:, 2], clean[:, 2])
     loader = data.make_loader(pairs.val, 1)
     found = train.validate(Recorder(), loader, loss="den", device=CPU, noise=data.Noise())
     assert found["psnr_db"] == pytest.approx(-10 * math.log10((30 / 255)**2 * 2 / 3), abs=1e-3)
-    train.main(["--model", "dnas-k3-e3", "--data", str(tmp_path), "--size", "16", "--epochs", "1",
+    train.main(["--model", "dnas-k3-e3", "--data", str(folder), "--size", "16", "--epochs", "1",
                 "--batch-size", "3", "--output-dir", str(tmp_path / "run")])
     assert "pairs with real noise" in capsys.readouterr().out
     assert files.load_checkpoint(tmp_path / "run" / "best.pt")[1]["classes"] is None
