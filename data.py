@@ -576,7 +576,7 @@ def _as_listed(parts, listed, folder, version, accept):
                          targets=sum((part.targets for part in parts), []))
     places = {_key(files, folder): place for place, files in enumerate(everything.files)}
     now = dict(line.split(" ", 1)[::-1] for part in parts for line in _list_files(part, folder).split("\n"))
-    before = {split: dict(line.split(" ", 1)[::-1] for line in listed[split].split("\n")) for split in SPLITS}
+    before = {one: dict(line.partition(" ")[::-2] for line in listed[one].split("\n")) for one in SPLITS}
     union, words = {**before["train"], **before["val"], **before["test"]}, []
     for what, names in (("gone", union.keys() - now), ("new", now.keys() - union),
                         ("changed", {name for name in now.keys() & union if now[name] != union[name]})):
@@ -592,9 +592,10 @@ def _as_listed(parts, listed, folder, version, accept):
 
 
 def _name_classes(folder, codes):
-    """The names of class folders by one of CLASS_FILES in `folder`, if there is one, else their own.
+    """The names of class folders by one of CLASS_FILES beside them or train, if there is one, else their own.
     Its lines: a class folder, blank, tab or comma, the name; or names alone, as the folders are sorted."""
-    path = next((folder / name for name in CLASS_FILES if (folder / name).is_file()), None)
+    places = [where / name for where in (folder, folder / "train") for name in CLASS_FILES]
+    path = next((place for place in places if place.is_file()), None)
     if path is None or codes is None:
         return codes
     lines = [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
@@ -693,8 +694,7 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, workers=0, drop_l
         worker_init_fn=_ignore_signals, generator=torch.Generator())  # of workers' seeds; not the global one
 
 
-def set_epoch(loader, epoch, batches=0):
-    """Make order and crops those of (seed, epoch), from batch `batches` on; earlier ones are not read."""
+def set_epoch(loader, epoch, batches=0):  # order and crops of (seed, epoch), from batch `batches` on
     loader.sampler.epoch, loader.sampler.start = epoch, batches * loader.batch_size
     if isinstance(_source(loader.dataset), Pictures):
         _source(loader.dataset).epoch.fill_(epoch)

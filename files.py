@@ -229,4 +229,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     with reading(path):
         network = models.build_network(checkpoint["record"])
         network.load_state_dict(checkpoint.get("ema") or checkpoint["network"])
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+            raise ValueError("a weight is not finite")
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint

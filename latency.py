@@ -33,7 +33,7 @@ try:
     import files
     import models
     from data import Parser, number, whole
-    from run import Command, check_device, track
+    from run import Command, check_device, say, track
 except ImportError as error:  # this file alone; of the command only --help works
     MISSING, Parser, number, whole = error, argparse.ArgumentParser, lambda *_: None, lambda *_: None
 
@@ -703,7 +703,7 @@ def main(argv: list[str] | None = None) -> None:
                 files.write_json(args.output, result)
                 text = (f"{format_table(Table(result), times=False)}\n{args.output}: "
                         f"{len(result['parts'])} parts, timed in {time.perf_counter() - start:.0f} s")
-    print(json.dumps(result, indent=1) if args.json else text)
+        say(json.dumps(result, indent=1) if args.json else text)
 
 
 if __name__ == "__main__":

@@ -542,6 +542,7 @@ def resume_state(path: str | Path, checkpoint: str, *needed: str) -> tuple[dict,
     if not {"flags", "step", *needed} <= set(state):
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
     files.check_fields(path, state, files.STOPPED)
+    files.check_fields(path, state["sums"], dict.fromkeys(state["sums"], (float, int, [(float, int)])))
     return state, path.parent
 
 

@@ -74,6 +74,7 @@ def obtain_table(space, setting: latency.Setting, *, file: str | None, state: di
 
         def make() -> dict:
             content = latency.build_table(setting, space, seed=seed)
+            run.begin_folder(output_dir, (*RESULTS, path.name))
             files.write_json(path, content)
             return content
 
@@ -379,6 +380,9 @@ def obtain_costs(job: Job, supernet: nn.Module, argv: list[str]) -> tuple[Costs,
     except (KeyError, ValueError) as error:
         raise ValueError(f"The latency table is for another space ({str(error)[:90]}); make one with: "
                          f"{latency.table_command(setting, space.table_flags())}") from None
+    if low <= 0:
+        raise ValueError("By the latency table a network takes no time at all; make a new one with: "
+                         f"{latency.table_command(setting, space.table_flags())}")
     where = f" per batch of {setting.batch}, by the table" if costs.table else ""
     reach = f"The networks of --model {flags['model']} take {low:.4g} to {high:.4g} {costs.unit}{where}."
     if not flags["range"] and targets[0] is not None and min(targets) < low:
@@ -420,7 +424,7 @@ def search_targets(job: Job, argv: list[str]) -> None:
                 run.say(f"note: after this one, the other targets: {command}", err=True)
             raise
         found.append((record, folder / "arch.json"))
-    if costs.table and run.rank_and_world()[0] == 0:
+    if costs.table and not flags["table"] and run.rank_and_world()[0] == 0:
         files.write_json(output_dir / "latency.json", costs.table.content)  # with what was corrected
     if len(found) > 1:
         run.say(f"\n{'target':>8} {'predicted':>10} {'measured':>10} {'parameters':>12} {'MACs':>9}  record")

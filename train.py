@@ -194,8 +194,6 @@ class Training:
                 self.average.module.load_state_dict(state["ema"])
                 self.average.n_averaged.fill_(state["averaged"])
             self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
-            if self.rows and self.best is None:
-                raise ValueError("it has epochs and no best one")
             self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
                                  if "count" in state else state["sums"])  # older checkpoints have one count
         self.lr = self.optimizer.param_groups[0]["lr"]  # of the latest step
@@ -441,6 +439,19 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tup
     return run.resolve(parser, argv, *layers), record, None
 
 
+def check_best(path: Path, state: dict | None, epochs: int) -> None:
+    """Of a run that goes on, forget its best epoch where best.pt does not hold it; ValueError in one sentence
+    where no epoch is left that could be better."""
+    if state is None or not state["rows"] or run.rank_and_world()[0] > 0:
+        return
+    epoch, best = (state["best"] or {}).get("epoch"), files.read_checkpoint(path) if path.is_file() else {}
+    if epoch is None or best.get("record") != state["record"] or best.get("epoch", 0) < epoch:
+        if len(state["rows"]) >= epochs:
+            raise ValueError(f"{path} does not hold the best network of the run; put it back, or start again.")
+        run.say(f"note: {path} does not hold the best network so far; that of the epochs to come is kept.")
+        state["best"] = None
+
+
 def make_network(args: argparse.Namespace, record: dict, data: data_module.Data) -> tuple[nn.Module, str]:
     """(the network of a record, its loss); ValueError in one sentence where they do not fit the images."""
     network = models.build_network(record, args.dropout, args.drop_connect)
@@ -494,6 +505,7 @@ def main(argv: list[str] | None = None) -> None:
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         batch_size = run.split_batch_size(args.batch_size)
         run.begin_folder(args.output_dir, RESULTS, state and args.resume)
+        check_best(Path(args.output_dir) / "best.pt", state, args.epochs)
         command.folder = args.output_dir
         say_plan(network, record, data, noise, loss, args.crops)
         rank, world = run.rank_and_world()

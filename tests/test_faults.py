@@ -250,6 +250,12 @@ def test_a_new_run_sets_an_earlier_one_aside_and_a_resumed_one_brings_its_own(tm
     run._locks.clear()
     content = (first / "best.pt").read_bytes()
     train.main(["--resume", str(first), "--output-dir", str(second)])  # where the best epoch is past
+    (second / "best.pt").rename(second / "mine.pt")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(second)])  # all epochs are done
+    assert "does not hold the best network of this run" in capsys.readouterr().err
+    (second / "mine.pt").rename(second / "best.pt")
+    train.main(["--resume", str(second)])
     assert (second / "best.pt").read_bytes() == content and (second / "summary.csv").exists()
     assert "second/best.pt" in capsys.readouterr().out
     monkeypatch.setattr(train, "train", interrupted)
