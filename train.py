@@ -447,7 +447,7 @@ def check_best(path: Path, state: dict | None, epochs: int) -> None:
     epoch, best = (state["best"] or {}).get("epoch"), files.read_checkpoint(path) if path.is_file() else {}
     if epoch is None or best.get("record") != state["record"] or best.get("epoch", 0) < epoch:
         if len(state["rows"]) >= epochs:
-            raise ValueError(f"{path} does not hold the best network of the run; put it back, or start again.")
+            raise ValueError(f"{path} does not hold the best network of this run; put it back or start anew.")
         run.say(f"note: {path} does not hold the best network so far; that of the epochs to come is kept.")
         state["best"] = None
 
