@@ -489,6 +489,13 @@ def _find_splits(folder, train_folders):
     return found if found["train"] else {}
 
 
+def _left_alone(folder, names):
+    """", without bus, car" where sub-folders with pictures are in no split, else nothing."""
+    left = [name for name in _subfolders(folder) if names and name not in sum(names.values(), [])
+            and (list_images(folder / name) or _subfolders(folder / name))]
+    return f", without {', '.join(left)}"[:200] if left else ""
+
+
 def _key(files, folder):  # a picture's name in a list of files: the path of its first file
     return files[0].relative_to(folder).as_posix().replace("\n", "?")
 
@@ -537,6 +544,7 @@ def _split_folder(folder, seed, train_folders, version):
                             files=sum((part.files for part in some), []),
                             targets=sum((part.targets for part in some), []))
              for split, some in scans.items() if some}
+    parts["train"] = replace(parts["train"], source=parts["train"].source + _left_alone(folder, names))
     if version == 1 and train_folders:
         parts.pop("val", None)
     elif version > 1 and (train_folders or len(parts) < 3):  # the images of val are for reporting
@@ -876,16 +884,8 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        data = data_from(vars(args))
-        preview(data, args.output, args.seed)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        parser.error(str(error) or "there is not enough memory")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nStopped; nothing was written.\n")
+def describe(data, output):
+    """Print what a source of images holds."""
     print(f"{'split':<8}{'images':>8}{'classes':>9}  {'size':<14}from")
     for split, source in data.sources.items():
         dataset = getattr(data, split)
@@ -893,7 +893,23 @@ def main(argv=None):
         print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size:<14}{source}")
     rows = "clean above noisy" if is_paired(data.train) else "sigma 0, 0.2, 0.5, 1.0 from top to bottom"
     print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only",
-          f"wrote {args.output}: {rows}", sep="\n")
+          f"wrote {output}: {rows}", sep="\n")
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        data = data_from(vars(args))
+        preview(data, args.output, args.seed)
+        describe(data, args.output)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as head does
+        sys.stdout = open(os.devnull, "w")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        parser.error(str(error) or "there is not enough memory")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nStopped; nothing was written.\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
 MOST_PARAMETERS = 2**28
 TEXT, PIXELS, SEED = (str, None), range(1, 65537), range(2**63)
-SETTING = {"device_type": str, "batch": PIXELS, "threads": range(4097), "dtype": str, "mode": TEXT}
+DTYPES, MODES = {"float32", "bfloat16", "float16"}, {"eager", "folded", "compile", "graph"}
+SETTING = {"device_type": {"cpu", "cuda"}, "batch": PIXELS, "threads": range(4097), "dtype": DTYPES,
+           "mode": (MODES, None)}
 RECORD = {"model": str, "data": TEXT, "data_root": TEXT, "size": (PIXELS, None), "images": (dict, None),
           "latency": ({"setting": (SETTING, None)}, None)}
 SPLIT_LISTS = {"train": str, "val": str, "test": str}
@@ -90,12 +92,14 @@ def reading(path: str | Path):
 
 
 def fits(value, kind) -> bool:
-    """Whether a value from a file is of a kind: a type, a range of whole numbers, None (or missing), [kind]:
-    a list, {name: kind}: a dict that has these, or a tuple of kinds: one of them."""
+    """Whether a value from a file is of a kind: a type, a range of whole numbers, None (or missing), {text}:
+    one of these, [kind]: a list, {name: kind}: a dict that has these, or a tuple of kinds: one of them."""
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(fits(value.get(name), one) for name, one in kind.items())
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
+    if isinstance(kind, set):
+        return isinstance(value, str) and value in kind
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
     if isinstance(kind, range):
@@ -204,7 +208,7 @@ def check_archive(path: str | Path) -> None:
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """Load a checkpoint without running anything in it; ValueError in one sentence if it is not ours."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no checkpoint at {path}; train one with: python train.py")
+        raise ValueError(f"There is no checkpoint at {path}; train.py and search.py write them.")
     try:
         check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)

@@ -645,7 +645,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("setting", "what a table holds for, besides the space").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu (default: cuda if there is one)")
-    add("--threads", **count, default=1, help="threads on a CPU; 1 is disturbed least (default: %(default)s)")
+    add("--threads", type=whole(1, 4096), metavar="N", default=1,
+        help="threads on a CPU; 1 is disturbed least (default: %(default)s)")
     add("--size", **count, default=64, help="height and width of the images, pixels (default: %(default)s)")
     add("--batch", **count, help="images per batch (default: 32 on CUDA, 1 on a CPU)")
     add("--classes", **count, default=10, help="classes of the head (default: %(default)s)")

@@ -17,8 +17,10 @@ import copy
 import importlib
 import json
 import math
+import os
 import random
 import re
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
@@ -863,6 +865,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", type=int, metavar="PIXELS", help="height and width, px (default: those of each paper)")
     return parser
 
+def format_rows(rows: list[dict]) -> str:
+    """The named models as a table."""
+    lines = [f"{'model':<18} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11}"]
+    for name, *tasks, size, parameters, macs in map(dict.values, rows):
+        denoises, classifies = ("yes" if task else "-" for task in tasks)
+        lines.append(f"{name:<18} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} "
+                     f"{macs / 1e6:>9.2f} M")
+    return "\n".join([*lines, "A UNet of any parameters: unet-b8-d4-m1.5-c2, and with MBConvs "
+                      "unet-b8-d4-m1.5-c2-mb."])
+
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -879,14 +891,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{name} cannot take an input of {size} pixels ({reason}); give a larger --input.")
         rows.append({"name": name, "denoises": network.denoises, "classifies": network.classifies,
                      "input_px": size, "parameters": count_parameters(network), "macs": macs})
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return
-    print(f"{'model':<18} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11}")
-    for name, *tasks, size, parameters, macs in map(dict.values, rows):
-        denoises, classifies = ("yes" if task else "-" for task in tasks)
-        print(f"{name:<18} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} {macs / 1e6:>9.2f} M")
-    print("A UNet of any parameters: unet-b8-d4-m1.5-c2, and with MBConvs unet-b8-d4-m1.5-c2-mb.")
+    try:
+        print(json.dumps(rows, indent=1) if args.json else format_rows(rows), flush=True)
+    except BrokenPipeError:  # the reader has gone, as head does
+        sys.stdout = open(os.devnull, "w")
 
 if __name__ == "__main__":
     from models import main  # not this copy of it: baselines.py fills the registry of the module `models`

@@ -187,7 +187,11 @@ class Command:
         elif error is not None and files.lacks_memory(error):
             reason = f"{str(error).strip() or 'MemoryError'}".splitlines()[0][:120]
             sys.exit(f"{self.parser.prog}: there is not enough memory ({reason}): take a smaller "
-                     "--batch-size or --size, or a smaller network.")
+                     "--batch-size or --size, fewer images, or a smaller network.")
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0][:200]
+            sys.exit(f"{self.parser.prog}: torch.compile failed ({reason}): it needs a C++ compiler on a "
+                     "CPU; take another --mode.")
 
     def _stopped(self, folder: str | Path) -> None:
         """Say how to go on, and exit."""
@@ -543,6 +547,9 @@ def resume_state(path: str | Path, checkpoint: str, *needed: str) -> tuple[dict,
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
     files.check_fields(path, state, files.STOPPED)
     files.check_fields(path, state["sums"], dict.fromkeys(state["sums"], (float, int, [(float, int)])))
+    best = state["best"]
+    if best and not any(row["epoch"] == best["epoch"] and row.keys() == best.keys() for row in state["rows"]):
+        raise ValueError(f"{path} is not valid: its best epoch is none of its epochs.")
     return state, path.parent
 
 

@@ -64,6 +64,8 @@ def obtain_table(space, setting: latency.Setting, *, file: str | None, state: di
                  seed: int) -> latency.Table:
     """The table in a file, that of the resumed run, or a new one, which is written to output_dir."""
     path = output_dir / "latency.json"
+    if state is not None and file == state["flags"].get("table"):
+        file = None  # the checkpoint holds it, also where the file has gone
     if file or state is not None:
         table = latency.load_table(file) if file else latency.read_table(state["table"])
         latency.require_setting(table, setting, file or "of this run")

@@ -465,9 +465,10 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
     return network, loss
 
 
-def say_plan(network: nn.Module, record: dict, data: data_module.Data, noise, loss: str, crops: int) -> None:
+def say_plan(network: nn.Module, record: dict, data: data_module.Data, noise, loss: str) -> None:
     """Print what is trained, and on which images."""
     size, paired = data.size // models.scale_of(network), data_module.is_paired(data.train)
+    crops = getattr(data.train, "crops", 1)
     run.say(f"{record['model']}: {models.count_parameters(network):,} parameters, "
             f"{models.count_macs(network, size) / 1e6:.1f} M MACs at {size} px; {len(data.train):,} training "
             f"and {len(data.val):,} validation images of {data.name}; loss {loss}\n"
@@ -507,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
         run.begin_folder(args.output_dir, RESULTS, state and args.resume)
         check_best(Path(args.output_dir) / "best.pt", state, args.epochs)
         command.folder = args.output_dir
-        say_plan(network, record, data, noise, loss, args.crops)
+        say_plan(network, record, data, noise, loss)
         rank, world = run.rank_and_world()
         how = dict(seed=args.seed, workers=args.workers, device=device, rank=rank, world=world)
         about = {"record": record, "classes": data.classes, "size": data.size, "data": args.data,

@@ -93,6 +93,15 @@ def test_scenes_follow_the_seed_and_fewer_are_a_prefix_of_more(name):
     assert torch.equal(torch.as_tensor(first.train.labels)[:7], torch.as_tensor(fewer.labels))
 
 
+def test_folders_that_are_in_no_split_are_named(tmp_path):
+    for name in ("train/cat", "train/dog", "bus", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(4 if name != "empty" else 0):
+            Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    sources = data.load_data(str(tmp_path), size=8).sources
+    assert sources["train"].endswith("/train, without bus")
+
+
 @pytest.mark.parametrize("name", ["digits", "digit-pairs"])
 def test_no_scene_is_in_two_splits_and_what_is_test_now_was_val(name):
     scenes, old = digits(name), digits(name, splits=1)

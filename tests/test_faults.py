@@ -25,6 +25,7 @@ import data
 import eval as evaluation
 import files
 import fuzz
+import latency
 import models
 import run
 import search
@@ -321,6 +322,8 @@ def test_what_a_record_says_is_data_and_never_a_flag(tmp_path, capsys):
     ("train", "--epochs=--", 2, "a value is missing"),
     ("search", "--target 2.5000001,2.5000002", 2, "two targets are the same"),
     ("latency", "--output huge.json/t.json", 2, "cannot be written"),
+    ("latency", "--threads 65536", 2, "--threads"),
+    ("eval", "--checkpoint none.pt", 2, "train.py and search.py write them"),
 ])
 def test_what_cannot_work_is_refused_before_the_work(script, words, code, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -387,6 +390,48 @@ def test_a_run_stopped_after_the_last_step_of_an_epoch_goes_on(tmp_path, monkeyp
     train.main(["--resume", str(tmp_path / "part")])
     whole, part = (files.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
     assert same(whole["network"], part["network"]) and len(part["rows"]) == 2
+
+
+def test_a_value_that_no_run_writes_ends_in_a_sentence(tmp_path, capsys):
+    train.main([*SMALL, "--epochs", "1", "--output-dir", str(tmp_path)])
+    setting = {"device_type": "cpu", "batch": 1, "threads": 1, "dtype": "float99", "mode": "eager"}
+    for name, script, argv, changed, sentence in (
+            ("best.pt", evaluation, ["--checkpoint"], {"record": {"latency": {"setting": setting}}},
+             "latency"),
+            ("last.pt", train, ["--resume"], {"best": {"epoch": 1}}, "its best epoch is none of its epochs")):
+        content = files.read_checkpoint(tmp_path / name)
+        content |= {key: {**content[key], **value} if key == "record" else value
+                    for key, value in changed.items()}
+        files.save_checkpoint(tmp_path / "odd.pt", content)
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*argv, str(tmp_path / "odd.pt"), "--output-dir", str(tmp_path / "out")])
+        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_resumed_search_does_not_need_the_file_of_its_table(tmp_path, monkeypatch, capsys):
+    quick_compare(monkeypatch)
+    files.write_json(tmp_path / "t.json", fake_table(size=16))
+    search.main([*SEARCH[1:], "--table", str(tmp_path / "t.json"), "--output-dir", str(tmp_path / "run")])
+    found = files.load_record(tmp_path / "run/arch.json")
+    for name in ("t.json", "run/arch.json"):
+        (tmp_path / name).unlink()
+    search.main(["--resume", str(tmp_path / "run")])
+    assert files.load_record(tmp_path / "run/arch.json")["blocks"] == found["blocks"]
+
+
+def test_a_compiler_that_is_missing_is_said_in_a_sentence(monkeypatch, capsys):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    monkeypatch.setattr(latency, "measure_network", lambda *_: (_ for _ in ()).throw(InvalidCxxCompiler()))
+    with pytest.raises(SystemExit) as stopped:
+        latency.main(["--model", "mb1-s", "--mode", "compile"])
+    assert "it needs a C++ compiler" in stopped.value.code
+
+
+@pytest.mark.parametrize("script", ["models.py", "data.py"])
+def test_a_reader_who_has_gone_ends_no_command_in_a_traceback(script, tmp_path):
+    done = in_shell(f"set -o pipefail; python {Path(data.__file__).with_name(script)} | true", tmp_path)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
 
 
 def test_a_checkpoint_of_an_older_version_ends_in_a_sentence(tmp_path, capsys):
