@@ -49,7 +49,9 @@ class MBConv(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation (SE), 1x1 projection.
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), sizes rounded up. No expansion where
     mid_channels equals in_channels; a residual where the shape stays, and training then drops the block for
-    a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero)."""
+    a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero). A residual
+    block begins as the identity, since depth then costs no learning: its last norm has weight 0 (TF-NAS: 1,
+    see `begin_as_papers`)."""
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size=3, stride=1,
                  se_channels=0, activation="relu", drop_connect=0.0, norm_layer=nn.BatchNorm2d):
         super().__init__()
@@ -63,10 +65,18 @@ class MBConv(nn.Module):
         self.project = layer(mid_channels, out_channels, 1, activation_layer=None)
         self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
         self.residual = stride == 1 and in_channels == out_channels
+        if self.residual and getattr(self.project[1], "affine", False):
+            nn.init.zeros_(self.project[1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.project(self.se(self.depthwise(self.expand(x))))
         return x + self.drop_connect(out) if self.residual else out
+
+def begin_as_papers(network: nn.Module) -> None:
+    """Let the residual branches of fresh MBConvs begin at full strength, as in the papers."""
+    for module in network.modules():
+        if isinstance(module, MBConv) and module.residual and module.project[1].affine:
+            nn.init.ones_(module.project[1].weight)
 
 class UpConv(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2, (B, C, H, W) -> (B, out_channels, 2 H, 2 W), computed as a 1x1
@@ -487,11 +497,14 @@ _search_norm = partial(F.batch_norm, running_mean=None, running_var=None, traini
 
 class ElasticMBConv(nn.Module):
     """The search form of MBConv: weights at the largest width, of which the first `width` channels are used.
-    The same computation as MBConv with SearchNorm, so that weights can be copied into the found network."""
-    def __init__(self, position: Block, operation: Operation, min_width: float = MIN_WIDTH):
+    The same computation as MBConv with SearchNorm, so that weights can be copied into the found network.
+    `gain`: a residual branch is multiplied by one number per channel, which begins at 0 and is the weight of
+    the found network's last norm; without it the branch has full strength (TF-NAS)."""
+    def __init__(self, position: Block, operation: Operation, min_width: float = MIN_WIDTH, gain=False):
         super().__init__()
         self.position, self.operation = position, operation
         self.width = operation.start_width(position.in_channels)
+        self.trained = self.width  # so many channels have been in use; those behind them are as at first
         largest = width_range(operation, position.in_channels, min_width)[1]
         full = build_block(fill(position, operation, largest))
         self.expand_weight = full.expand[0].weight  # (mid, in, 1, 1)
@@ -499,15 +512,16 @@ class ElasticMBConv(nn.Module):
         self.project_weight = full.project[0].weight  # (out, mid, 1, 1)
         self.se = full.se if operation.se else None
         self.residual = full.residual
+        self.gain = nn.Parameter(torch.zeros(position.out_channels, 1, 1)) if gain and full.residual else None
         self.activation = F.relu_ if position.activation == "relu" else F.silu  # norms keep their input only
 
     block = property(lambda self: fill(self.position, self.operation, self.width))  # as in a record
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.width)
+        return torch.tensor([self.width, self.trained])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.width = int(state)
+        self.width, self.trained = state.expand(2).tolist()  # older checkpoints hold the width only
 
     def _by_channel(self) -> list[tuple[nn.Parameter, int]]:
         """Every parameter that has mid channels, and their dimension in it."""
@@ -523,8 +537,13 @@ class ElasticMBConv(nn.Module):
     @torch.no_grad()
     def set_width(self, mid_channels: int) -> list[nn.Parameter]:
         """Keep the `mid_channels` channels whose depthwise kernels have the largest L1 norm (TF-NAS).
-        They are moved to the front. Returns the parameters whose channels changed places."""
-        norm = self.depthwise_weight.abs().sum(dim=(1, 2, 3))
+        They are moved to the front. Returns the parameters whose channels changed places. Channels that were
+        never in use come last (in TF-NAS they compete, and win: what is trained has shrunk), and begin with
+        the smallest norm in use, which the batch norm behind it makes harmless."""
+        norm, fresh = self.depthwise_weight.abs().sum(dim=(1, 2, 3)), slice(self.trained, mid_channels)
+        self.depthwise_weight[fresh] *= norm[:self.trained].min() / norm[fresh].view(-1, 1, 1, 1)
+        norm[self.trained:] = -torch.arange(1.0, len(norm) - self.trained + 1, device=norm.device)
+        self.trained = max(self.trained, mid_channels)
         kept = torch.zeros_like(norm, dtype=torch.bool).index_fill_(0, norm.topk(mid_channels).indices, True)
         self.width = mid_channels
         if kept[:mid_channels].all():
@@ -548,6 +567,7 @@ class ElasticMBConv(nn.Module):
             scale = self.activation(F.linear(out.mean((2, 3)), squeeze[:, :, 0, 0], self.se.fc1.bias))
             out = out * torch.sigmoid(F.linear(scale, excite[:, :, 0, 0], bias))[:, :, None, None]
         out = _search_norm(F.conv2d(out, project))  # (B, out, H / stride, W / stride)
+        out = out if self.gain is None else out * self.gain
         return x + out if self.residual else out
 
     @torch.no_grad()
@@ -555,12 +575,15 @@ class ElasticMBConv(nn.Module):
         """Copy the centre of a larger candidate's kernels, and its strongest channels where it has more.
         SE stays as it is: at first it scales all channels about equally, which the norm removes."""
         norm = larger.depthwise_weight[:larger.width].abs().sum(dim=(1, 2, 3))
+        self.trained = self.width
         source, size = norm.topk(self.width).indices, self.operation.kernel_size
         edge = (larger.operation.kernel_size - size) // 2
         expand, depthwise, project = self._used()[:3]
         expand.copy_(larger.expand_weight[source])
         depthwise.copy_(larger.depthwise_weight[source, :, edge:edge + size, edge:edge + size])
         project.copy_(larger.project_weight[:, source])
+        if self.gain is not None:
+            self.gain.copy_(larger.gain)
 
     @torch.no_grad()
     def copy_to(self, block: MBConv) -> None:
@@ -571,12 +594,15 @@ class ElasticMBConv(nn.Module):
             block.se.fc1.bias.copy_(self.se.fc1.bias)
         for target, weight in zip(targets, self._used(), strict=True):
             target.copy_(weight)
+        if self.residual and block.project[1].affine:
+            block.project[1].weight.copy_(torch.ones(()) if self.gain is None else self.gain[:, 0, 0])
 
 class MixedOp(nn.Module):
     """All candidates of a block; with `recompute`, a sum of them computes each again in the backward pass."""
-    def __init__(self, position: Block, operations: tuple[Operation, ...], min_width: float, recompute: bool):
+    def __init__(self, position: Block, operations: tuple[Operation, ...], min_width: float, recompute: bool,
+                 gain: bool = False):
         super().__init__()
-        self.candidates = nn.ModuleList(ElasticMBConv(position, op, min_width) for op in operations)
+        self.candidates = nn.ModuleList(ElasticMBConv(position, op, min_width, gain) for op in operations)
         self.recompute = recompute
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
@@ -588,11 +614,13 @@ class MixedOp(nn.Module):
 
 class SearchStage(nn.Sequential):
     """The MixedOps of a stage; with learned depth, the sum of their outputs weighted by softmax(beta).
-    `beta` (blocks,): log probabilities that a block is the last, None where the depth is fixed. TF-NAS also
+    `beta` (blocks,): log probabilities that a block is the last, None where the depth is fixed. At first the
+    last block has e^2 times the probability of any other, so that only a latency above the target takes
+    blocks away; a uniform start (TF-NAS) is already below most targets, and noise decides. TF-NAS also
     weighs the stage's input where it has the output's shape; in this backbone it never has."""
     def __init__(self, *blocks: MixedOp, learned_depth: bool):
         super().__init__(*blocks)
-        beta = torch.full((len(blocks),), -math.log(len(blocks)))
+        beta = F.log_softmax(torch.tensor([*[0.0] * (len(blocks) - 1), 2.0]), 0)
         self.beta = nn.Parameter(beta) if learned_depth and len(blocks) > 1 else None
 
     def forward(self, x: Tensor, choices: list[int] | list[Tensor]) -> Tensor:
@@ -606,14 +634,15 @@ class SuperNet(nn.Module):
     """Every network of the space at once: weights, and log probabilities `alpha` (blocks, operations).
     `model`: "cnas" for a search by classification alone (the papers' best, table 4), "dcnas" by both losses,
     "dnas" without labels. `depth`: "fixed" (Markhorst 2024) or "learned", how many blocks each stage keeps
-    (TF-NAS). forward: (B, 3, H, W) and a path (one operation per block) or weights (blocks, operations)."""
+    (TF-NAS). `gain`: see ElasticMBConv. forward: (B, 3, H, W) and a path (one operation per block) or weights
+    (blocks, operations)."""
     def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH,
-                 depth: str = "fixed", recompute: bool = False):
+                 depth: str = "fixed", recompute: bool = False, gain: bool = False):
         super().__init__()
         self.space, self.min_width, self.operations = space, min_width, SPACES[space]
         blocks = [fill(position, self.operations[0]) for position in searched_positions(model)]
         make_block = lambda block, _: (build_block(block, norm_layer=SearchNorm) if block.stage == 2 else
-                                       MixedOp(block, self.operations, min_width, recompute))
+                                       MixedOp(block, self.operations, min_width, recompute, gain))
         self.network = Network(make_arch(model, blocks, num_classes), 0.0, 0.0, make_block, SearchNorm)
         for part, first in ((self.network.encoder, 1), (self.network.tail, 0)):
             for index in range(first, len(part)):

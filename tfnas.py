@@ -244,9 +244,10 @@ class SuperNet(models.SuperNet):
     A state of the fit is a path: the index of one operation per block.
     """
 
-    def __init__(self, space: Space, recompute: bool = False):
+    def __init__(self, space: Space, recompute: bool = False, gain: bool = False):
         classes = 0 if space.searched == "dnas" else space.num_classes
-        super().__init__(space.searched, space.operations, classes, space.min_width, space.depth, recompute)
+        super().__init__(space.searched, space.operations, classes, space.min_width, space.depth, recompute,
+                         gain)
         self.plan = space
 
     def _base(self, costs: dict[Part, float], rest: float) -> float:
@@ -450,6 +451,11 @@ def add_arguments(parser, model: str) -> None:
                           help="first temperature of the Gumbel softmax (default: %(default)s)")
     schedule.add_argument("--temperature-decay", type=number(1e-3, 1), metavar="X",
                           help="factor per epoch (default: what ends at the papers' last temperature, 0.2)")
+    schedule.add_argument("--arch-every", type=whole(1, 1000), default=2, metavar="N",
+                          help="weight steps for each step of alpha (default: %(default)s, as in the papers)")
+    schedule.add_argument("--arch-batches", type=whole(1, 1000), default=1, metavar="N",
+                          help="held-out batches whose mean gradient a step of alpha takes; with more of "
+                               "them noise decides less (default: %(default)s, as in the papers)")
     schedule.add_argument("--recompute", action="store_true",
                           help="compute the operations of an alpha step again for its backward pass instead "
                                "of keeping their results: slower, for GPUs with little memory (default: "
@@ -487,8 +493,8 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 
-def make_supernet(space: Space, /, *, recompute: bool = False, **_) -> SuperNet:
-    return SuperNet(space, recompute)
+def make_supernet(space: Space, /, *, recompute: bool = False, warmup: str = "sampled", **_) -> SuperNet:
+    return SuperNet(space, recompute, gain=warmup == "inherit")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -510,11 +516,11 @@ class Schedule:
     paths a supernet learns its first features many times slower: a long search can afford that, a short one
     would choose by noise.)
 
-    Then alpha takes a step on held-out images after every second weight step, and the temperature falls by a
-    factor an epoch. Where the target is within reach, alpha's loss has the latency term, and after each epoch
-    the likeliest path is scaled in width to the target. Weights: SGD, momentum 0.9, weight decay 1e-5, clip
-    5, cosine. alpha: Adam, betas (0.5, 0.999), weight decay 5e-4. `costs`: parts, rest and target. `flags`:
-    others of search.py.
+    Then alpha takes a step on held-out images after every `arch_every` weight steps, with the mean gradient
+    of `arch_batches` batches, and the temperature falls by a factor an epoch. Where the target is within
+    reach, alpha's loss has the latency term, and after each epoch the likeliest path is scaled in width to
+    the target. Weights: SGD, momentum 0.9, weight decay 1e-5, clip 5, cosine. alpha: Adam, betas (0.5,
+    0.999), weight decay 5e-4. `costs`: parts, rest and target. `flags`: others of search.py.
     """
 
     GRAD_CLIP, LABEL_SMOOTHING = 5.0, 0.1
@@ -531,6 +537,7 @@ class Schedule:
         self.warmup_epochs = min(10, round(epochs / 3)) if warmup is None else warmup
         self.decay = decay or 0.96 ** (79 / max(1, epochs - self.warmup_epochs - 1))
         self.inherits = flags.get("warmup", "inherit") == "inherit"
+        self.arch_every, self.arch_batches = flags.get("arch_every", 2), flags.get("arch_batches", 1)
         self.weights, self.arch = supernet.weight_parameters(), supernet.arch_parameters()
         self.weight_optimizer = torch.optim.SGD(self.weights, lr, 0.9, weight_decay=1e-5, fused=True)
         for weight in self.weights:  # where momentum starts; the fused step needs it there
@@ -574,18 +581,22 @@ class Schedule:
                               self.GRAD_CLIP, where)
         return {"weight_loss": loss.item()} if taken else {}
 
-    def arch_step(self, batch, temperature: float, where: str = "this step") -> dict:
-        """One step of alpha: every operation, summed with Gumbel-softmax weights, plus the latency term."""
-        with run.frozen(self.weights):
-            mixture = self.supernet.mixture(temperature, self.generator)
-            loss = total = self._loss(self._stem(batch), batch, mixture)
-            if self.within_reach:
-                term = latency_loss(self.flags.get("latency_loss", "hinge"), self.costs.target,
-                                    self.flags.get("latency_weight"))
-                total = loss + term(self.expected_cost())
-            self.arch_optimizer.zero_grad(set_to_none=True)
-            self.arch_scaler.scale(total).backward()
-        loss = loss.detach()
+    def arch_step(self, batches: list, temperature: float, where: str = "this step") -> dict:
+        """One step of alpha: every operation, summed with Gumbel-softmax weights (drawn for each batch), plus
+        the latency term."""
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for batch in batches:
+            with run.frozen(self.weights):
+                mixture = self.supernet.mixture(temperature, self.generator)
+                loss = total = self._loss(self._stem(batch), batch, mixture)
+                if self.within_reach:
+                    term = latency_loss(self.flags.get("latency_loss", "hinge"), self.costs.target,
+                                        self.flags.get("latency_weight"))
+                    total = loss + term(self.expected_cost())
+                self.arch_scaler.scale(total / len(batches)).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean()
         taken = run.take_step(loss, self.arch, self.arch_optimizer, self.arch_scaler, self.guard,
                               self.GRAD_CLIP, where)
         self.supernet.normalize_()
@@ -596,7 +607,7 @@ class Schedule:
 
     def work(self, epoch: int) -> float:
         """How long an epoch takes beside a warm-up epoch, for the forecast (measured at 64 px on a CPU)."""
-        return 1.0 if epoch < self.warmup_epochs else 1.8
+        return 1.0 if epoch < self.warmup_epochs else 1.3 + self.arch_batches / self.arch_every
 
     def begin_epoch(self, epoch: int, first_step: int) -> None:
         self.warm = epoch < self.warmup_epochs
@@ -606,14 +617,15 @@ class Schedule:
 
     def held_out_before(self, step: int) -> int:
         """How many held-out batches the steps of this epoch before `step` took."""
-        return 0 if self.warm else step // 2
+        return 0 if self.warm else step // self.arch_every * self.arch_batches
 
     def step(self, batch, step: int, held_out, where: str) -> dict[str, float]:
         path = self.supernet.largest_path() if self.warm and self.inherits else None
         values = self.weight_step(batch, bi_sampling=not self.warm, path=path, where=where)
         self.lr_schedule.step()
-        if not self.warm and step % 2 == 1:
-            values |= self.arch_step(held_out.next(), self.tau, where)
+        if not self.warm and (step + 1) % self.arch_every == 0:
+            batches = [held_out.next() for _ in range(self.arch_batches)]
+            values |= self.arch_step(batches, self.tau, where)
         return values
 
     def end_epoch(self) -> dict:
@@ -672,8 +684,8 @@ def explain_choice(supernet: SuperNet, design: Arch, rows: list[dict]) -> list[s
     weak = sum(block["entropy"] > 0.95 and block["margin"] < 0.05 for block in blocks)
     if weak > len(blocks) / 2:
         notes.append(f"note: alpha stayed undecided in {weak} of {len(blocks)} blocks (entropy above 0.95, "
-                     "the two likeliest operations less than 5 % apart): the choice there is weak. More "
-                     "epochs or images decide more.")
+                     "the two likeliest operations less than 5 % apart): the choice there is weak. "
+                     "--arch-every 1 --arch-batches 4, more epochs or more images decide more.")
     names = {supernet.operations[index].name for index in supernet.best_path()}
     if len(names) == 1 and all(block["margin"] > 0.5 for block in blocks):
         notes.append(f"note: alpha collapsed: every block prefers {names.pop()} by far. log.jsonl says when; "

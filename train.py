@@ -90,6 +90,32 @@ def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str, l
     return total, {name: part.detach() for name, part in parts.items()}
 
 
+class Teacher:
+    """A trained network whose images and logits another one learns, beside the true ones.
+
+    Distillation (Hinton et al. 2015). `weight`: share of the loss against the teacher's. What it does not
+    make is learned from the truth. ValueError in one sentence where it does not fit the network.
+    """
+
+    def __init__(self, path: str, weight: float, network: nn.Module, classes: list[str] | None,
+                 device: torch.device):
+        self.network, content = files.load_checkpoint(path, device)
+        self.weight, kind = weight, lambda network: (models.channels_of(network), models.scale_of(network))
+        if kind(self.network) != kind(network):
+            raise ValueError(f"The teacher {path} takes images of other channels or of another scale.")
+        if network.classifies and self.network.classifies and content["classes"] != classes:
+            raise ValueError(f"The teacher {path} knows other classes: {str(content['classes'])[:100]}.")
+
+    def loss(self, output: models.Output, noisy: Tensor, clean: Tensor, labels: Tensor, boxes, recipe: Recipe,
+             device: torch.device) -> Tensor:
+        """The loss of an output against what the teacher makes of the same noisy images."""
+        with torch.no_grad(), run.autocast(device, recipe.amp):
+            image, logits = models.apply_network(self.network, noisy, boxes)
+        image = clean if image is None else image.float()
+        labels = labels if logits is None else logits.float().softmax(1)
+        return task_loss(output, image, labels, recipe.loss, 0.0, recipe.denoising)[0]
+
+
 def choose_loss(network, labelled: bool, loss: str | None = None) -> str:
     """The loss asked for, or else the one that fits; ValueError in one sentence where it does not fit."""
     if network.classifies and not labelled and (not network.denoises or loss != "den"):
@@ -173,10 +199,11 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
 class Training:
     """A network in training, from `state` on where that is the content of a last.pt; `steps`: in an epoch."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, device: torch.device, state=None):
+    def __init__(self, network: nn.Module, recipe: Recipe, steps: int, device: torch.device, state=None,
+                 teacher: Teacher | None = None):
         make_optimizer, lr, decay = OPTIMIZERS[recipe.optimizer]
         self.network = network.to(device, memory_format=torch.channels_last)
-        self.recipe, self.device, self.average = recipe, device, None
+        self.recipe, self.device, self.average, self.teacher = recipe, device, None, teacher
         self.optimizer = make_optimizer(network.parameters(), lr if recipe.lr is None else recipe.lr,
                                         decay if recipe.weight_decay is None else recipe.weight_decay)
         self.schedule = make_schedule(self.optimizer, recipe, steps)
@@ -219,6 +246,9 @@ class Training:
         with run.autocast(self.device, recipe.amp):
             output = models.apply_network(self.network, noisy, boxes)
         total, parts = task_loss(output, clean, labels, recipe.loss, recipe.label_smoothing, recipe.denoising)
+        if self.teacher is not None:
+            taught = self.teacher.loss(output, noisy, clean, labels, boxes, recipe, self.device)
+            total = (1 - self.teacher.weight) * total + self.teacher.weight * taught
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         if run.take_step(total, self.network.parameters(), self.optimizer, self.scaler, guard,
@@ -245,14 +275,16 @@ class Training:
 
 
 def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise: data_module.Noise,
-          output_dir: str | Path, about: dict, device: torch.device, state: dict | None = None) -> dict:
+          output_dir: str | Path, about: dict, device: torch.device, state: dict | None = None,
+          teacher: Teacher | None = None) -> dict:
     """Train a network, writing last.pt, best.pt and summary.csv after each epoch; the best epoch's row.
 
     about: goes into the checkpoints. state: the content of a last.pt to go on from; it is also written every
     `save_minutes` and after a signal. The loaders hold the images of this process. Raises as run.Guard does.
     """
     with files.reading("The checkpoint of the stopped training"):
-        training, output_dir = Training(network, recipe, len(train_loader), device, state), Path(output_dir)
+        training = Training(network, recipe, len(train_loader), device, state, teacher)
+    output_dir = Path(output_dir)
     rank, steps, epochs = run.rank_and_world()[0], len(train_loader), recipe.epochs
     batches = data_module.NoisyBatches(train_loader, device, noise, recipe.seed, rank)
     work = steps + VALIDATION_WORK * len(val_loader)  # of an epoch
@@ -405,6 +437,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest norm of the gradient (default: %(default)s)")
     add("--ema", type=number(0, 0.999999), default=0.0, metavar="DECAY",
         help="decay of averaged weights, which are then kept; 0: no average (default: %(default)s)")
+    add("--teacher", metavar="CHECKPOINT",
+        help="a trained network, whose images and logits are learned as well (default: none)")
+    add("--teacher-weight", type=number(0, 1), default=0.5, metavar="X",
+        help="share of the loss against the teacher's images and logits (default: %(default)s)")
     run.add_run_arguments(parser, "runs/train")
     return parser
 
@@ -504,6 +540,7 @@ def main(argv: list[str] | None = None) -> None:
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
         noise = data_module.noise_from(vars(args), models.scale_of(network))
+        teacher = args.teacher and Teacher(args.teacher, args.teacher_weight, network, data.classes, device)
         batch_size = run.split_batch_size(args.batch_size)
         run.begin_folder(args.output_dir, RESULTS, state and args.resume)
         check_best(Path(args.output_dir) / "best.pt", state, args.epochs)
@@ -519,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
                    for images, training in ((data.train, True), (data.val, False))]
         recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
         best = train(network, *loaders, recipe, noise=noise, output_dir=args.output_dir, about=about,
-                     device=device, state=state)
+                     device=device, state=state, teacher=teacher or None)
     run.say(f"best epoch {best['epoch']} (validation loss {best['val_loss']:.4f}) in "
             f"{args.output_dir}/best.pt, after {time.perf_counter() - start:.0f} s; next:\n"
             f"  python eval.py --checkpoint {os.path.join(args.output_dir, 'best.pt')}")

@@ -86,7 +86,7 @@ def take_steps(schedule, take):
     for step in range(STEPS):
         take(schedule.weight_step, make_batch(step), True)
         if step % 2:
-            take(schedule.arch_step, make_batch(1000 + step), 5.0)
+            take(schedule.arch_step, [make_batch(1000 + step)], 5.0)
 
 
 def take_half_batches(folder):

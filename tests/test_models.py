@@ -1,5 +1,6 @@
 """models.py: the record, the networks, and above all that the supernet is what it exports."""
 
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,11 @@ def random_alpha(supernet, seed=0):
 @pytest.mark.parametrize("model", models.MODELS)
 def test_one_hot_supernet_equals_the_exported_network_with_copied_weights(model, space):
     torch.manual_seed(space)
-    supernet = random_alpha(SuperNet(model, space, 0 if model == "dnas" else 7), seed=space)
+    supernet = SuperNet(model, space, 0 if model == "dnas" else 7, gain=space == 6)
+    supernet = random_alpha(supernet, seed=space)
+    for name, parameter in supernet.named_parameters():
+        if name.endswith(".gain"):
+            torch.nn.init.normal_(parameter)
     generator = torch.Generator().manual_seed(space)
     path = supernet.other_path(supernet.best_path(), generator)
     widths = [models.width_range(row[index].operation, row[index].position.in_channels)
@@ -87,6 +92,49 @@ def test_set_width_keeps_the_largest_depthwise_kernels():
         torch.testing.assert_close(candidate(features), whole)
     assert [parameter is candidate.expand_weight for parameter in moved] == [True, False, False]
     assert candidate.set_width(24) == []  # in place already
+
+
+def test_no_channel_is_kept_that_was_never_trained_before_those_that_were():
+    torch.manual_seed(0)
+    supernet = SuperNet("cnas", 4, 5)
+    with torch.no_grad():
+        for weight in supernet.weight_parameters():
+            weight *= 0.5  # training makes weights of normalised convolutions smaller than fresh ones
+    supernet.inherit_()
+    features = torch.rand(2, 40, 8, 8)
+    for candidate in supernet.mixed[3].candidates:
+        inherited, start = candidate.depthwise_weight[:candidate.width].clone(), candidate.width
+        with torch.no_grad():
+            candidate.depthwise_weight[start:] *= 10
+        narrow, wide = models.width_range(candidate.operation, candidate.position.in_channels)
+        for width in (narrow, start, narrow):
+            candidate.set_width(width)
+            kept = candidate.depthwise_weight[:width]
+            assert all((kernel == inherited).all((1, 2, 3)).any() for kernel in kept)
+        restored = copy.deepcopy(candidate)
+        restored.load_state_dict(candidate.state_dict())
+        for one in (candidate, restored):  # fresh channels come in when all others are, and as the weakest
+            before = one.depthwise_weight.abs().sum((1, 2, 3))[:start].min()
+            one.set_width(wide)
+            torch.testing.assert_close(one.depthwise_weight.abs().sum((1, 2, 3))[start:wide],
+                                       before.expand(wide - start))
+            assert one(features).isfinite().all() and one.trained == wide
+
+
+def test_a_fresh_network_is_the_identity_in_its_residual_blocks_and_the_papers_is_not():
+    network = Network(named_arch("cnas-k5-e6", 5))
+    blocks = [block for block in network.blocks() if block.residual]
+    assert len(blocks) == 12
+    for begin, same in ((lambda network: None, True), (models.begin_as_papers, False)):
+        begin(network)
+        for block in blocks:
+            x = torch.rand(2, block.project[0].out_channels, 8, 8)
+            assert torch.equal(block(x), x) == same
+
+
+def test_a_learned_depth_begins_deep():
+    supernet = SuperNet("cnas", 4, 5, depth="learned")
+    assert all(supernet.kept()) and supernet.keep_probability().min() > 0.7
 
 
 def test_supernet_state_survives_other_widths():

@@ -283,12 +283,30 @@ def test_an_alpha_step_moves_alpha_only_and_leaves_log_probabilities(schedule):
     supernet = schedule.supernet
     before = {name: value.clone() for name, value in supernet.state_dict().items()}
     for _ in range(3):
-        schedule.arch_step(batch_of(), 5.0)
+        schedule.arch_step([batch_of()], 5.0)
     assert all(torch.equal(value, before[name])
                for name, value in supernet.state_dict().items() if name != "alpha")
     assert not torch.equal(before["alpha"], supernet.alpha)
     torch.testing.assert_close(supernet.alpha.exp().sum(1), torch.ones(18))
     assert all(p.grad is None and p.requires_grad for p in schedule.weights)  # none was computed
+
+
+def test_an_alpha_step_takes_the_mean_gradient_of_its_batches():
+    gradients = []
+    for batches in ([0], [1], [0, 1]):
+        torch.manual_seed(0)
+        supernet, _, costs = make()
+        made = tfnas.Schedule(supernet, search.Costs(*costs, "ms"), steps=4, device=CPU)
+        noisy, clean, labels = batch_of()
+        made.GRAD_CLIP = 1e9
+        supernet.mixture = lambda temperature, generator, supernet=supernet: supernet.alpha.softmax(1)
+        made.arch_step([(noisy * (1 + one), clean, labels) for one in batches], 5.0)
+        gradients.append(supernet.alpha.grad)
+    torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2)
+    made = tfnas.Schedule(supernet, search.Costs(*costs, "ms"), steps=4, device=CPU, arch_every=1,
+                          arch_batches=3)
+    made.begin_epoch(5, 0)
+    assert made.held_out_before(7) == 21
 
 
 def test_a_loss_that_is_not_finite_stops_the_search_at_its_step(schedule):

@@ -80,6 +80,42 @@ def test_task_losses_are_the_papers_sums():
         assert set(parts) == {"cls": {"ce"}, "den": {"den"}, "both": {"ce", "den"}}[loss]
 
 
+def test_a_teacher_takes_the_place_of_the_truth_where_it_has_an_answer(trained):
+    teacher = str(trained[0] / "best.pt")
+    network, content = files.load_checkpoint(teacher)
+    student = models.build_network(models.named_record("dcnas-k3-e3", 10, {}))
+    noisy, clean, labels = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
+    output, recipe = student(noisy), train.Recipe("both")
+    made = train.Teacher(teacher, 0.5, student, content["classes"], CPU)
+    with torch.no_grad():
+        taught = network(noisy)
+    den = train.denoising_loss(output.image, taught.image)
+    ce = -(taught.logits.softmax(1) * output.logits.log_softmax(1)).sum(1).mean()
+    loss = made.loss(output, noisy, clean, labels, None, recipe, CPU)
+    torch.testing.assert_close(loss, 0.1 * ce + 0.9 * den)
+    made.network.classifies = False  # a denoiser as teacher: the labels stay the true ones
+    made.network.head = None
+    loss = made.loss(output, noisy, clean, labels, None, recipe, CPU)
+    torch.testing.assert_close(loss, 0.1 * F.cross_entropy(output.logits, labels) + 0.9 * den)
+    with pytest.raises(ValueError, match="knows other classes"):
+        train.Teacher(teacher, 0.5, student, ["cat"] * 10, CPU)
+    grey = models.build_network(models.named_record("dncnn-grey", 1, {}))
+    with pytest.raises(ValueError, match="other channels"):
+        train.Teacher(teacher, 0.5, grey, None, CPU)
+
+
+def test_a_student_comes_near_its_teacher(trained, tmp_path):
+    teacher, errors = str(trained[0] / "best.pt"), []
+    for weight in ("0", "1"):
+        train_on_digits(tmp_path / weight, "--epochs", "4", "--teacher", teacher, "--teacher-weight", weight)
+        networks = [files.load_checkpoint(path)[0] for path in (tmp_path / weight / "best.pt", teacher)]
+        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            image, taught = (network(images).image for network in networks)
+        errors.append(F.mse_loss(image, taught).item())
+    assert errors[1] < errors[0]
+
+
 def test_the_loss_follows_network_and_data():
     both, den, cls = (models.Network(models.named_arch(f"{m}-k3-e3", 3)) for m in ("dcnas", "dnas", "cnas"))
     assert (train.choose_loss(both, True), train.choose_loss(den, False), train.choose_loss(cls, True)) == (
