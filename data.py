@@ -836,8 +836,8 @@ def add_noise_arguments(parser):
     add = parser.add_argument_group("noise", "Of images in [0, 1]; fractions work too, 25/255.").add_argument
     add("--noise", choices=NOISES, default="gaussian", help="gaussian; or poisson-gaussian: shot noise, its "
         "variance proportional to intensity, and read noise, together sigma at white (default: %(default)s)")
-    add("--sigma", type=number(0, 10), default=1.0, metavar="S",
-        help="sigma is drawn from U[0, S] per image; 0: clean (default: %(default)s)")
+    add("--sigma", type=number(0, 10), metavar="S", help="sigma is drawn from U[0, S] per image; 0: clean "
+        "(default: 1; for images without labels, mostly photographs of which a picture is wanted, 55/255)")
     add("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",
         help="draw sigma from N evenly spaced values in [0, S] instead; 0: from all (default: %(default)s)")
     add("--sigmas", type=number(0, 10), nargs="+", metavar="S",
@@ -846,6 +846,11 @@ def add_noise_arguments(parser):
 
 def noise_from(flags, scale=1):  # the Noise that flags ask for, of a network that enlarges by `scale`
     return Noise(flags["sigma"], flags["sigma_levels"], tuple(flags["sigmas"] or ()), flags["noise"], scale)
+
+
+def fill_sigma(flags, data):  # --sigma where none was given, which depends on the images
+    if flags["sigma"] is None:
+        flags["sigma"] = 1.0 if data.classes else 55 / 255
 
 
 def image_flags(values):

@@ -305,7 +305,8 @@ def _verdict(logits: Tensor, label: int, classes: list[str] | None) -> tuple[str
 
 # --- Command line -------------------------------------------------------------------------------------------
 
-AS_TRAINED, OF_TRAINING = "that of the checkpoint's training", ("data_root", "noise", "train_folders")
+AS_TRAINED = "that of the checkpoint's training"
+OF_TRAINING = ("data_root", "noise", "train_folders", "sigma", "sigmas")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -337,7 +338,8 @@ def build_parser() -> argparse.ArgumentParser:
              "picture below a folder, whole and without labels (default: %(default)s)")
     add("--sigmas", type=number(0, 100), nargs="+", metavar="SIGMA",
         help="noise levels, standard deviations on images in [0, 1], also as 25/255; pictures with real "
-             "noise have no others (default: 0 0.1 0.2 ... 1; for super-resolution 0)")
+             "noise have no others (default: those of the training, or 11 steps up to its highest; for "
+             "super-resolution 0)")
     add("--noise", choices=NOISES, help=f"kind of the noise, see train.py --help (default: {AS_TRAINED})")
     add("--noise-protocol", choices=data.PROTOCOLS, default="own",
         help="own: each image has own noise, by --seed; literature: all have numpy's RandomState(0).normal("
@@ -378,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
                  if action.dest in OF_TRAINING and trained.get(action.dest) is not None}
         defaults = {"data_root": flags.get("data_root", "data"), "noise": flags.get("noise", "gaussian"),
                     "data": checkpoint.get("data"), "size": checkpoint["size"]}
-        defaults |= ({"sigmas": SIGMAS, "shave": 0, "luma": False} if scale == 1 else
+        defaults |= ({"sigmas": trained_sigmas(flags), "shave": 0, "luma": False} if scale == 1 else
                      {"sigmas": (0.0,), "shave": scale, "luma": channels_of(network) == 3})
         vars(args).update(defaults | given_flags(parser, argv))
         if is_same_data(args.data, checkpoint.get("data")):
@@ -400,6 +402,12 @@ def main(argv: list[str] | None = None) -> None:
         searched = (checkpoint["record"].get("latency") or {}).get("setting") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
                           workers=args.workers, searched=None if args.no_latency else searched)
+
+
+def trained_sigmas(flags: dict) -> tuple[float, ...]:
+    """The levels of an evaluation by the flags of the training: its own, or 11 steps up to its highest."""
+    sigmas, highest = flags.get("sigmas"), flags.get("sigma") or 1.0  # also of what saw clean images only
+    return tuple(sigmas) if sigmas else tuple(highest * level for level in SIGMAS)
 
 
 def is_same_data(name: str | None, other: str | None) -> bool:

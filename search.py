@@ -693,6 +693,7 @@ def main(argv: list[str] | None = None) -> None:
         kept = run.kept_splits(state, args.accept_changes)
         data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
         run.check_images(data, state, args.accept_changes)
+        data_module.fill_sigma(flags, data)
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))
