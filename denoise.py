@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from data import MODES, list_images, load_image, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
-from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
+from models import ENCODER_STRIDE, NoiseLevel, Output, apply_network, channels_of, scale_of
 from run import Forecast, say, track
 
 TILE_CORE, TILE_MARGIN = 1024, 384  # pixels; multiples of every stride; k5 blocks see as far as the margin
@@ -61,7 +61,7 @@ class _Collected(Exception):
 
 
 class _WholePool(nn.Module):
-    """The average pool of a squeeze-and-excitation, over a picture that is computed in tiles.
+    """The average pool of a SqueezeExcitation or NoiseLevel, over a picture that is computed in tiles.
 
     Its first call appends it to `order`. While it has a `core` it adds up the cores of the tiles; then it
     gives their mean, that of the whole picture.
@@ -109,7 +109,8 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     spans = [[(start, max(0, start - margin), min(side, start + core + margin))
               for start in range(0, side, core)] for side in image.shape[-2:]]
     tiles = [(rows, columns) for rows in spans[0] for columns in spans[1]]  # each (core's start, start, end)
-    squeezes = [module for module in network.modules() if isinstance(module, SqueezeExcitation)]
+    squeezes = [module for module in network.modules()
+                if isinstance(module, (SqueezeExcitation, NoiseLevel))]
     pools, order = [module.avgpool for module in squeezes], []
 
     def compute(tile):

@@ -37,7 +37,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 MODELS = ("cnas", "dnas", "dcnas", "dcnas-seq")
-DECODERS = ("conv", "mb", "mb-1", "mb-3level")
+DECODERS = ("detail", "conv", "mb", "mb-1", "mb-3level")
 
 class Output(NamedTuple):
     """What every network returns: `image` (B, 3, H, W) or None, `logits` (B, num_classes) or None."""
@@ -100,16 +100,58 @@ class UpConv(nn.ConvTranspose2d):
         out = out.reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, H, 2, W, 2 * out)
         return out.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
+class NoiseLevel(nn.Module):
+    """An estimate of log(variance of the noise): (B, C, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
+    White noise has its own variance in the diagonal detail of 2x2 pixels (Donoho and Johnstone 1994), and
+    pictures have little detail. Its mean square over 8x8 pixels is averaged as a logarithm: the few squares
+    full of texture count less. Nothing is learned. What is beyond a multiple of 8 is left out."""
+    FLOOR = 1e-5  # of the variance: 0.8/255, about the rounding of 8 bit
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        detail = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(channels, 1, 1, 1)
+        self.register_buffer("detail", detail, persistent=False)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)  # over a whole picture also where denoise.py takes it in tiles
+
+    def forward(self, x: Tensor) -> Tensor:
+        detail = F.conv2d(x, self.detail, stride=2, groups=len(self.detail))
+        return self.avgpool((F.avg_pool2d(detail.square().mean(1, keepdim=True), 4) + self.FLOOR).log())
+
+class Detail(nn.Module):
+    """The full-resolution branch, ours: image y with features (B, 3 + FEATURES, H, W) and the noisy image n
+    (B, 3, H, W) -> image g n + (1 - g) y + r. The gate g, one number of an image, falls with its NoiseLevel.
+    r is two 3x3 convolutions of (g n, y, features); it begins at 0 and fades where the noise does. So a clean
+    picture comes out as it went in, little noise takes no sharpness, and in strong noise y is the image."""
+    FEATURES, HIDDEN = 13, 12
+
+    def __init__(self):
+        super().__init__()
+        self.noise_level = NoiseLevel()
+        self.gate = nn.Parameter(torch.tensor(-1.5))  # g is 1/2 at this log variance: sigma 0.47
+        self.fade = nn.Parameter(torch.full((self.HIDDEN, 1, 1), 6.0))  # 1 at sigma 0.05, up to 2
+        self.mix = nn.Conv2d(6 + self.FEATURES, self.HIDDEN, 3, padding=1)
+        self.rest = nn.Conv2d(self.HIDDEN, 3, 3, padding=1)
+        nn.init.zeros_(self.rest.weight)
+        nn.init.zeros_(self.rest.bias)
+
+    def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
+        level = self.noise_level(noisy)
+        gate = torch.sigmoid(2 * (self.gate - level))
+        kept = gate * noisy
+        hidden = F.relu(self.mix(torch.cat((kept, x), 1))) * (2 * torch.sigmoid(level + self.fade))
+        return kept + (1 - gate) * x[:, :3] + self.rest(hidden)
+
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.
-    forward: outputs of stages 2 to 6 -> image. `kind`: "conv": two 3x3 convolutions a level; "mb": two
-    MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The papers do not state
-    widths and activation; here a level has the width of the encoder stage of its size, and ReLU."""
+    forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
+    "detail": those, and `Detail` in the end (ours); "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level
+    4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has the
+    width of the encoder stage of its size, and ReLU."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, count: int) -> nn.ModuleDict:
-            convs = [Conv2dNormActivation(source, channels, 3, norm_layer=norm_layer) if kind == "conv"
-                     else MBConv(source, 3 * source, channels, norm_layer=norm_layer)
+            convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
+                     else Conv2dNormActivation(source, channels, 3, norm_layer=norm_layer)
                      for source in (in_channels, channels)[:count]]
             up = UpConv(channels if count else in_channels, out_channels)
             return nn.ModuleDict({"convs": nn.Sequential(*convs), "up": up})
@@ -117,14 +159,15 @@ class Decoder(nn.Module):
         widths = ((s6, s5, s4), (2 * s4, s4, s3), (2 * s3, s3, s2), (2 * s2, s2, s2))
         counts = {"mb-1": (1, 1, 1, 1), "mb-3level": (0, 2, 2, 2)}.get(kind, (2, 2, 2, 2))
         self.levels = nn.ModuleList(level(*width, count) for width, count in zip(widths, counts))
-        self.image = nn.Conv2d(s2, 3, 1)
+        self.detail = Detail() if kind == "detail" else None
+        self.image = nn.Conv2d(s2, 3 + (Detail.FEATURES if self.detail else 0), 1)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
         s2, s3, s4, _, x = features
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x
+        return x if self.detail is None else self.detail(x, noisy)
 
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear with random first bias (TF-NAS: zero) -> (B, K)."""
@@ -186,7 +229,7 @@ class Network(nn.Module):
         if arch.denoises:
             widths = {block.stage: block.out_channels for block in arch.blocks}
             self.decoder = Decoder([*widths.values()][:len(self.encoder)], norm_layer, arch.decoder)
-            begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder]))
+            begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
             self.head = Head(last, arch.head_channels, arch.num_classes, dropout, norm_layer)
@@ -196,21 +239,24 @@ class Network(nn.Module):
         return [block for stage in (*self.encoder, *self.tail) for block in stage]
 
     def forward(self, x: Tensor) -> Output:
-        return self.from_stem(self.encode_stem(x), *x.shape[-2:])
+        return self.from_stem(self.encode_stem(x), x)
 
     def encode_stem(self, x: Tensor) -> Tensor:
         """Stem and stage 2, which are not searched: (B, 3, H, W) -> (B, 16, H / 2, W / 2)."""
         x = pad_to_multiple(x, ENCODER_STRIDE) if self.denoises else x
         return self.encoder[0](self.stem((x - self.mean) / self.std))
 
-    def from_stem(self, x: Tensor, height: int, width: int, choices: list[tuple] | None = None) -> Output:
-        """The other layers, for images of height x width px; `choices`: what each stage takes beside x."""
+    def from_stem(self, x: Tensor, noisy: Tensor, choices: list[tuple] | None = None) -> Output:
+        """The other layers, from what `encode_stem` made of `noisy`; `choices`: what stages take beside x."""
+        height, width = noisy.shape[-2:]
         stages, split, features = [*self.encoder[1:], *self.tail], len(self.encoder) - 1, [x]
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
         for stage, choice in steps[:split]:  # down to (B, 112, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
-            return self.decoder(features)[..., :height, :width] if self.denoises else None
+            if not self.denoises:
+                return None
+            return self.decoder(features, pad_to_multiple(noisy, ENCODER_STRIDE))[..., :height, :width]
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
                 x = stage(x, *choice)
@@ -223,7 +269,7 @@ class Network(nn.Module):
             image = denoise()
         logits = classify(features[-1])
         main.wait_stream(side)
-        for feature in features:  # keeps their memory until both streams have finished with them
+        for feature in (*features, noisy):  # keeps their memory until both streams have finished with them
             feature.record_stream(side)
         image.record_stream(main)
         return Output(image, logits)
@@ -398,7 +444,7 @@ class Arch:
     num_classes: int = 0
     stem_channels: int = STEM_CHANNELS
     head_channels: int = HEAD_CHANNELS
-    decoder: str = "conv"
+    decoder: str = "detail"
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -477,9 +523,9 @@ def fill(position: Block, operation: Operation, mid_channels: int | None = None)
     se_channels = operation.expansion // 3 * channels if operation.se else 0
     return replace(position, kernel_size=operation.kernel_size, mid_channels=mid, se_channels=se_channels)
 
-def make_arch(model: str, blocks: list[Block], num_classes: int = 0) -> Arch:
+def make_arch(model: str, blocks: list[Block], num_classes: int = 0, decoder: str = DECODERS[0]) -> Arch:
     """The architecture of `model` with these searched blocks after the fixed stage 2."""
-    return Arch(model, (STAGE_2, *blocks), 0 if model == "dnas" else num_classes)
+    return Arch(model, (STAGE_2, *blocks), 0 if model == "dnas" else num_classes, decoder=decoder)
 
 def random_arch(model: str, space: int, rng: random.Random, num_classes=0, min_width=MIN_WIDTH) -> Arch:
     """A network drawn from the space: operations uniformly, widths uniformly from their range in steps."""
@@ -637,13 +683,15 @@ class SuperNet(nn.Module):
     (TF-NAS). `gain`: see ElasticMBConv. forward: (B, 3, H, W) and a path (one operation per block) or weights
     (blocks, operations)."""
     def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH,
-                 depth: str = "fixed", recompute: bool = False, gain: bool = False):
+                 depth: str = "fixed", recompute: bool = False, gain: bool = False,
+                 decoder: str = DECODERS[0]):
         super().__init__()
         self.space, self.min_width, self.operations = space, min_width, SPACES[space]
         blocks = [fill(position, self.operations[0]) for position in searched_positions(model)]
         make_block = lambda block, _: (build_block(block, norm_layer=SearchNorm) if block.stage == 2 else
                                        MixedOp(block, self.operations, min_width, recompute, gain))
-        self.network = Network(make_arch(model, blocks, num_classes), 0.0, 0.0, make_block, SearchNorm)
+        arch = make_arch(model, blocks, num_classes, decoder)
+        self.network = Network(arch, 0.0, 0.0, make_block, SearchNorm)
         for part, first in ((self.network.encoder, 1), (self.network.tail, 0)):
             for index in range(first, len(part)):
                 part[index] = SearchStage(*part[index], learned_depth=depth == "learned")
@@ -669,17 +717,17 @@ class SuperNet(nn.Module):
                 for stage in self.stages for index in range(len(stage))]
 
     def forward(self, x: Tensor, choice: list[int] | Tensor) -> Output:
-        return self.from_stem(self.encode_stem(x), choice, *x.shape[-2:])
+        return self.from_stem(self.encode_stem(x), choice, x)
 
     def encode_stem(self, x: Tensor) -> Tensor:
         """The layers that are not searched: to be computed once for several choices."""
         return self.network.encode_stem(x)
 
-    def from_stem(self, x: Tensor, choice: list[int] | Tensor, height: int, width: int) -> Output:
-        """The other layers, from the result of `encode_stem`, for images of height x width px."""
+    def from_stem(self, x: Tensor, choice: list[int] | Tensor, noisy: Tensor) -> Output:
+        """The other layers, from the result of `encode_stem` for the images `noisy`."""
         rows = iter([row for row, _ in zip(choice, self.mixed, strict=True)])
         choices = [([next(rows) for _ in stage],) for stage in self.stages]
-        return self.network.from_stem(x, height, width, choices)
+        return self.network.from_stem(x, noisy, choices)
 
     def _gumbel(self, generator: torch.Generator | None) -> Tensor:
         noise = torch.empty(self.alpha.shape).exponential_(generator=generator)  # CPU: equal on all devices
@@ -732,7 +780,7 @@ class SuperNet(nn.Module):
         """The architecture of a path (default: the likeliest) at the present widths."""
         rows = zip(self.candidate_blocks(), path or self.best_path(), self.kept(), strict=True)
         blocks = [row[index] for row, index, kept in rows if kept]
-        return make_arch(self.network.arch.model, blocks, self.network.arch.num_classes)
+        return replace(self.network.arch, blocks=(STAGE_2, *blocks))
 
     def set_widths(self, path: list[int], mid_channels: list[int]) -> list[nn.Parameter]:
         """Set the widths of the operations on `path` (elasticity scaling); returns reordered parameters."""

@@ -32,6 +32,7 @@ from models import Arch, Block
 from train import task_loss
 
 Design = Arch
+TABLE_DECODERS = ("detail", "conv")  # those that a latency table holds
 TRAIN_DEFAULTS: dict = {}
 LATENCY_LOSSES = {  # name: (function of latency / target, default weight)
     "hinge": (lambda ratio: (ratio - 1).clamp(min=0), 0.5),  # thesis, eq. 3.11
@@ -99,8 +100,8 @@ class Space:
     """The networks of a search: `model` is exported, `searched` is the model of the supernet.
 
     `operations`: candidates per block, 4, 6 or 8. `min_width`: smallest mid channels, in multiples of the
-    input. `depth`: "fixed" or "learned". A latency table depends on operations, min_width and num_classes
-    only.
+    input. `depth`: "fixed" or "learned". `decoder`: one of TABLE_DECODERS. A latency table depends on
+    operations, min_width and num_classes only.
     """
 
     operations: int = 4
@@ -109,6 +110,7 @@ class Space:
     model: str = "dcnas"
     searched: str = "cnas"
     depth: str = "fixed"
+    decoder: str = models.DECODERS[0]
     channels = 3
 
     def identity(self) -> dict:
@@ -150,11 +152,12 @@ class Space:
     def possible_parts(self) -> set[Part]:
         """Every part that costs are interpolated between."""
         positions = set(models.searched_positions("dcnas"))
-        fixed = {part for part in parts_of(self.reference_design()) if not part.is_searched}
+        fixed = {part for decoder in TABLE_DECODERS for part in parts_of(self.reference_design(decoder))
+                 if not part.is_searched}
         return fixed | {part_of(block) for position in positions for block in self.grid(position)}
 
-    def reference_design(self) -> Arch:
-        return models.named_arch("dcnas-k3-e3", self.num_classes)
+    def reference_design(self, decoder: str = models.DECODERS[0]) -> Arch:
+        return replace(models.named_arch("dcnas-k3-e3", self.num_classes), decoder=decoder)
 
     def random_design(self, rng: random.Random) -> Arch:
         return models.random_arch("dcnas", self.operations, rng, self.num_classes, self.min_width)
@@ -162,7 +165,8 @@ class Space:
     def carriers(self, rng: random.Random, rounds: int) -> list[Arch]:
         """Networks that together hold every block of the grids `rounds` times or more.
 
-        They are DC-NAS; the first ones also come as C-NAS and D-NAS, for what is left over in those.
+        They are DC-NAS of one decoder and the other in turn; the first ones also come as C-NAS and D-NAS, for
+        what is left over in those.
         """
         positions, carriers = models.searched_positions("dcnas"), []
         choices = {shape: self.grid(shape) for shape in dict.fromkeys(positions)}
@@ -174,7 +178,8 @@ class Space:
                     if not decks.get(shape):
                         decks[shape] = rng.sample(choices[shape], len(choices[shape]))
                     blocks.append(decks[shape].pop())
-                carriers.append(models.make_arch("dcnas", blocks, self.num_classes))
+                decoder = TABLE_DECODERS[len(carriers) % len(TABLE_DECODERS)]
+                carriers.append(models.make_arch("dcnas", blocks, self.num_classes, decoder))
         first, others = carriers[:4 * rounds], carriers[4 * rounds:]
         return [arch.with_model(model) for arch in first for model in ("cnas", "dnas", "dcnas")] + others
 
@@ -247,12 +252,12 @@ class SuperNet(models.SuperNet):
     def __init__(self, space: Space, recompute: bool = False, gain: bool = False):
         classes = 0 if space.searched == "dnas" else space.num_classes
         super().__init__(space.searched, space.operations, classes, space.min_width, space.depth, recompute,
-                         gain)
+                         gain, space.decoder)
         self.plan = space
 
     def _base(self, costs: dict[Part, float], rest: float) -> float:
         """The cost of all that is not searched in the exported network."""
-        arch = self.plan.reference_design().with_model(self.plan.model)
+        arch = self.plan.reference_design(self.plan.decoder).with_model(self.plan.model)
         return rest + sum(costs[part] for part in parts_of(arch) if not part.is_searched)
 
     def _block_cost(self, curves: Curves, block: Block, width: int | None = None) -> float:
@@ -374,7 +379,7 @@ class SuperNet(models.SuperNet):
         rows = zip(self.candidate_blocks(), path, widths, self.kept())
         blocks = [replace(row[index], mid_channels=width) for row, index, width, keep in rows if keep]
         arch = self.network.arch
-        return models.make_arch(arch.model, blocks, arch.num_classes).with_model(self.plan.model)
+        return replace(arch, blocks=(models.STAGE_2, *blocks)).with_model(self.plan.model)
 
     def settle(self, path: tuple[int, ...], costs: dict[Part, float], rest: float, target: float) -> Arch:
         return self._exported(path, self.fit_widths(path, costs, rest, target))
@@ -431,6 +436,10 @@ def add_arguments(parser, model: str) -> None:
                             "how many each stage keeps, as in TF-NAS (default: %(default)s)")
     space.add_argument("--min-width", type=number(1, 3), default=models.MIN_WIDTH, metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: %(default)s)")
+    space.add_argument("--decoder", choices=TABLE_DECODERS,
+                       help="conv: that of the papers; detail: that with a branch at full resolution, which "
+                            "keeps pictures sharp (default: detail; with --warmup sampled, as in the papers, "
+                            "conv)")
     space.add_argument("--search-images", choices=("noisy", "clean"), default="noisy",
                        help="images during the search (default: %(default)s)")
     space.add_argument("--search-loss", choices=tuple(SEARCH_LOSSES),
@@ -467,7 +476,7 @@ def search_defaults(given: dict) -> dict:
 
 
 def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width: float, depth: str, target,
-         range: bool, **_) -> dict:
+         range: bool, decoder: str | None = None, warmup: str = "inherit", **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not go together.
 
     The classifier is searched by L_Cls and the decoder attached afterwards, which the papers found best
@@ -489,7 +498,8 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
     if loss not in allowed:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; possible: "
                          f"{', '.join(allowed)}.")
-    result = Space(space, min_width, len(data.classes or []) or 10, model, SEARCH_LOSSES[loss], depth)
+    result = Space(space, min_width, len(data.classes or []) or 10, model, SEARCH_LOSSES[loss], depth,
+                   decoder or ("conv" if warmup == "sampled" else "detail"))
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 
@@ -555,7 +565,7 @@ class Schedule:
     def _loss(self, stem: Tensor, batch, choice) -> Tensor:
         noisy, clean, labels = batch
         with run.autocast(self.device, self.amp):
-            output = self.supernet.from_stem(stem, choice, *noisy.shape[-2:])
+            output = self.supernet.from_stem(stem, choice, noisy)
         return task_loss(output, clean, labels, self.loss, self.LABEL_SMOOTHING)[0]
 
     def weight_step(self, batch, bi_sampling: bool, path: list[int] | None = None,

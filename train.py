@@ -399,8 +399,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=models.model_name, metavar="NAME",
         help="a named model, python models.py lists them (default: the network of --arch)")
     add("--train-as", choices=models.MODELS, help="train the encoder as another model (default: as found)")
-    add("--decoder", choices=models.DECODERS, help="another decoder; mb: two MBConvs a level; mb-1: one; "
-        "mb-3level: two, none at level 4 (default: as found)")
+    add("--decoder", choices=models.DECODERS, help="another decoder; conv: that of the papers; detail: that "
+        "with a branch at full resolution; mb: two MBConvs a level; mb-1: one; mb-3level: two, none at level "
+        "4 (default: as found; with --recipe paper conv)")
     add("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels by X (default: 1)")
     add("--loss", choices=LOSSES,
         help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one (default: what the network can)")
@@ -491,6 +492,8 @@ def check_best(path: Path, state: dict | None, epochs: int) -> None:
 def make_network(args: argparse.Namespace, record: dict, data: data_module.Data) -> tuple[nn.Module, str]:
     """(the network of a record, its loss); ValueError in one sentence where they do not fit the images."""
     network = models.build_network(record, args.dropout, args.drop_connect)
+    if args.recipe == "paper":
+        models.begin_as_papers(network)
     if network.classifies and data.classes and record["num_classes"] != len(data.classes):
         raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                          f"{len(data.classes)}; search again with --data {args.data}.")
@@ -538,6 +541,8 @@ def main(argv: list[str] | None = None) -> None:
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
+            if args.recipe == "paper" and record["method"] == "tfnas" and record["model"] != "cnas":
+                args.decoder = args.decoder or "conv"
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
         noise = data_module.noise_from(vars(args), models.scale_of(network))

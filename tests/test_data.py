@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -1146,10 +1147,13 @@ def test_wrong_values_are_wrong_usage(words, capsys):
 
 
 def test_flags_of_noise_and_data(tmp_path):
-    assert data.noise_from(parse()) == data.Noise()
+    for classes, sigma, words in ((["cat"], 1.0, ()), (None, 55 / 255, ()), (None, 0.0, ("--sigma", "0"))):
+        flags = parse(*words)
+        data.fill_sigma(flags, types.SimpleNamespace(classes=classes))
+        assert data.noise_from(flags) == data.Noise(sigma)
     words = ["--noise", "poisson-gaussian", "--sigma", "50/255", "--sigma-levels", "5"]
     assert data.noise_from(parse(*words), 2) == data.Noise(50 / 255, 5, (), "poisson-gaussian", 2)
-    assert data.noise_from(parse("--sigmas", "30/255", "0.2")).sigmas == (30 / 255, 0.2)
+    assert data.noise_from({**parse("--sigmas", "30/255", "0.2"), "sigma": 1.0}).sigmas == (30 / 255, 0.2)
     touch(tmp_path, train=4, more=6, val=3)
     words = ["--data", str(tmp_path), *"--size 16 --grey --crops 3 --val-images 1 --seed 2".split(),
              "--train-folders", "train", "more"]
@@ -1158,7 +1162,7 @@ def test_flags_of_noise_and_data(tmp_path):
     assert counts(data.data_from(parse(*words), kept={"splits": 1})) == (27, 1, 1)
     kept = data.image_flags(parse(*words, "--sigmas", "25/255"))
     assert kept == {"grey": True, "crops": 3, "train_folders": ["train", "more"], "noise": "gaussian",
-                    "sigma": 1.0, "sigma_levels": 0, "sigmas": [25 / 255]}
+                    "sigma": None, "sigma_levels": 0, "sigmas": [25 / 255]}
     evaluation, search = parse(training=False), parse(validation=False)
     assert {"test_images", "val_images"} <= evaluation.keys()
     assert not {"grey", "crops", "train_images"} & evaluation.keys()

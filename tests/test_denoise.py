@@ -61,7 +61,8 @@ class Lopsided(nn.Module):
 def test_tiles_compute_what_the_whole_picture_does(name):
     """The margin covers what the encoder sees, so that only rounding is left."""
     network, picture, shares = make_network(name), smooth_picture(210 if name == "squeezed" else 410, 505), []
-    modules = [module for module in network.modules() if isinstance(module, denoise.SqueezeExcitation)]
+    kinds = denoise.SqueezeExcitation, models.NoiseLevel
+    modules = [module for module in network.modules() if isinstance(module, kinds)]
     pools = [module.avgpool for module in modules]
     with torch.inference_mode():
         whole = network(data.to_float(picture, "cpu")).image.clamp(0, 1)

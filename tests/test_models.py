@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -193,9 +194,36 @@ def test_entropy_is_one_for_undecided_and_zero_for_decided():
 
 
 def test_decoder_costs_what_the_facts_say_at_224():
-    networks = [Network(named_arch(name, 100)) for name in ("cnas-k3-e3", "dcnas-k3-e3")]
-    cnas, dcnas = (models.count_macs(network, 224) for network in networks)
+    archs = [named_arch("cnas-k3-e3", 100), *(replace(named_arch("dcnas-k3-e3", 100), decoder=decoder)
+                                              for decoder in ("conv", "detail"))]
+    cnas, dcnas, detail = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
+    # Two 3x3 convolutions, the 13 features from 16 channels, and the noise level.
+    pixel = 9 * (19 * 12 + 12 * 3) + 13 * 16 + 3
+    assert detail - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2, 1.0])
+def test_the_noise_level_is_that_of_the_noise_and_not_of_the_picture(sigma):
+    ramp = torch.linspace(0, 1, 64).expand(3, 64, 64).clone()
+    ramp[:, 8:24, 8:24] = (torch.arange(256).view(16, 16) % 2).float()  # a little texture
+    noisy = ramp + sigma * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = models.NoiseLevel()(noisy).exp().sqrt()
+    assert found.shape == (4, 1, 1, 1) and found.sub(sigma).abs().max() < 0.3 * sigma
+    flat = models.NoiseLevel()(torch.full((1, 3, 16, 16), 0.3))
+    assert flat.item() == pytest.approx(math.log(models.NoiseLevel.FLOOR), abs=0.01)
+
+
+def test_the_image_is_the_noisy_one_where_the_gate_is_one_and_a_clean_one_at_first():
+    torch.manual_seed(0)
+    network = Network(named_arch("dcnas-k3-e3", 4)).eval()
+    clean = F.interpolate(torch.rand(2, 3, 5, 5), 50, mode="bilinear")
+    assert (network(clean).image - clean).abs().max() < 0.01
+    assert (network(clean + torch.randn(clean.shape)).image - clean).std() < 0.5  # hardly any of the noise
+    with torch.no_grad():
+        network.decoder.detail.gate.fill_(1e6)
+    noisy = clean + torch.randn(clean.shape)
+    torch.testing.assert_close(network(noisy).image, noisy)
 
 
 @pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "before a 1x1 convolution"))
@@ -503,13 +531,14 @@ def test_decoders(decoder):
     output.image.sum().backward()
     assert all(p.grad is not None for p in network.decoder.parameters())
     kinds = [len(level.convs) for level in network.decoder.levels]
-    assert kinds == {"conv": [2] * 4, "mb": [2] * 4, "mb-1": [1] * 4, "mb-3level": [0, 2, 2, 2]}[decoder]
-    assert any(isinstance(m, MBConv) for m in network.decoder.modules()) == (decoder != "conv")
+    assert kinds == {"mb-1": [1] * 4, "mb-3level": [0, 2, 2, 2]}.get(decoder, [2] * 4)
+    assert any(isinstance(m, MBConv) for m in network.decoder.modules()) == decoder.startswith("mb")
+    assert any(isinstance(m, models.Detail) for m in network.decoder.modules()) == (decoder == "detail")
 
 
-def test_an_unknown_decoder_is_refused_and_old_records_have_the_default():
+def test_an_unknown_decoder_is_refused_and_old_records_have_that_of_the_papers():
     content = named_arch("dcnas-k3-e3", 4).to_dict()
-    with pytest.raises(ValueError, match="decoder must be one of conv, mb"):
+    with pytest.raises(ValueError, match="decoder must be one of detail, conv, mb"):
         Arch.from_dict({**content, "decoder": "huge"})
     del content["decoder"]
     assert Arch.from_dict(content).decoder == "conv"
@@ -527,10 +556,11 @@ def test_a_sequential_network_is_its_parts_in_turn():
 
 
 def test_widened():
-    arch = named_arch("dnas-k3-e3").widened(2.0)
+    narrow = replace(named_arch("dnas-k3-e3"), decoder="conv")
+    arch = narrow.widened(2.0)
     assert arch.stem_channels == 64 and arch.blocks[-1].out_channels == 224
     assert Network(arch).eval()(torch.rand(1, 3, 32, 32)).image.shape == (1, 3, 32, 32)
-    ratio = models.count_macs(Network(arch), 64) / models.count_macs(Network(named_arch("dnas-k3-e3")), 64)
+    ratio = models.count_macs(Network(arch), 64) / models.count_macs(Network(narrow), 64)
     assert 3 < ratio < 4.2  # the square, but for depthwise convolutions and the image's three channels
     narrow = Network(named_arch("dcnas-k5-e6", 3).widened(0.5)).eval()
     assert narrow(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)
