@@ -122,7 +122,7 @@ class Detail(nn.Module):
     (B, 3, H, W) -> image g n + (1 - g) y + r. The gate g, one number of an image, falls with its NoiseLevel.
     r is two 3x3 convolutions of (g n, y, features); it begins at 0 and fades where the noise does. So a clean
     picture comes out as it went in, little noise takes no sharpness, and in strong noise y is the image."""
-    FEATURES, HIDDEN = 13, 12
+    FEATURES, HIDDEN = 10, 12  # 16 channels go into the first convolution, the step of vector units
 
     def __init__(self):
         super().__init__()
@@ -319,11 +319,13 @@ def study_mbconv(in_channels: int, out_channels: int, expansion: float) -> nn.Se
 class UNet(nn.Module):
     """UNet(b, d, m, c): d levels, level i of int(b * m**i) channels, c 3x3 convolutions a level (fig. 2).
     Max pool down, 2x2 transposed convolution up, concatenation, 1x1 convolution; (B, 3, H, W) of any size.
-    No norm is stated; here batch norm and ReLU follow each convolution, or `study_mbconv` of `expansion`."""
+    No norm is stated; here batch norm and ReLU follow each convolution, or `study_mbconv` of `expansion`.
+    `residual` (ours): the image is added to the input, and begins as it."""
     denoises, classifies = True, False
 
-    def __init__(self, b: int, d: int, m: float, c: int, expansion: float | None = None):
+    def __init__(self, b: int, d: int, m: float, c: int, expansion: float | None = None, residual=False):
         super().__init__()
+        self.residual = residual
         self.widths = [int(b * m**level) for level in range(d)]
         if min(self.widths, default=0) < 1 or c < 1:
             raise ValueError(f"A UNet needs b, d and c of 1 or more, not b {b}, d {d}, m {m}, c {c}.")
@@ -339,6 +341,8 @@ class UNet(nn.Module):
                                 for width, deeper in zip(self.widths, self.widths[1:]))
         self.merge = nn.ModuleList(level(2 * width, width) for width in self.widths[:-1])
         self.image = nn.Conv2d(self.widths[0], 3, 1)
+        for parameter in self.image.parameters() if residual else ():
+            nn.init.zeros_(parameter)
         self.pool = nn.MaxPool2d(2)
         self.stride = 2 ** (d - 1)  # of the deepest features
 
@@ -358,7 +362,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Output:
         height, width = x.shape[-2:]
-        return Output(self.decode(self.encode(pad_to_multiple(x, self.stride)))[..., :height, :width], None)
+        image = self.decode(self.encode(pad_to_multiple(x, self.stride)))[..., :height, :width]
+        return Output(x + image if self.residual else image, None)
 
 class DCNet(nn.Module):
     """DC-Net Integrated: a classifier on the deepest features of a UNet (section 3.1, fig. 2.ii).
@@ -821,7 +826,7 @@ class Named:
     flops: float | None = None
 
 UNET, UNET_M, UNET_S = (32, 4, 2, 2), (16, 4, 2, 2), (8, 4, 1.5, 2)  # b, d, m, c
-UNET_NAME = re.compile(r"unet-b(\d{1,3})-d([1-8])-m(\d(?:\.\d)?)-c([1-9])(-mb)?")  # any b, d, m, c
+UNET_NAME = re.compile(r"unet-b(\d{1,3})-d([1-8])-m(\d(?:\.\d)?)-c([1-9])(-mb)?(-res)?")  # any b, d, m, c
 EXTENSIONS = ("baselines",)  # files beside this one that add their networks to NAMED when they are imported
 NAMED = {
     "unet": Named(lambda _: UNet(*UNET), 96, 1301.8e6),
@@ -848,8 +853,8 @@ def find_named(name: str) -> Named:
     numbers = UNET_NAME.fullmatch(name)
     if not numbers:
         return all_named()[name]
-    b, d, m, c, mb = numbers.groups()  # the paper states 2.5, the expansion of MBConvs, of a classifier only
-    return Named(lambda _: UNet(int(b), int(d), float(m), int(c), 2.5 if mb else None), 96)
+    b, d, m, c, mb, res = numbers.groups()  # the paper states 2.5, the expansion of MBConvs, of a classifier only
+    return Named(lambda _: UNet(int(b), int(d), float(m), int(c), 2.5 if mb else None, bool(res)), 96)
 
 def named_arch(name: str, num_classes: int = 0) -> Arch:
     """The architecture of a named network of the search space; ValueError with the names if unknown."""
@@ -949,8 +954,8 @@ def format_rows(rows: list[dict]) -> str:
         denoises, classifies = ("yes" if task else "-" for task in tasks)
         lines.append(f"{name:<18} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} "
                      f"{macs / 1e6:>9.2f} M")
-    return "\n".join([*lines, "A UNet of any parameters: unet-b8-d4-m1.5-c2, and with MBConvs "
-                      "unet-b8-d4-m1.5-c2-mb."])
+    return "\n".join([*lines, "A UNet of any parameters: unet-b8-d4-m1.5-c2; with MBConvs: -mb at the end; "
+                      "added to its input: -res."])
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()

@@ -198,8 +198,8 @@ def test_decoder_costs_what_the_facts_say_at_224():
                                               for decoder in ("conv", "detail"))]
     cnas, dcnas, detail = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
-    # Two 3x3 convolutions, the 13 features from 16 channels, and the noise level.
-    pixel = 9 * (19 * 12 + 12 * 3) + 13 * 16 + 3
+    # Two 3x3 convolutions, the 10 features from 16 channels, and the noise level.
+    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3
     assert detail - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
