@@ -853,7 +853,7 @@ def find_named(name: str) -> Named:
     numbers = UNET_NAME.fullmatch(name)
     if not numbers:
         return all_named()[name]
-    b, d, m, c, mb, res = numbers.groups()  # the paper states 2.5, the expansion of MBConvs, of a classifier only
+    b, d, m, c, mb, res = numbers.groups()  # the paper states 2.5, the expansion, of a classifier only
     return Named(lambda _: UNet(int(b), int(d), float(m), int(c), 2.5 if mb else None, bool(res)), 96)
 
 def named_arch(name: str, num_classes: int = 0) -> Arch:

@@ -112,6 +112,7 @@ class Space:
     depth: str = "fixed"
     decoder: str = models.DECODERS[0]
     channels = 3
+    newer_parts = frozenset({Part("decoder detail")})  # which older tables lack; they serve without it
 
     def identity(self) -> dict:
         return {"method": "tfnas", "operations": self.operations, "min_width": self.min_width,
@@ -223,7 +224,8 @@ def table_of_version_1(content: dict) -> dict:
     Version 1 timed the fixed parts for each model. Here they become what is left over.
     """
     space = Space(content["space"], content["min_width"], content["setting"]["num_classes"])
-    parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts()) if not part.is_searched]
+    parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts() - space.newer_parts)
+             if not part.is_searched]
     for row in content["operations"]:
         fields = {name: row[name] for name in Block.__dataclass_fields__}
         for width, ms in zip(row["mid_channels"], row["ms"], strict=True):
@@ -232,7 +234,8 @@ def table_of_version_1(content: dict) -> dict:
     names = ("made", "setting", "reference_ms", "correction", "check", "networks_timed", "reference_spread")
     return {"format": latency.FORMAT, "version": latency.VERSION, "space": space.identity(), "parts": parts,
             **{name: content[name] for name in names if name in content},
-            "reference": models.named_arch(content["reference"], space.num_classes).to_dict(),
+            "reference": replace(models.named_arch(content["reference"], space.num_classes),
+                                 decoder="conv").to_dict(),
             "rest_ms": {model: sum(ms.values()) for model, ms in content["fixed_ms"].items()}}
 
 
@@ -258,7 +261,11 @@ class SuperNet(models.SuperNet):
     def _base(self, costs: dict[Part, float], rest: float) -> float:
         """The cost of all that is not searched in the exported network."""
         arch = self.plan.reference_design(self.plan.decoder).with_model(self.plan.model)
-        return rest + sum(costs[part] for part in parts_of(arch) if not part.is_searched)
+        fixed = [part for part in parts_of(arch) if not part.is_searched]
+        if lacking := {*fixed} - costs.keys():
+            raise ValueError(f"The latency table has no {lacking.pop().place}, it is of an older version: "
+                             "make a new one with latency.py, or search with --decoder conv.")
+        return rest + sum(costs[part] for part in fixed)
 
     def _block_cost(self, curves: Curves, block: Block, width: int | None = None) -> float:
         """The cost of a block in the exported network, at its own width or another."""

@@ -397,7 +397,7 @@ def test_costs_of_widths_and_depths(digits, tmp_path):
     found = {}
     for share in (0.05, 0.95):
         supernet, _ = run_search(digits, share, lambda block: 1e-3 * block.mid_channels, tmp_path,
-                                 depth="learned")
+                                 epochs=8, depth="learned")
         widths = [width / mixed.candidates[0].position.in_channels
                   for width, mixed in zip(supernet.present_widths(supernet.best_path()), supernet.mixed)]
         found[share] = (sum(widths) / 18, supernet.keep_probability().mean().item(), sum(supernet.kept()))
