@@ -81,7 +81,7 @@ def compare_search(operations: int, device, batch_size: int, size: int, amp: str
     batch = make_batch(batch_size, size, device)
     weight, alpha = (time_both(f"search: {name}", plain, ours, device, seconds) for name, plain, ours in (
         ("weight step", plain_weight_step, lambda: schedule.weight_step(batch, True)),
-        ("alpha step", plain_alpha_step, lambda: schedule.arch_step(batch, 5.0))))
+        ("alpha step", plain_alpha_step, lambda: schedule.arch_step([batch], 5.0))))
     both = make_row("search: iteration (weight + half an alpha step)", "ms",
                     *(weight[way] + alpha[way] / 2 for way in ("plain", "ours")))
     return [weight, alpha, both, per_second("search: images", batch_size, both)]

@@ -547,7 +547,7 @@ def resume_state(path: str | Path, checkpoint: str, *needed: str) -> tuple[dict,
         raise ValueError(f"{path} is not a {checkpoint} that a run can go on from.")
     files.check_fields(path, state, files.STOPPED)
     files.check_fields(path, state["sums"], dict.fromkeys(state["sums"], (float, int, [(float, int)])))
-    best = state["best"]
+    best = state.get("best")
     if best and not any(row["epoch"] == best["epoch"] and row.keys() == best.keys() for row in state["rows"]):
         raise ValueError(f"{path} is not valid: its best epoch is none of its epochs.")
     return state, path.parent
@@ -555,6 +555,8 @@ def resume_state(path: str | Path, checkpoint: str, *needed: str) -> tuple[dict,
 
 def check_resumed(before: dict, values: dict) -> None:
     """ValueError in one sentence where a flag differs from the stopped run's, and is none of FREE_FLAGS."""
+    if values.get("sigma") is None:  # --sigmas and --sigma-levels unset it; it depends on the images
+        values["sigma"] = before.get("sigma")
     changed = [f"--{name.replace('_', '-')}" for name, value in before.items()
                if name in values.keys() - FREE_FLAGS and values[name] != value]
     if changed:

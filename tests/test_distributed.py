@@ -78,6 +78,8 @@ def make_batch(step):
 
 
 def half(batch, rank):
+    if isinstance(batch, list):
+        return [half(one, rank) for one in batch]
     return tuple(part[4 * rank:4 * rank + 4] for part in batch)
 
 

@@ -59,10 +59,10 @@ def test_the_ways_to_give_noise_levels_are_one_choice():
     searched = {"sigma": 0.3, "sigma_levels": 11}
     for argv, layers, expected in (
             ([], [searched], (0.3, 11, None)),
-            ([], [searched, {"sigmas": [0.1]}], (1.0, 0, [0.1])),
+            ([], [searched, {"sigmas": [0.1]}], (None, 0, [0.1])),
             (["--sigma", "0.5"], [{"sigmas": [0.1]}], (0.5, 0, None)),
-            (["--sigma-levels", "5"], [{"sigmas": [0.1]}], (1.0, 5, None)),
-            (["--sigmas", "25/255"], [searched], (1.0, 0, [25 / 255])),
+            (["--sigma-levels", "5"], [{"sigmas": [0.1]}], (None, 5, None)),
+            (["--sigmas", "25/255"], [searched], (None, 0, [25 / 255])),
             (["--epochs", "2"], [searched, {"sigma": None}], (0.3, 11, None))):
         args = values(argv, *layers)
         assert (args.sigma, args.sigma_levels, args.sigmas) == expected

@@ -104,16 +104,12 @@ def test_a_teacher_takes_the_place_of_the_truth_where_it_has_an_answer(trained):
         train.Teacher(teacher, 0.5, grey, None, CPU)
 
 
-def test_a_student_comes_near_its_teacher(trained, tmp_path):
-    teacher, errors = str(trained[0] / "best.pt"), []
-    for weight in ("0", "1"):
-        train_on_digits(tmp_path / weight, "--epochs", "4", "--teacher", teacher, "--teacher-weight", weight)
-        networks = [files.load_checkpoint(path)[0] for path in (tmp_path / weight / "best.pt", teacher)]
-        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            image, taught = (network(images).image for network in networks)
-        errors.append(F.mse_loss(image, taught).item())
-    assert errors[1] < errors[0]
+def test_a_teacher_counts_with_its_weight(trained, tmp_path):
+    teacher, weights = ["--teacher", str(trained[0] / "best.pt"), "--teacher-weight"], []
+    for number, flags in enumerate(([], [*teacher, "0"], [*teacher, "1"])):
+        state = train_on_digits(tmp_path / str(number), "--epochs", "1", *flags)
+        weights.append(state["network"]["stem.0.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_the_loss_follows_network_and_data():
@@ -296,7 +292,7 @@ def test_training_learns(tmp_path, optimizer, lr):
     best = train.train(network, *loaders, recipe, noise=data.Noise(0.0), output_dir=tmp_path, about={},
                        device=CPU)
     rows = files.read_checkpoint(tmp_path / "last.pt")["rows"]
-    assert rows[0]["train_loss"] > 1.5 and rows[-1]["train_loss"] < 0.5 and best in rows
+    assert rows[0]["train_loss"] > 1.0 and rows[-1]["train_loss"] < 0.2 and best in rows
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, monkeypatch):
@@ -378,7 +374,7 @@ def test_recipes_and_the_images_of_a_search_are_defaults(tmp_path, monkeypatch):
     assert (read(["--model", "unet-s"]).recipe, read(["--model", "unet-s"]).epochs) == ("short", 25)
     study = read(["--model", "unet-s", "--recipe", "study", "--epochs", "7"])
     assert (study.epochs, study.batch_size, study.optimizer) == (7, 64, "adam")
-    assert (study.sigma, study.sigma_levels, study.sigmas) == (1.0, 11, None)
+    assert (study.sigma, study.sigma_levels, study.sigmas) == (None, 11, None)
     images = {"grey": False, "crops": 3, "train_folders": ["a"], "noise": "poisson-gaussian", "sigma": 0.3,
               "sigma_levels": 5, "sigmas": None, "lr": 9, "output_dir": "elsewhere"}
     path = str(tmp_path / "arch.json")
@@ -390,7 +386,7 @@ def test_recipes_and_the_images_of_a_search_are_defaults(tmp_path, monkeypatch):
     assert (args.recipe, args.lr, args.output_dir) == ("tfnas", None, "runs/train")  # no flags of images
     other = read(["--arch", path, "--data", "digits", "--sigmas", "0.1"])  # crops and folders are of photos
     assert (other.data, other.size, other.crops, other.train_folders) == ("digits", 48, 1, None)
-    assert (other.noise, other.sigma, other.sigmas) == ("poisson-gaussian", 1.0, [0.1])
+    assert (other.noise, other.sigma, other.sigmas) == ("poisson-gaussian", None, [0.1])
     same = read(["--arch", path, "--data", "photos", "--recipe", "study"])
     assert (same.crops, same.sigma, same.sigma_levels, same.noise) == (3, 1.0, 11, "poisson-gaussian")
 
@@ -426,7 +422,7 @@ def test_a_modified_record_drops_its_latency():
     other = train.modify_record(record, "dnas", "mb", 2.0)
     arch = models.Arch.from_dict(record).with_model("dnas").widened(2.0)
     assert "latency" not in other and other["data"] == "digits" and other["decoder"] == "mb"
-    assert models.Arch.from_dict({**other, "decoder": "conv"}) == arch
+    assert models.Arch.from_dict({**other, "decoder": "detail"}) == arch
     for bad, model in ((models.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
         with pytest.raises(ValueError, match="--train-as, --decoder and --widen|has no classifier"):
             train.modify_record(bad, model)
@@ -483,7 +479,7 @@ def test_flags_that_are_lists_survive_a_checkpoint(tmp_path, capsys):
     assert "44 training and 2 validation images" in out and "2 crops of each" in out  # two crops of 22
     flags = files.read_checkpoint(tmp_path / "run" / "last.pt")["flags"]
     assert flags["sigmas"] == [15 / 255, 0.2] and flags["train_folders"] == ["train", "more"]
-    assert (flags["crops"], flags["noise"], flags["sigma"]) == (2, "poisson-gaussian", 1.0)
+    assert (flags["crops"], flags["noise"], flags["sigma"]) == (2, "poisson-gaussian", 55 / 255)
     resume = ["--resume", str(tmp_path / "run")]
     train.main(resume)
     train.main([*resume, "--sigmas", "15/255", "0.2", "--train-folders", "train", "more"])  # the same again
