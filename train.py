@@ -45,7 +45,8 @@ RECIPES = {  # flags that go together, besides the TRAIN_DEFAULTS of each search
     "short": {},
     "study": {  # Markhorst 2024, section 3: the controlled study on mnist-pairs
         "epochs": 100, "batch_size": 64, "optimizer": "adam", "lr": 1e-3, "schedule": "plateau",
-        "warmup_epochs": 0, "denoising_loss": "charbonnier", "sigma_levels": 11, "label_smoothing": 0.0,
+        "warmup_epochs": 0, "denoising_loss": "charbonnier", "sigma": 1.0, "sigma_levels": 11,
+        "label_smoothing": 0.0,
         "dropout": 0.0, "drop_connect": 0.0},
     "paper": {  # Markhorst 2024, section 4, and TF-NAS: found networks on ImageNet-100
         "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},

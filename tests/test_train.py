@@ -374,7 +374,7 @@ def test_recipes_and_the_images_of_a_search_are_defaults(tmp_path, monkeypatch):
     assert (read(["--model", "unet-s"]).recipe, read(["--model", "unet-s"]).epochs) == ("short", 25)
     study = read(["--model", "unet-s", "--recipe", "study", "--epochs", "7"])
     assert (study.epochs, study.batch_size, study.optimizer) == (7, 64, "adam")
-    assert (study.sigma, study.sigma_levels, study.sigmas) == (None, 11, None)
+    assert (study.sigma, study.sigma_levels, study.sigmas) == (1.0, 11, None)
     images = {"grey": False, "crops": 3, "train_folders": ["a"], "noise": "poisson-gaussian", "sigma": 0.3,
               "sigma_levels": 5, "sigmas": None, "lr": 9, "output_dir": "elsewhere"}
     path = str(tmp_path / "arch.json")
