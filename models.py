@@ -119,15 +119,17 @@ class NoiseLevel(nn.Module):
 
 class Detail(nn.Module):
     """The full-resolution branch, ours: image y with features (B, 3 + FEATURES, H, W) and the noisy image n
-    (B, 3, H, W) -> image g n + (1 - g) y + r. The gate g, one number of an image, falls with its NoiseLevel.
-    r is two 3x3 convolutions of (g n, y, features); it begins at 0 and fades where the noise does. So a clean
-    picture comes out as it went in, little noise takes no sharpness, and in strong noise y is the image."""
+    (B, 3, H, W) -> image. Each pixel is a mixture of n, of n averaged over SCALES, which keep its colours in
+    any noise, and of y. The weights are the softmax of the first features, by the NoiseLevel: a clean picture
+    comes out as it went in. r, two 3x3 convolutions of mixture, y and features, is added; it begins at 0 and
+    fades where the noise does."""
     FEATURES, HIDDEN = 10, 12  # 16 channels go into the first convolution, the step of vector units
+    SCALES = (4, 16)  # pixels
 
     def __init__(self):
         super().__init__()
         self.noise_level = NoiseLevel()
-        self.gate = nn.Parameter(torch.tensor(-1.5))  # g is 1/2 at this log variance: sigma 0.47
+        self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
         self.fade = nn.Parameter(torch.full((self.HIDDEN, 1, 1), 6.0))  # 1 at sigma 0.05, up to 2
         self.mix = nn.Conv2d(6 + self.FEATURES, self.HIDDEN, 3, padding=1)
         self.rest = nn.Conv2d(self.HIDDEN, 3, 3, padding=1)
@@ -136,10 +138,13 @@ class Detail(nn.Module):
 
     def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
         level = self.noise_level(noisy)
-        gate = torch.sigmoid(2 * (self.gate - level))
-        kept = gate * noisy
-        hidden = F.relu(self.mix(torch.cat((kept, x), 1))) * (2 * torch.sigmoid(level + self.fade))
-        return kept + (1 - gate) * x[:, :3] + self.rest(hidden)
+        smooth = (F.interpolate(F.avg_pool2d(noisy, scale), scale_factor=scale, mode="bilinear")
+                  for scale in self.SCALES)
+        images = [noisy, *smooth, x[:, :3]]
+        weights = x[:, 3:3 + len(images)] + self.slope * (level + 4)  # -4: sigma 0.14
+        mixed = sum(weight * image for weight, image in zip(weights.softmax(1).split(1, 1), images))
+        hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
+        return mixed + self.rest(hidden)
 
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.

@@ -214,14 +214,14 @@ def test_the_noise_level_is_that_of_the_noise_and_not_of_the_picture(sigma):
     assert flat.item() == pytest.approx(math.log(models.NoiseLevel.FLOOR), abs=0.01)
 
 
-def test_the_image_is_the_noisy_one_where_the_gate_is_one_and_a_clean_one_at_first():
+def test_the_image_is_the_noisy_one_where_its_weight_is_one_and_a_clean_one_at_first():
     torch.manual_seed(0)
     network = Network(named_arch("dcnas-k3-e3", 4)).eval()
     clean = F.interpolate(torch.rand(2, 3, 5, 5), 50, mode="bilinear")
     assert (network(clean).image - clean).abs().max() < 0.01
     assert (network(clean + torch.randn(clean.shape)).image - clean).std() < 0.5  # hardly any of the noise
     with torch.no_grad():
-        network.decoder.detail.gate.fill_(1e6)
+        network.decoder.image.bias[3] = 1e6
     noisy = clean + torch.randn(clean.shape)
     torch.testing.assert_close(network(noisy).image, noisy)
 
