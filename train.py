@@ -483,7 +483,8 @@ def check_best(path: Path, state: dict | None, epochs: int) -> None:
     if state is None or not state["rows"] or run.rank_and_world()[0] > 0:
         return
     epoch, best = (state["best"] or {}).get("epoch"), files.read_checkpoint(path) if path.is_file() else {}
-    if epoch is None or best.get("record") != state["record"] or best.get("epoch", 0) < epoch:
+    holds = epoch is not None and files.fits(best.get("epoch"), range(epoch, 2**31))
+    if not holds or best.get("record") != state["record"]:
         if len(state["rows"]) >= epochs:
             raise ValueError(f"{path} does not hold the best network of this run; put it back or start anew.")
         run.say(f"note: {path} does not hold the best network so far; that of the epochs to come is kept.")

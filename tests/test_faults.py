@@ -406,6 +406,12 @@ def test_a_value_that_no_run_writes_ends_in_a_sentence(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             script.main([*argv, str(tmp_path / "odd.pt"), "--output-dir", str(tmp_path / "out")])
         assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+    for epoch in (None, "x", 0):
+        content = files.read_checkpoint(tmp_path / "best.pt")
+        files.save_checkpoint(tmp_path / "best.pt", content | {"epoch": epoch})
+        with pytest.raises(SystemExit):
+            train.main(["--resume", str(tmp_path)])
+        assert "does not hold the best network of this run" in capsys.readouterr().err
 
 
 def test_a_resumed_search_does_not_need_the_file_of_its_table(tmp_path, monkeypatch, capsys):
