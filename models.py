@@ -842,9 +842,14 @@ NAMED = {
     "dcnet-s": Named(lambda num_classes: DCNet(UNet(*UNET_S), num_classes), 96, 51.2e6),
 }
 
-# Name -> function of num_classes -> Arch: all searched blocks have this operation at its starting width.
-_uniform = lambda model, op, n: make_arch(model, [fill(place, op) for place in searched_positions(model)], n)
-UNIFORM = {f"{model}-{op.name}": partial(_uniform, model, op) for model in MODELS for op in SPACES[4]}
+def _uniform(model: str, operation: Operation, shallow: bool, num_classes: int) -> Arch:
+    """All searched blocks have this operation at its starting width; `shallow`: one block a stage."""
+    places = [place for place in searched_positions(model)
+              if not shallow or place.in_channels != place.out_channels]  # the first of its stage
+    return make_arch(model, [fill(place, operation) for place in places], num_classes)
+
+UNIFORM = {f"{model}-{operation.name}{end}": partial(_uniform, model, operation, bool(end))  # of num_classes
+           for end in ("", "-shallow") for model in MODELS for operation in SPACES[4]}
 
 def all_named() -> dict[str, Named]:
     """NAMED, with the networks of those EXTENSIONS that lie beside this file."""
@@ -954,10 +959,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def format_rows(rows: list[dict]) -> str:
     """The named models as a table."""
-    lines = [f"{'model':<18} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11}"]
+    lines = [f"{'model':<24} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11}"]
     for name, *tasks, size, parameters, macs in map(dict.values, rows):
         denoises, classifies = ("yes" if task else "-" for task in tasks)
-        lines.append(f"{name:<18} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} "
+        lines.append(f"{name:<24} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} "
                      f"{macs / 1e6:>9.2f} M")
     return "\n".join([*lines, "A UNet of any parameters: unet-b8-d4-m1.5-c2; with MBConvs: -mb at the end; "
                       "added to its input: -res."])

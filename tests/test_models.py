@@ -133,6 +133,14 @@ def test_a_fresh_network_is_the_identity_in_its_residual_blocks_and_the_papers_i
             assert torch.equal(block(x), x) == same
 
 
+@pytest.mark.parametrize("model", models.MODELS)
+def test_a_shallow_network_has_one_block_a_stage(model):
+    arch = named_arch(f"{model}-k5-e6-shallow", 5)
+    assert [block.stage for block in arch.blocks] == list(range(2, 7 if model == "dnas" else 9))
+    assert {block.kernel_size for block in arch.blocks[1:]} == {5}
+    assert {*arch.blocks} < {*named_arch(f"{model}-k5-e6", 5).blocks}
+
+
 def test_a_learned_depth_begins_deep():
     supernet = SuperNet("cnas", 4, 5, depth="learned")
     assert all(supernet.kept()) and supernet.keep_probability().min() > 0.7
