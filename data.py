@@ -258,8 +258,8 @@ def _load_scenes(name, root, size, seed, counts, version):
     mnist, pairs, parts = name.startswith("mnist"), name.endswith("pairs"), []
     _refuse(scenes is None, f"{name} is drawn by scenes.py, which is not beside data.py: copy it too")
     dataset, render = (Pairs, scenes.render_pair) if pairs else (Scenes, scenes.render_scene)
-    least = 2 * scenes.DIGIT
-    _refuse(pairs and size < least, f"two digits need images of {least} pixels or more, not {size}")
+    _refuse(pairs and size < 2 * scenes.DIGIT,
+            f"two digits need images of {2 * scenes.DIGIT} pixels or more, not {size}")
     for split, count in zip((0, 2 if version == 1 else 1, 2), counts):  # what is test now was val
         digits, targets, source = None, np.arange(10), "scenes drawn for it"
         if mnist:
@@ -489,8 +489,7 @@ def _find_splits(folder, train_folders):
     return found if found["train"] else {}
 
 
-def _left_alone(folder, names):
-    """", without bus, car" where sub-folders with pictures are in no split, else nothing."""
+def _left_alone(folder, names):  # ", without bus, car" where sub-folders with pictures are in no split, or ""
     left = [name for name in _subfolders(folder) if names and name not in sum(names.values(), [])
             and (list_images(folder / name) or _subfolders(folder / name))]
     return f", without {', '.join(left)}"[:200] if left else ""
@@ -714,14 +713,6 @@ def with_own_epoch(dataset):  # the same images, for a second loader that must n
     return other
 
 
-def split_dataset(dataset, fraction, seed):
-    """stratified_split of a dataset's images, with all crops of one on one side: two lists of indices."""
-    crops = getattr(dataset, "crops", 1)
-    count = len(dataset) // crops
-    return tuple([crop * count + place for crop in range(crops) for place in part]
-                 for part in stratified_split(dataset.targets[:count], fraction, seed))
-
-
 def split_labels(labels, device):
     """Labels of a loader: ((B,), None); of Pairs ((B * 2,), boxes (B, 2, 4): left, top, right, bottom)."""
     labels = labels.to(device, non_blocking=True)
@@ -848,11 +839,6 @@ def noise_from(flags, scale=1):  # the Noise that flags ask for, of a network th
     return Noise(flags["sigma"], flags["sigma_levels"], tuple(flags["sigmas"] or ()), flags["noise"], scale)
 
 
-def fill_sigma(flags, data):  # --sigma where none was given, which depends on the images
-    if flags["sigma"] is None:
-        flags["sigma"] = 1.0 if data.classes else 55 / 255
-
-
 def image_flags(values):
     """The flags of images and noise that a record keeps, so that a training sees what the search saw."""
     return {name: values[name]
@@ -873,8 +859,7 @@ def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):
 
 
 def build_parser():
-    parser = Parser(
-        prog="data.py", usage="python data.py [options]",
+    parser = Parser(prog="data.py", usage="python data.py [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Show what a source of images holds, and write a picture of it with noise added.",
         epilog="examples:\n  python data.py --output preview.png\n"
@@ -889,26 +874,20 @@ def build_parser():
     return parser
 
 
-def describe(data, output):
-    """Print what a source of images holds."""
-    print(f"{'split':<8}{'images':>8}{'classes':>9}  {'size':<14}from")
-    for split, source in data.sources.items():
-        dataset = getattr(data, split)
-        size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
-        print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size:<14}{source}")
-    rows = "clean above noisy" if is_paired(data.train) else "sigma 0, 0.2, 0.5, 1.0 from top to bottom"
-    print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only",
-          f"wrote {output}: {rows}", sep="\n")
-
-
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
         data = data_from(vars(args))
         preview(data, args.output, args.seed)
-        describe(data, args.output)
-        sys.stdout.flush()
+        print(f"{'split':<8}{'images':>8}{'classes':>9}  {'size':<14}from")
+        for split, source in data.sources.items():
+            dataset = getattr(data, split)
+            size = "whole images" if getattr(dataset, "whole", False) else f"{data.size} x {data.size}"
+            print(f"{split:<8}{len(dataset):>8}{len(set(dataset.targets) - {-1}):>9}  {size:<14}{source}")
+        rows = "clean above noisy" if is_paired(data.train) else "sigma 0, 0.2, 0.5, 1.0 from top to bottom"
+        print(f"classes: {', '.join(data.classes)}" if data.classes else "no labels: for denoisers only",
+              f"wrote {args.output}: {rows}", sep="\n", flush=True)
     except BrokenPipeError:  # the reader has gone, as head does
         sys.stdout = open(os.devnull, "w")
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

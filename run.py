@@ -511,6 +511,12 @@ def resolve(parser: argparse.ArgumentParser, argv: list[str] | None, *layers: di
     return argparse.Namespace(**values)
 
 
+def fill_sigma(flags: dict, data) -> None:
+    """Set --sigma where none was given: it depends on the images."""
+    if flags["sigma"] is None:
+        flags["sigma"] = 1.0 if data.classes else 55 / 255
+
+
 def check_value(action: argparse.Action, value):
     """A value from a file as its flag would parse it; ValueError in one sentence if it cannot."""
     def parse(one):

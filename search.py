@@ -265,6 +265,14 @@ class HeldOut:
         return batch
 
 
+def split_dataset(dataset, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Two lists of indices of images: data.stratified_split, with all crops of an image on one side."""
+    crops = getattr(dataset, "crops", 1)
+    count = len(dataset) // crops
+    return tuple([crop * count + place for crop in range(crops) for place in part]
+                 for part in data_module.stratified_split(dataset.targets[:count], fraction, seed))
+
+
 def write_log(path: Path, rows: list[dict]) -> None:
     """A line of JSON per epoch."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -497,7 +505,7 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
         noise = data_module.Noise(0.0)
     share, parts = plan["weight_share"], [data.train, data_module.with_own_epoch(data.train)]
     if share < 1:
-        halves = data_module.split_dataset(data.train, share, flags["seed"])
+        halves = split_dataset(data.train, share, flags["seed"])
         parts = [Subset(images, half) for images, half in zip(parts, halves)]
     if min(len(part) for part in parts) < 2:
         raise ValueError(f"{len(data.train)} training images are too few for a search; give more.")
@@ -693,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
         kept = run.kept_splits(state, args.accept_changes)
         data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
         run.check_images(data, state, args.accept_changes)
-        data_module.fill_sigma(flags, data)
+        run.fill_sigma(flags, data)
         method = models.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))

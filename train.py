@@ -538,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         values = {**vars(args), "test_images": 1}  # the test images take no part
         data = run.in_turn(lambda: data_module.data_from(values, run.kept_splits(state, args.accept_changes)))
         run.check_images(data, state, args.accept_changes)
-        data_module.fill_sigma(vars(args), data)
+        run.fill_sigma(vars(args), data)
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do
             record = models.named_record(args.model, len(data.classes or []) or 1, made)

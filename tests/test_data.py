@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import types
 import zlib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import search
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -1007,11 +1007,11 @@ def test_several_crops_of_an_image_are_different_and_follow_the_epoch(tmp_path):
     assert not {often[index][0].numpy().tobytes() for index in range(40)} & set(crops)
     with pytest.raises(IndexError):
         often[40]
-    first, second = data.split_dataset(often, 0.8, seed=0)  # all crops of an image are on one side
+    first, second = search.split_dataset(often, 0.8, seed=0)  # all crops of an image are on one side
     assert sorted(first + second) == list(range(40)) and len(second) == 2 * 4
     assert not {index % 10 for index in first} & {index % 10 for index in second}
     scenes = digits().train
-    assert data.split_dataset(scenes, 0.8, 0) == data.stratified_split(scenes.targets, 0.8, 0)
+    assert search.split_dataset(scenes, 0.8, 0) == data.stratified_split(scenes.targets, 0.8, 0)
 
 
 def test_unlabelled_images_come_in_all_eight_positions(tmp_path):
@@ -1147,10 +1147,7 @@ def test_wrong_values_are_wrong_usage(words, capsys):
 
 
 def test_flags_of_noise_and_data(tmp_path):
-    for classes, sigma, words in ((["cat"], 1.0, ()), (None, 55 / 255, ()), (None, 0.0, ("--sigma", "0"))):
-        flags = parse(*words)
-        data.fill_sigma(flags, types.SimpleNamespace(classes=classes))
-        assert data.noise_from(flags) == data.Noise(sigma)
+    assert data.noise_from({**parse(), "sigma": 1.0}) == data.Noise()
     words = ["--noise", "poisson-gaussian", "--sigma", "50/255", "--sigma-levels", "5"]
     assert data.noise_from(parse(*words), 2) == data.Noise(50 / 255, 5, (), "poisson-gaussian", 2)
     assert data.noise_from({**parse("--sigmas", "30/255", "0.2"), "sigma": 1.0}).sigmas == (30 / 255, 0.2)

@@ -73,6 +73,13 @@ def test_the_ways_to_give_noise_levels_are_one_choice():
     assert (args.sigma, args.sigma_levels, args.sigmas) == (0.7, 3, None)
 
 
+def test_the_noise_depends_on_the_images_where_none_is_asked_for():
+    for classes, given, sigma in ((["cat"], None, 1.0), (None, None, 55 / 255), (None, 0.0, 0.0)):
+        flags = {"sigma": given}
+        run.fill_sigma(flags, types.SimpleNamespace(classes=classes))
+        assert flags["sigma"] == sigma
+
+
 @pytest.mark.parametrize("layer, sentence", [
     ({"sigma": -1}, "--sigma of the record or checkpoint must not be '-1'"),
     ({"sigma": "much"}, "--sigma .* must not be 'much'"),

@@ -357,7 +357,7 @@ def test_when_weights_and_alpha_are_trained():
 @pytest.fixture(scope="module")
 def digits():
     images = data.load_data("digits", size=16, train_images=40, val_images=1, test_images=1).train
-    halves = data.split_dataset(images, 0.8, 0)
+    halves = search.split_dataset(images, 0.8, 0)
     loaders = [data.make_loader(torch.utils.data.Subset(images, half), 8, shuffle=True, drop_last=True)
                for half in halves]
     return [data.NoisyBatches(loader, CPU, data.Noise(), part) for part, loader in enumerate(loaders)]
