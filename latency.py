@@ -76,6 +76,10 @@ class Setting:
     num_classes: int
     mode: str = "eager"  # one of MODES, see `fast`
 
+    def __post_init__(self):
+        if self.dtype not in DTYPES or self.mode not in MODES:
+            raise ValueError(f"A latency has no number format {self.dtype!r:.40} or mode {self.mode!r:.40}.")
+
 
 def device_name(device: torch.device | str) -> str:
     """The name of the GPU, or of the CPU model."""
@@ -309,8 +313,6 @@ class Table:
         for name, kind in FIELDS.items():
             if not files.fits(content.get(name), kind):
                 raise ValueError(f"the field {name} is missing or not what it should be")
-        if content["setting"]["dtype"] not in DTYPES or content["setting"].get("mode", "eager") not in MODES:
-            raise ValueError("its number format or mode is unknown")
         self.content, self.setting = content, Setting(**content["setting"])
         self.method = content["space"]["method"]
         module = models.method_module(self.method)

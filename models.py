@@ -101,15 +101,15 @@ class UpConv(nn.ConvTranspose2d):
         return out.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 class NoiseLevel(nn.Module):
-    """An estimate of log(variance of the noise): (B, C, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
+    """An estimate of log(variance of the noise): (B, 3, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
     White noise has its own variance in the diagonal detail of 2x2 pixels (Donoho and Johnstone 1994), and
     pictures have little detail. Its mean square over 8x8 pixels is averaged as a logarithm: the few squares
     full of texture count less. Nothing is learned. What is beyond a multiple of 8 is left out."""
     FLOOR = 1e-5  # of the variance: 0.8/255, about the rounding of 8 bit
 
-    def __init__(self, channels: int = 3):
+    def __init__(self):
         super().__init__()
-        detail = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(channels, 1, 1, 1)
+        detail = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(3, 1, 1, 1)
         self.register_buffer("detail", detail, persistent=False)
         self.avgpool = nn.AdaptiveAvgPool2d(1)  # over a whole picture also where denoise.py takes it in tiles
 
@@ -120,9 +120,9 @@ class NoiseLevel(nn.Module):
 class Detail(nn.Module):
     """The full-resolution branch, ours: image y with features (B, 3 + FEATURES, H, W) and the noisy image n
     (B, 3, H, W) -> image. Each pixel is a mixture of n, of n averaged over SCALES, which keep its colours in
-    any noise, and of y. The weights are the softmax of the first features, by the NoiseLevel: a clean picture
-    comes out as it went in. r, two 3x3 convolutions of mixture, y and features, is added; it begins at 0 and
-    fades where the noise does."""
+    any noise, and of y. The weights are a softmax of the first features and the NoiseLevel, so that a clean
+    picture comes out as it went in. A correction, two 3x3 convolutions of mixture, y and features, is added;
+    it begins at 0 and is weak where there is little noise."""
     FEATURES, HIDDEN = 10, 12  # 16 channels go into the first convolution, the step of vector units
     SCALES = (4, 16)  # pixels
 
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x if self.detail is None else self.detail(x, noisy)
+        return x if self.detail is None else self.detail(x, pad_to_multiple(noisy, ENCODER_STRIDE))
 
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear with random first bias (TF-NAS: zero) -> (B, K)."""
@@ -259,9 +259,7 @@ class Network(nn.Module):
         for stage, choice in steps[:split]:  # down to (B, 112, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
-            if not self.denoises:
-                return None
-            return self.decoder(features, pad_to_multiple(noisy, ENCODER_STRIDE))[..., :height, :width]
+            return self.decoder(features, noisy)[..., :height, :width] if self.denoises else None
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
                 x = stage(x, *choice)
@@ -454,7 +452,7 @@ class Arch:
     num_classes: int = 0
     stem_channels: int = STEM_CHANNELS
     head_channels: int = HEAD_CHANNELS
-    decoder: str = "detail"
+    decoder: str = DECODERS[0]
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 

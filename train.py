@@ -46,8 +46,7 @@ RECIPES = {  # flags that go together, besides the TRAIN_DEFAULTS of each search
     "study": {  # Markhorst 2024, section 3: the controlled study on mnist-pairs
         "epochs": 100, "batch_size": 64, "optimizer": "adam", "lr": 1e-3, "schedule": "plateau",
         "warmup_epochs": 0, "denoising_loss": "charbonnier", "sigma": 1.0, "sigma_levels": 11,
-        "label_smoothing": 0.0,
-        "dropout": 0.0, "drop_connect": 0.0},
+        "label_smoothing": 0.0, "dropout": 0.0, "drop_connect": 0.0},
     "paper": {  # Markhorst 2024, section 4, and TF-NAS: found networks on ImageNet-100
         "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},
 }
@@ -548,7 +547,9 @@ def main(argv: list[str] | None = None) -> None:
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
         noise = data_module.noise_from(vars(args), models.scale_of(network))
-        teacher = args.teacher and Teacher(args.teacher, args.teacher_weight, network, data.classes, device)
+        teacher = None
+        if args.teacher:
+            teacher = Teacher(args.teacher, args.teacher_weight, network, data.classes, device)
         batch_size = run.split_batch_size(args.batch_size)
         run.begin_folder(args.output_dir, RESULTS, state and args.resume)
         check_best(Path(args.output_dir) / "best.pt", state, args.epochs)
@@ -564,7 +565,7 @@ def main(argv: list[str] | None = None) -> None:
                    for images, training in ((data.train, True), (data.val, False))]
         recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
         best = train(network, *loaders, recipe, noise=noise, output_dir=args.output_dir, about=about,
-                     device=device, state=state, teacher=teacher or None)
+                     device=device, state=state, teacher=teacher)
     run.say(f"best epoch {best['epoch']} (validation loss {best['val_loss']:.4f}) in "
             f"{args.output_dir}/best.pt, after {time.perf_counter() - start:.0f} s; next:\n"
             f"  python eval.py --checkpoint {os.path.join(args.output_dir, 'best.pt')}")
