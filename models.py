@@ -37,7 +37,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 MODELS = ("cnas", "dnas", "dcnas", "dcnas-seq")
-DECODERS = ("detail", "conv", "mb", "mb-1", "mb-3level")
+DECODERS = ("full", "conv", "mb", "mb-1", "mb-3level")
 
 class Output(NamedTuple):
     """What every network returns: `image` (B, 3, H, W) or None, `logits` (B, num_classes) or None."""
@@ -117,14 +117,15 @@ class NoiseLevel(nn.Module):
         detail = F.conv2d(x, self.detail, stride=2, groups=len(self.detail))
         return self.avgpool((F.avg_pool2d(detail.square().mean(1, keepdim=True), 4) + self.FLOOR).log())
 
-class Detail(nn.Module):
-    """The full-resolution branch, ours: image y with features (B, 3 + FEATURES, H, W) and the noisy image n
-    (B, 3, H, W) -> image. Each pixel is a mixture of n, of n averaged over SCALES, which keep its colours in
-    any noise, and of y. The weights are a softmax of the first features and the NoiseLevel, so that a clean
-    picture comes out as it went in. A correction, two 3x3 convolutions of mixture, y and features, is added;
-    it begins at 0 and is weak where there is little noise."""
+class FullResolution(nn.Module):
+    """The branch at full resolution, ours: an image y with features (B, 3 + FEATURES, H, W) and the noisy
+    image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
+    features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each of SCALES,
+    keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask parts two, as
+    strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at
+    0 and is weak where there is little noise."""
     FEATURES, HIDDEN = 10, 12  # 16 channels go into the first convolution, the step of vector units
-    SCALES = (4, 16)  # pixels
+    REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
     def __init__(self):
         super().__init__()
@@ -136,21 +137,35 @@ class Detail(nn.Module):
         nn.init.zeros_(self.rest.weight)
         nn.init.zeros_(self.rest.bias)
 
+    def region_means(self, noisy: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+        """The means of regions, painted where their masks (B, REGIONS, H, W) are, which sum to 1; and the sum
+        of these images over scales, with weights (B, scales, H, W)."""
+        height, width = noisy.shape[-2:]
+        counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
+        parts, total = (masks.unsqueeze(2) * counted.unsqueeze(1)).flatten(1, 2), 0.0
+        for scale, weight in zip(self.SCALES, weights.split(1, 1), strict=True):
+            part = F.avg_pool2d(parts, scale, ceil_mode=True).unflatten(1, (self.REGIONS, -1))
+            part = part + 0.01 * part.sum(1, keepdim=True)  # of all pixels: a region may have none nearby
+            part = F.interpolate(part.flatten(1, 2), scale_factor=scale, mode="bilinear")
+            part = part[..., :height, :width].unflatten(1, (self.REGIONS, -1))
+            total = total + ((weight * masks / part[:, :, 3]).unsqueeze(2) * part[:, :, :3]).sum(1)
+        return total
+
     def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
-        level = self.noise_level(noisy)
-        smooth = (F.interpolate(F.avg_pool2d(noisy, scale), scale_factor=scale, mode="bilinear")
-                  for scale in self.SCALES)
-        images = [noisy, *smooth, x[:, :3]]
-        weights = x[:, 3:3 + len(images)] + self.slope * (level + 4)  # -4: sigma 0.14
-        mixed = sum(weight * image for weight, image in zip(weights.softmax(1).split(1, 1), images))
+        level, count = self.noise_level(noisy), len(self.SCALES) + 2
+        logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
+        weights = (logits + self.slope * (level + 4)).softmax(1)  # -4: sigma 0.14
+        own, nearby, decoded = weights.split((1, count - 2, 1), 1)
+        means = self.region_means(noisy, (2 * masks).softmax(1), nearby)
+        mixed = own * noisy + means + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)
 
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.
     forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
-    "detail": those, and `Detail` in the end (ours); "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level
-    4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has the
+    "full": those, and `FullResolution` in the end (ours); "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two,
+    level 4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has the
     width of the encoder stage of its size, and ReLU."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
         super().__init__()
@@ -164,15 +179,15 @@ class Decoder(nn.Module):
         widths = ((s6, s5, s4), (2 * s4, s4, s3), (2 * s3, s3, s2), (2 * s2, s2, s2))
         counts = {"mb-1": (1, 1, 1, 1), "mb-3level": (0, 2, 2, 2)}.get(kind, (2, 2, 2, 2))
         self.levels = nn.ModuleList(level(*width, count) for width, count in zip(widths, counts))
-        self.detail = Detail() if kind == "detail" else None
-        self.image = nn.Conv2d(s2, 3 + (Detail.FEATURES if self.detail else 0), 1)
+        self.full = FullResolution() if kind == "full" else None
+        self.image = nn.Conv2d(s2, 3 + (FullResolution.FEATURES if self.full else 0), 1)
 
     def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
         s2, s3, s4, _, x = features
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x if self.detail is None else self.detail(x, pad_to_multiple(noisy, ENCODER_STRIDE))
+        return x if self.full is None else self.full(x, pad_to_multiple(noisy, ENCODER_STRIDE))
 
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear with random first bias (TF-NAS: zero) -> (B, K)."""

@@ -203,12 +203,12 @@ def test_entropy_is_one_for_undecided_and_zero_for_decided():
 
 def test_decoder_costs_what_the_facts_say_at_224():
     archs = [named_arch("cnas-k3-e3", 100), *(replace(named_arch("dcnas-k3-e3", 100), decoder=decoder)
-                                              for decoder in ("conv", "detail"))]
-    cnas, dcnas, detail = (models.count_macs(Network(arch), 224) for arch in archs)
+                                              for decoder in ("conv", "full"))]
+    cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
     # Two 3x3 convolutions, the 10 features from 16 channels, and the noise level.
     pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3
-    assert detail - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
+    assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.2, 1.0])
@@ -232,6 +232,23 @@ def test_the_image_is_the_noisy_one_where_its_weight_is_one_and_a_clean_one_at_f
         network.decoder.image.bias[3] = 1e6
     noisy = clean + torch.randn(clean.shape)
     torch.testing.assert_close(network(noisy).image, noisy)
+
+
+def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
+    branch = models.FullResolution()
+    stroke = torch.zeros(1, 1, 40, 72)  # not a multiple of the largest scale
+    stroke[..., 10:30, 7:15] = 1
+    clean = stroke * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - stroke) * 0.3
+    noisy = clean + 0.5 * torch.randn(1, 3, 40, 72, generator=torch.Generator().manual_seed(0))
+    def mean(image, masks, scale):
+        weights = torch.tensor([float(each == scale) for each in branch.SCALES]).view(1, -1, 1, 1)
+        return branch.region_means(image, masks, weights.expand(1, -1, 40, 72))
+    masks, half = torch.cat((stroke, 1 - stroke), 1), torch.full((1, 2, 40, 72), 0.5)
+    wide = mean(clean, masks, 32) * stroke
+    assert (wide - clean * stroke).abs().max() < 0.15  # one pixel in a hundred is of the neighbourhood
+    assert (mean(noisy, masks, 32) * stroke - wide).abs().max() < 0.1
+    plain = F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(mean(clean, half, 2), plain)
 
 
 @pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "before a 1x1 convolution"))
@@ -542,12 +559,12 @@ def test_decoders(decoder):
     kinds = [len(level.convs) for level in network.decoder.levels]
     assert kinds == {"mb-1": [1] * 4, "mb-3level": [0, 2, 2, 2]}.get(decoder, [2] * 4)
     assert any(isinstance(m, MBConv) for m in network.decoder.modules()) == decoder.startswith("mb")
-    assert any(isinstance(m, models.Detail) for m in network.decoder.modules()) == (decoder == "detail")
+    assert any(isinstance(m, models.FullResolution) for m in network.decoder.modules()) == (decoder == "full")
 
 
 def test_an_unknown_decoder_is_refused_and_old_records_have_that_of_the_papers():
     content = named_arch("dcnas-k3-e3", 4).to_dict()
-    with pytest.raises(ValueError, match="decoder must be one of detail, conv, mb"):
+    with pytest.raises(ValueError, match="decoder must be one of full, conv, mb"):
         Arch.from_dict({**content, "decoder": "huge"})
     del content["decoder"]
     assert Arch.from_dict(content).decoder == "conv"
