@@ -1,10 +1,10 @@
 """Networks made by hand to compare found networks with: those of other authors and of the controlled study.
 
-    python models.py                 # lists them
+    python registry.py                 # lists them
     python train.py --model dcnet-s-seq --data digit-pairs --epochs 5
 
-    import baselines, models         # the import adds the networks of this file to models.NAMED
-    image, logits = models.find_named("dcnet-s-seq").build(10)(torch.rand(1, 3, 96, 96))
+    import baselines, registry       # the import adds the networks of this file to registry.NAMED
+    image, logits = registry.find_named("dcnet-s-seq").build(10)(torch.rand(1, 3, 96, 96))
 
 A network returns models.Output(image, logits) and has the attributes `denoises` and `classifies`. One that
 classifies places of an image takes their boxes (B, D, 4) as second argument and has `takes_boxes`. To train,
@@ -27,7 +27,9 @@ from torch.nn import functional as F
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 import models
-from models import DIGIT, UNET, UNET_S, DCNet, Named, Output, SequentialNetwork, UNet, group_norm
+import registry
+from models import DIGIT, DCNet, Output, SequentialNetwork, UNet, group_norm
+from registry import UNET, UNET_S, Named
 
 
 class StudyClassifier(nn.Module):
@@ -222,7 +224,7 @@ def _dcnet_sequential(unet: tuple, num_classes: int) -> nn.Module:
     return SequentialNetwork(UNet(*unet), StudyClassifier(10, 30, 2.5, num_classes))
 
 
-models.NAMED.update({
+registry.NAMED.update({
     "conv-l": _classifier(10, 20, None, 447e3),
     "conv-m": _classifier(8, 19, None, 345e3),
     "conv-s": _classifier(5, 13, None, 163e3),

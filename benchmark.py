@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import files
 import latency
 import models
+import registry
 import run
 import tfnas
 from data import Parser, whole
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         device = run.prepare_device(args.device, args.threads, args.seed)
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
-        how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, models.PAPER_SIZE}
+        how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, registry.PAPER_SIZE}
         modes = args.modes or ["folded", "graph"][:1 + (device.type == "cuda")]
         parts = {"search": lambda: compare_search(args.space, device, *how),
                  "training": lambda: compare_training(device, *how),

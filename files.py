@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import models
+import registry
 
 ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
@@ -158,7 +159,7 @@ def load_record(path: str | Path) -> dict:
     check_fields(path, record, RECORD)
     try:
         with torch.device("meta"):  # a record can ask for more memory than there is
-            count = models.count_parameters(models.build_network(record))
+            count = models.count_parameters(registry.build_network(record))
         if count > MOST_PARAMETERS:
             raise ValueError(f"the network has {count:,} parameters, more than any of this project")
     except ValueError as error:  # a name in it may have a line break
@@ -227,7 +228,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     check_fields(path, checkpoint, CHECKPOINT)
     check_fields(path, checkpoint["record"], RECORD)
     with reading(path):
-        network = models.build_network(checkpoint["record"])
+        network = registry.build_network(checkpoint["record"])
         network.load_state_dict(checkpoint.get("ema") or checkpoint["network"])
         if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
             raise ValueError("a weight is not finite")

@@ -871,7 +871,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{count_parameters(build, design):,} parameters before, "
                   f"{count_parameters(build, new):,} after")
     except ImportError as error:
-        parser.error(f"to read records, files.py and models.py must lie beside hinas.py ({error}).")
+        parser.error(f"to read records, files.py and registry.py must lie beside hinas.py ({error}).")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {output}")

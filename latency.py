@@ -32,6 +32,7 @@ MISSING = None
 try:
     import files
     import models
+    import registry
     from data import Parser, number, whole
     from run import Command, check_device, say, track
 except ImportError as error:  # this file alone; of the command only --help works
@@ -288,7 +289,7 @@ def _as_version_2(content: dict) -> dict:
     if kind == (FORMAT, VERSION):
         return content
     if kind == (FORMAT, 1):
-        return models.method_module("tfnas").table_of_version_1(content)
+        return registry.method_module("tfnas").table_of_version_1(content)
     if kind != (FORMAT_OF_PARTS, 1):
         raise ValueError(f"its format and version are {kind}")
     return {**content, "format": FORMAT, "version": VERSION, "rest_ms": {"network": content["rest_ms"]},
@@ -315,7 +316,7 @@ class Table:
                 raise ValueError(f"the field {name} is missing or not what it should be")
         self.content, self.setting = content, Setting(**content["setting"])
         self.method = content["space"]["method"]
-        module = models.method_module(self.method)
+        module = registry.method_module(self.method)
         self.space, part = module.Space.from_identity(content["space"]), module.Part
         self.network, self.random_design = self.space.network, self.space.random_design
         self.reference = module.design_of(content["reference"])
@@ -358,7 +359,7 @@ class Table:
     def read_record(self, record: dict):
         """The design in the content of an arch.json; ValueError where the table does not cover it."""
         method = record["method"]
-        design = None if method == "named" else models.method_module(method).design_of(record)
+        design = None if method == "named" else registry.method_module(method).design_of(record)
         if method != self.method or not self.space.holds(design):
             raise ValueError(self._not_covered(method, design))
         return design
@@ -405,7 +406,7 @@ def table_command(setting: Setting, space_flags: str) -> str:
 
 def spaces_of(method: str, values: dict) -> dict:
     """The spaces of a method by name of the network, with other `values` of those fields that they have."""
-    module = models.method_module(method)
+    module = registry.method_module(method)
     values = {field.name: values[field.name] for field in fields(module.Space) if values.get(field.name)}
     presets = getattr(module, "PRESETS", {"": module.Space()})
     return {name: replace(space, **values) for name, space in presets.items()}
@@ -448,7 +449,7 @@ def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict
              for part, timing in timings.items()]
     content = {"format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, seed),
                "setting": asdict(setting), "space": identity, "networks_timed": len(carriers), "reference":
-               models.method_module(identity["method"]).record_content(space.reference_design()),
+               registry.method_module(identity["method"]).record_content(space.reference_design()),
                "reference_ms": reference_ms, "correction": 1.0, "rest_ms": rest, "parts": parts}
     # A common factor is left over. The errors that are then reported are those of other networks.
     errors = [row["error_percent"] for row in check(Table(content), to_correct, seed + 1)["networks"]]
@@ -642,7 +643,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--table", metavar="FILE", help="table to print, check or compare (default: build one)")
     add("--check", **count, help="predict and measure N random networks of --table (default: no check)")
     add("--arch", metavar="FILE", help="predict and measure the network of an arch.json (default: none)")
-    add("--model", metavar="NAME", help="only measure a model that python models.py lists (default: none)")
+    add("--model", metavar="NAME", help="only measure a model that python registry.py lists (default: none)")
     add("--json", action="store_true", help="print JSON (default: text)")
     add = parser.add_argument_group("setting", "what a table holds for, besides the space").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -656,7 +657,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=MODES, default="eager", help="form of the network: as trained; batch norms folded; "
         "that by torch.compile, or in a CUDA graph (default: %(default)s)")
     add = parser.add_argument_group("space", "the networks that a table is for").add_argument
-    add("--method", choices=("tfnas",) if MISSING else tuple(models.METHODS), default="tfnas",
+    add("--method", choices=("tfnas",) if MISSING else tuple(registry.METHODS), default="tfnas",
         help="search method (default: %(default)s)")
     add("--space", type=int, choices=(4, 6, 8), default=8,
         help="of tfnas: operations per block; a table of 8 serves all (default: %(default)s)")
@@ -691,8 +692,8 @@ def main(argv: list[str] | None = None) -> None:
                               compare(table, table.read_record(files.load_record(args.arch))))
                     text = format_result(result)
             elif args.model:
-                record = models.named_record(models.model_name(args.model), args.classes, {})
-                network = models.build_network(record)
+                record = registry.named_record(registry.model_name(args.model), args.classes, {})
+                network = registry.build_network(record)
                 models.check_fits(network, args.model, args.size)
                 time_ms = measure_network(network, setting)
                 result = {"model": args.model, **asdict(time_ms), "setting": asdict(setting)}

@@ -1,6 +1,4 @@
-"""Networks that denoise and classify, the supernet to search them in, and the registry of named models.
-
-    python models.py                 # lists the named models; --json: for programs
+"""Networks that denoise and classify, their records, and the supernet to search them in.
 
     from models import Network, named_arch
     image, logits = Network(named_arch("dcnas-k3-e3", num_classes=10))(torch.rand(1, 3, 64, 64))
@@ -12,20 +10,12 @@ Wu and He, 2020). Reads and writes no files. Needs torch and torchvision only an
 
 from __future__ import annotations
 
-import argparse
 import copy
-import importlib
-import json
 import math
-import os
 import random
-import re
-import sys
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -120,7 +110,7 @@ class NoiseLevel(nn.Module):
 class FullResolution(nn.Module):
     """The branch at full resolution, ours: an image y with features (B, 3 + FEATURES, H, W) and the noisy
     image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
-    features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each of SCALES,
+    features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each scale,
     keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask parts two, as
     strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at
     0 and is weak where there is little noise."""
@@ -165,8 +155,8 @@ class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.
     forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
     "full": those, and `FullResolution` in the end (ours); "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two,
-    level 4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has the
-    width of the encoder stage of its size, and ReLU."""
+    level 4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has
+    the width of the encoder stage of its size, and ReLU."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, count: int) -> nn.ModuleDict:
@@ -820,41 +810,7 @@ class SuperNet(nn.Module):
         fixed = {name: v for name, v in self.network.state_dict().items() if ".candidates." not in name}
         network.load_state_dict(fixed, strict=False)
 
-# --- The registry ----------------------------------------------------------------------------------------
-RECORD = {"format": "joint-arch", "version": 1}  # how every record begins; files.py reads and writes them
-PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
-METHODS = {"tfnas": MODELS, "superkernel": ("superkernel",), "hinas": ("hinas",)}  # file: names for --model
-
-def method_module(method: str):
-    """The module of a search method; ValueError where there is no such method or file."""
-    if method not in METHODS:
-        raise ValueError(f"The search method {method!r} is unknown; known are {', '.join(METHODS)}, named.")
-    try:
-        return importlib.import_module(method)
-    except ModuleNotFoundError as error:
-        if error.name != method:
-            raise
-        raise ValueError(f"The search method {method} needs {method}.py beside models.py.") from None
-
-@dataclass(frozen=True)
-class Named:
-    """A network made by hand; `flops`: those of its paper, counted as in baselines.paper_flops, or None."""
-    build: Callable[[int], nn.Module]  # num_classes -> network
-    size: int = PAPER_SIZE  # pixels, the input in its paper
-    flops: float | None = None
-
-UNET, UNET_M, UNET_S = (32, 4, 2, 2), (16, 4, 2, 2), (8, 4, 1.5, 2)  # b, d, m, c
-UNET_NAME = re.compile(r"unet-b(\d{1,3})-d([1-8])-m(\d(?:\.\d)?)-c([1-9])(-mb)?(-res)?")  # any b, d, m, c
-EXTENSIONS = ("baselines",)  # files beside this one that add their networks to NAMED when they are imported
-NAMED = {
-    "unet": Named(lambda _: UNet(*UNET), 96, 1301.8e6),
-    "unet-m": Named(lambda _: UNet(*UNET_M), 96),
-    "unet-s": Named(lambda _: UNet(*UNET_S), 96, 51.2e6),
-    "unet-original": Named(lambda _: UNet(64, 5, 2, 2)),
-    "dcnet": Named(lambda num_classes: DCNet(UNet(*UNET), num_classes), 96, 1301.8e6),
-    "dcnet-s": Named(lambda num_classes: DCNet(UNet(*UNET_S), num_classes), 96, 51.2e6),
-}
-
+# --- Named architectures, and what the scripts ask of any network -----------------------------------------
 def _uniform(model: str, operation: Operation, shallow: bool, num_classes: int) -> Arch:
     """All searched blocks have this operation at its starting width; `shallow`: one block a stage."""
     places = [place for place in searched_positions(model)
@@ -864,55 +820,11 @@ def _uniform(model: str, operation: Operation, shallow: bool, num_classes: int) 
 UNIFORM = {f"{model}-{operation.name}{end}": partial(_uniform, model, operation, bool(end))  # of num_classes
            for end in ("", "-shallow") for model in MODELS for operation in SPACES[4]}
 
-def all_named() -> dict[str, Named]:
-    """NAMED, with the networks of those EXTENSIONS that lie beside this file."""
-    for name in EXTENSIONS:
-        if Path(__file__).with_name(f"{name}.py").exists():
-            importlib.import_module(name)
-    return NAMED
-
-def find_named(name: str) -> Named:
-    """The network made by hand of this name or of a UNet's numbers ("unet-b8-d4-m1.5-c2-mb"); or KeyError."""
-    numbers = UNET_NAME.fullmatch(name)
-    if not numbers:
-        return all_named()[name]
-    b, d, m, c, mb, res = numbers.groups()  # the paper states 2.5, the expansion, of a classifier only
-    return Named(lambda _: UNet(int(b), int(d), float(m), int(c), 2.5 if mb else None, bool(res)), 96)
-
 def named_arch(name: str, num_classes: int = 0) -> Arch:
     """The architecture of a named network of the search space; ValueError with the names if unknown."""
     if name not in UNIFORM:
         raise ValueError(f"There is no model named {name!r}; possible are {', '.join(UNIFORM)}.")
     return UNIFORM[name](num_classes)
-
-def named_record(name: str, num_classes: int, made: dict) -> dict:
-    """The record of a named model, of the search space or made by hand; `made`: see files.provenance."""
-    if name in UNIFORM:
-        return {**RECORD, "method": "tfnas", "made": made, **named_arch(name, num_classes).to_dict()}
-    return {**RECORD, "method": "named", "made": made, "model": name, "num_classes": num_classes}
-
-def model_name(text: str) -> str:
-    """A type for argparse: the name of a model."""
-    if text in UNIFORM or UNET_NAME.fullmatch(text) or text in all_named():
-        return text
-    raise argparse.ArgumentTypeError(f"there is no model {text!r}; python models.py lists them")
-
-def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0) -> nn.Module:
-    """The network of a record, with fresh weights; ValueError in one sentence where it cannot be built.
-    `dropout` and `drop_connect` are for networks of the joint method; others have their own or none."""
-    method = record.get("method") if isinstance(record, dict) else None
-    if method == "tfnas":
-        return make_network(Arch.from_dict(record), dropout, drop_connect)
-    if method != "named":
-        module = method_module(str(method))
-        return module.build(module.design_of(record))
-    name, num_classes = record.get("model"), record.get("num_classes")
-    if type(name) is not str or type(num_classes) is not int or num_classes not in COUNTS:
-        raise ValueError("The record of a named model needs a model and num_classes.")
-    try:
-        return find_named(name).build(num_classes)
-    except KeyError:
-        raise ValueError(f"There is no model named {name!r}; python models.py lists them.") from None
 
 def channels_of(network: nn.Module) -> int:
     """The channels of the images that a network takes: its `channels`, or 3."""
@@ -958,49 +870,3 @@ def count_macs(network: nn.Module, size: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         counted(torch.empty(1, channels_of(network), size, size, device="meta"))
     return counter.get_total_flops() // 2  # the counter counts 2 per multiply-accumulate
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="models.py", usage="python models.py [options]",
-        epilog="examples: python models.py; python models.py --json; python models.py --classes 10",
-        description="List every named model: parameters, and multiply-accumulates at its paper's input size.")
-    add = parser.add_argument
-    add("--json", action="store_true", help="print JSON (default: a table)")
-    add("--classes", type=int, default=100, metavar="N", help="classes of the classifiers (default: 100)")
-    add("--input", type=int, metavar="PIXELS", help="height and width, px (default: those of each paper)")
-    return parser
-
-def format_rows(rows: list[dict]) -> str:
-    """The named models as a table."""
-    lines = [f"{'model':<24} {'denoises':>8} {'classifies':>10} {'input':>6} {'parameters':>12} {'MACs':>11}"]
-    for name, *tasks, size, parameters, macs in map(dict.values, rows):
-        denoises, classifies = ("yes" if task else "-" for task in tasks)
-        lines.append(f"{name:<24} {denoises:>8} {classifies:>10} {size:>6} {parameters:>12,} "
-                     f"{macs / 1e6:>9.2f} M")
-    return "\n".join([*lines, "A UNet of any parameters: unet-b8-d4-m1.5-c2; with MBConvs: -mb at the end; "
-                      "added to its input: -res."])
-
-def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.classes not in COUNTS or args.input is not None and args.input not in COUNTS:
-        parser.error(f"--classes and --input must be from {COUNTS[0]} to {COUNTS[-1]}.")
-    rows = []
-    for name in (*UNIFORM, *all_named()):
-        network = build_network(named_record(name, args.classes, {}))
-        size = args.input or (PAPER_SIZE if name in UNIFORM else NAMED[name].size)
-        try:
-            macs = count_macs(network, size)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0][:80]
-            parser.error(f"{name} cannot take an input of {size} pixels ({reason}); give a larger --input.")
-        rows.append({"name": name, "denoises": network.denoises, "classifies": network.classifies,
-                     "input_px": size, "parameters": count_parameters(network), "macs": macs})
-    try:
-        print(json.dumps(rows, indent=1) if args.json else format_rows(rows), flush=True)
-    except BrokenPipeError:  # the reader has gone, as head does
-        sys.stdout = open(os.devnull, "w")
-
-if __name__ == "__main__":
-    from models import main  # not this copy of it: baselines.py fills the registry of the module `models`
-    main()

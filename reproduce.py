@@ -28,6 +28,7 @@ import baselines
 import files
 import latency
 import models
+import registry
 import search
 import tfnas
 from data import Parser, load_data, whole
@@ -388,7 +389,7 @@ def found_cost(checkpoint: Path, device: str) -> dict:
 @functools.cache
 def study_cost(name: str, device: str) -> dict:
     """FLOPs and latency of a network of the controlled study, of one digit, as the paper counts them."""
-    named = models.find_named(name)
+    named = registry.find_named(name)
     network = baselines.OneDigit(named.build(10))
     setting = latency.this_setting(device, size=named.size, num_classes=10, batch=1)
     return {"MACs M": baselines.paper_flops(network.network, named.size) / 1e6,

@@ -8,7 +8,7 @@
 Reads images (data.py) and a latency table (latency.py), which it makes itself when none is given. Writes into
 --output-dir: arch.json (the found network, for train.py), log.jsonl (a line per epoch), latency.json (the
 table), search.pt (to go on with --resume), and what the method adds. What is searched, and how, are files of
-their own, which models.METHODS lists; docs/add-a-method.md says what such a file answers.
+their own, which registry.METHODS lists; docs/add-a-method.md says what such a file answers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import data as data_module
 import files
 import latency
 import models
+import registry
 import run
 from data import Parser, number, whole
 from train import check_images, task_loss, validate
@@ -592,12 +593,12 @@ def milliseconds(text: str) -> list[float]:
     return targets
 
 
-MODELS = {model: method for method, names in models.METHODS.items() for model in names}  # --model -> method
+MODELS = {model: method for method, names in registry.METHODS.items() for model in names}  # --model -> method
 
 
 def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
     """The parser of the flags that all methods share, and of those of this model's method."""
-    method = models.method_module(MODELS[model])
+    method = registry.method_module(MODELS[model])
     others = ", ".join(name for name, other in MODELS.items() if other != MODELS[model])
     parser = Parser(
         prog="search.py", allow_abbrev=False,
@@ -676,7 +677,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
             raise ValueError(f"{word} is for --model {', '.join(has)}, not for {model}; leave it out.")
     checked = vars(run.resolve(parser, [], before))  # a value of a wrong type is refused here
     given = {**{name: checked[name] for name in before if name in checked}, **run.given_flags(parser, argv)}
-    args = run.resolve(parser, argv, models.method_module(MODELS[model]).search_defaults(given), before)
+    args = run.resolve(parser, argv, registry.method_module(MODELS[model]).search_defaults(given), before)
     run.check_resumed(before, vars(args))
     if args.table and not (args.target or args.range):
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
@@ -702,7 +703,7 @@ def main(argv: list[str] | None = None) -> None:
         data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
         run.check_images(data, state, args.accept_changes)
         run.fill_sigma(flags, data)
-        method = models.method_module(MODELS[args.model])
+        method = registry.method_module(MODELS[args.model])
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))
         search_targets(Job(method, plan, flags, data, device, state), argv)

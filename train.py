@@ -30,6 +30,7 @@ import files
 import latency
 import metrics
 import models
+import registry
 import run
 from data import Parser, number, whole
 
@@ -396,8 +397,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network", "what is trained").add_argument
     add("--arch", default="runs/search/arch.json", metavar="FILE",
         help="record of the network, from search.py (default: %(default)s)")
-    add("--model", type=models.model_name, metavar="NAME",
-        help="a named model, python models.py lists them (default: the network of --arch)")
+    add("--model", type=registry.model_name, metavar="NAME",
+        help="a named model, python registry.py lists them (default: the network of --arch)")
     add("--train-as", choices=models.MODELS, help="train the encoder as another model (default: as found)")
     add("--decoder", choices=models.DECODERS, help="another decoder; conv: that of the papers; full: that "
         "with a branch at full resolution; mb: two MBConvs a level; mb-1: one; mb-3level: two, none at level "
@@ -412,7 +413,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_module.add_data_arguments(parser)
     data_module.add_noise_arguments(parser)
     add = parser.add_argument_group("recipe", "how it is trained").add_argument
-    add("--recipe", choices=(*RECIPES, *models.METHODS),
+    add("--recipe", choices=(*RECIPES, *registry.METHODS),
         help="defaults of the flags below: short; study: the papers' controlled study; paper: the papers' on "
              "ImageNet-100, but with crops of 25 %% of an image or more (papers: 8 %%) and colour jitter 0.2 "
              "(papers: 0.4); or those of a search method (default: of the record's method, else short)")
@@ -467,9 +468,9 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> tup
         run.check_resumed(state["flags"], vars(args))
         return args, state["record"], state
     record = {} if "model" in given else files.load_record(given.get("arch", parser.get_default("arch")))
-    method = record["method"] if record.get("method") in models.METHODS else "short"
+    method = record["method"] if record.get("method") in registry.METHODS else "short"
     name = given.get("recipe", method)
-    recipe = RECIPES[name] if name in RECIPES else models.method_module(name).TRAIN_DEFAULTS
+    recipe = RECIPES[name] if name in RECIPES else registry.method_module(name).TRAIN_DEFAULTS
     layers = [{**recipe, "recipe": name}, searched_flags(record, given)]
     if "recipe" in given:  # what was asked for goes before the record
         layers.reverse()
@@ -492,7 +493,7 @@ def check_best(path: Path, state: dict | None, epochs: int) -> None:
 
 def make_network(args: argparse.Namespace, record: dict, data: data_module.Data) -> tuple[nn.Module, str]:
     """(the network of a record, its loss); ValueError in one sentence where they do not fit the images."""
-    network = models.build_network(record, args.dropout, args.drop_connect)
+    network = registry.build_network(record, args.dropout, args.drop_connect)
     if args.recipe == "paper":
         models.begin_as_papers(network)
     if network.classifies and data.classes and record["num_classes"] != len(data.classes):
@@ -540,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
         run.fill_sigma(vars(args), data)
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do
-            record = models.named_record(args.model, len(data.classes or []) or 1, made)
+            record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
             if args.recipe == "paper" and record["method"] == "tfnas" and record["model"] != "cnas":
                 args.decoder = args.decoder or "conv"

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import latency
 import models
+import registry
 
 
 def block_of(part):
@@ -37,7 +38,7 @@ def fake_parts(space, size=16):
 
 def content_of(space, times, rest_ms, reference, size):
     """The content of a table of a space with these times of its parts."""
-    module = models.method_module(space.identity()["method"])
+    module = registry.method_module(space.identity()["method"])
     setting = latency.this_setting("cpu", size=size, num_classes=getattr(space, "num_classes", 0))
     return {"format": latency.FORMAT, "version": latency.VERSION, "made": {"torch": "none", "date": "never"},
             "setting": asdict(setting), "space": space.identity(),

@@ -11,6 +11,7 @@ import eval as evaluation
 import files
 import latency
 import models
+import registry
 import train
 from models import Output
 
@@ -18,12 +19,12 @@ SMALL = 0.05  # UNet-S and the reduced DC-Nets: the paper's own numbers fit no c
 
 
 def build(name, num_classes=10):
-    return models.find_named(name).build(num_classes)
+    return registry.find_named(name).build(num_classes)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in models.NAMED.items() if entry.flops])
+@pytest.mark.parametrize("name", [name for name, entry in registry.NAMED.items() if entry.flops])
 def test_flops_are_those_of_the_paper(name):
-    entry = models.NAMED[name]
+    entry = registry.NAMED[name]
     counted = baselines.paper_flops(entry.build(10), entry.size)
     bound = SMALL if name in ("unet-s", "dcnet-s", "dcnet-s-seq") else 0.01
     assert counted == pytest.approx(entry.flops, rel=bound)
@@ -43,7 +44,7 @@ def test_parameters_are_the_published_ones(name, parameters):
     assert models.count_parameters(build(name, 1000)) == parameters
 
 
-@pytest.mark.parametrize("name", (*models.NAMED, "unet-b4-d3-m1.5-c1", "unet-b4-d2-m2-c2-mb"))
+@pytest.mark.parametrize("name", (*registry.NAMED, "unet-b4-d3-m1.5-c1", "unet-b4-d2-m2-c2-mb"))
 def test_every_baseline_takes_any_size_and_trains(name):
     if name == "unet-original":
         pytest.skip("31 million parameters, and the code is that of the other UNets")
@@ -125,9 +126,9 @@ def test_wrong_names_and_parameters():
     with pytest.raises(ValueError, match="needs b, d and c of 1 or more"):
         models.UNet(0, 4, 2, 2)
     with pytest.raises(ValueError, match="no model named"):
-        models.build_network({"method": "named", "model": "nonsense", "num_classes": 3})
+        registry.build_network({"method": "named", "model": "nonsense", "num_classes": 3})
     with pytest.raises(ValueError, match="needs a model and num_classes"):
-        models.build_network({"method": "named", "model": "unet-s", "num_classes": "many"})
+        registry.build_network({"method": "named", "model": "unet-s", "num_classes": "many"})
 
 
 class Toy(nn.Module):
@@ -142,7 +143,7 @@ class Toy(nn.Module):
 
 
 def test_a_model_added_in_one_line_is_in_every_harness(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.NAMED, "toy", models.Named(Toy))
+    monkeypatch.setitem(registry.NAMED, "toy", registry.Named(Toy))
     trained, small = tmp_path / "train", ["--size", "24", "--train-images", "20", "--val-images", "10"]
     train.main(["--model", "toy", "--epochs", "1", "--batch-size", "10", *small,
                 "--output-dir", str(trained)])
@@ -153,9 +154,9 @@ def test_a_model_added_in_one_line_is_in_every_harness(tmp_path, monkeypatch, ca
     capsys.readouterr()
     latency.main(["--model", "toy", "--size", "24", "--device", "cpu", "--json"])
     assert json.loads(capsys.readouterr().out)["median_ms"] > 0
-    monkeypatch.setattr(models, "UNIFORM", {})
-    monkeypatch.setattr(models, "NAMED", {name: models.NAMED[name] for name in ("unet-s", "toy")})
-    models.main(["--json"])
+    monkeypatch.setattr(registry, "UNIFORM", {})
+    monkeypatch.setattr(registry, "NAMED", {name: registry.NAMED[name] for name in ("unet-s", "toy")})
+    registry.main(["--json"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["toy"]["parameters"] == 84 + 400
 

@@ -16,14 +16,14 @@ import pytest
 
 import files
 import latency
-import models
+import registry
 from fake_table import fake_table, quick_compare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("models", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
+SCRIPTS = ("registry", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").glob("*.md"))]
-SEARCHED = [model for names in models.METHODS.values() for model in names]  # --model of search.py
+SEARCHED = [model for names in registry.METHODS.values() for model in names]  # --model of search.py
 
 # What makes each command small: appended flags, by script.
 SMALLEST = {
@@ -61,7 +61,7 @@ def call(command, folder, **how):
 
 def test_the_readme_names_every_script_and_its_numbers_stand_beside_commands():
     named = {command.split()[0] for command in commands(README)}
-    assert {f"{script}.py" for script in ("search", "train", "eval", "latency", "models", "data")} <= named
+    assert {f"{script}.py" for script in ("search", "train", "eval", "latency", "registry", "data")} <= named
     assert "search.py --target 12" in commands(README)
 
 
@@ -170,11 +170,11 @@ def test_the_files_that_work_alone_are_documented():
 
 
 def test_only_the_list_of_methods_names_those_of_other_papers():
-    """A further method is a file of its own and a line in models.METHODS; the others learn of it there."""
-    lines = (ROOT / "models.py").read_text().splitlines()
+    """A further method is a file of its own and a line in registry.METHODS; the others learn of it there."""
+    lines = (ROOT / "registry.py").read_text().splitlines()
     line = next(line for line in lines if line.startswith("METHODS = "))
-    assert all(f'"{method}"' in line for method in models.METHODS)
-    methods = set(models.METHODS) - {"tfnas"}
+    assert all(f'"{method}"' in line for method in registry.METHODS)
+    methods = set(registry.METHODS) - {"tfnas"}
     named = [f"{path.name}: {text.strip()}" for path in sorted(ROOT.glob("*.py")) if path.stem not in methods
              for text in path.read_text().splitlines() if text != line
              for method in methods if re.search(rf"\b{method}\b", text)]

@@ -15,6 +15,7 @@ import denoise
 import eval as evaluation
 import files
 import models
+import registry
 
 
 def smooth_picture(height, width):
@@ -76,7 +77,7 @@ def test_tiles_compute_what_the_whole_picture_does(name):
 
 def test_tiles_of_a_network_without_squeeze_and_excitation():
     torch.manual_seed(0)
-    network = models.build_network(models.named_record("dcnet-s", 10, {})).eval()
+    network = registry.build_network(registry.named_record("dcnet-s", 10, {})).eval()
     picture = smooth_picture(300, 290)
     with torch.inference_mode():
         whole = network(data.to_float(picture, "cpu")).image.clamp(0, 1)

@@ -16,6 +16,7 @@ import data
 import eval as evaluation
 import files
 import models
+import registry
 from eval import psnr, ssim
 
 
@@ -463,9 +464,9 @@ class Halved(nn.Module):
 def halved(tmp_path, monkeypatch):
     """A function of (channels, scale): a checkpoint of such a network."""
     def make(channels=1, scale=1):
-        monkeypatch.setitem(models.NAMED, "halved", models.Named(lambda _: Halved(channels, scale)))
+        monkeypatch.setitem(registry.NAMED, "halved", registry.Named(lambda _: Halved(channels, scale)))
         files.save_checkpoint(tmp_path / "halved.pt", {
-            "record": models.named_record("halved", 1, {}), "network": Halved(channels, scale).state_dict(),
+            "record": registry.named_record("halved", 1, {}), "network": Halved(channels, scale).state_dict(),
             "classes": None, "size": 32, "epoch": 1, "data": "nowhere", "seed": 0,
             "flags": {"noise": "poisson-gaussian"}})
         return tmp_path / "halved.pt"

@@ -27,6 +27,7 @@ import files
 import fuzz
 import latency
 import models
+import registry
 import run
 import search
 import train
@@ -70,7 +71,7 @@ def result(command, folder):
         state = files.read_checkpoint(folder / "last.pt")
         return {f"{part}.{name}": value for part in ("network", "ema") for name, value in state[part].items()}
     record = files.load_record(folder / "arch.json")
-    design = models.method_module(record["method"]).design_of(record)
+    design = registry.method_module(record["method"]).design_of(record)
     return {**files.read_checkpoint(folder / "search.pt")["searcher"]["supernet"], "design": design}
 
 
@@ -304,7 +305,7 @@ def test_a_run_whose_images_have_changed_is_refused_or_goes_on_as_told(tmp_path,
 
 def test_what_a_record_says_is_data_and_never_a_flag(tmp_path, capsys):
     images = dict.fromkeys(("noise", "sigma", "sigma_levels", "grey", "crops", "train_folders"))
-    record = models.named_record("mb1-s", 10, files.provenance("a CPU", 0)) | {
+    record = registry.named_record("mb1-s", 10, files.provenance("a CPU", 0)) | {
         "images": {**images, "sigmas": ["0.1", "--output-dir", str(tmp_path / "elsewhere")]}}
     files.write_json(tmp_path / "arch.json", record)
     with pytest.raises(SystemExit) as stopped:
@@ -434,7 +435,7 @@ def test_a_compiler_that_is_missing_is_said_in_a_sentence(monkeypatch, capsys):
     assert "it needs a C++ compiler" in stopped.value.code
 
 
-@pytest.mark.parametrize("script", ["models.py", "data.py"])
+@pytest.mark.parametrize("script", ["registry.py", "data.py"])
 def test_a_reader_who_has_gone_ends_no_command_in_a_traceback(script, tmp_path):
     done = in_shell(f"set -o pipefail; python {Path(data.__file__).with_name(script)} | true", tmp_path)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr

@@ -8,6 +8,7 @@ import torch
 
 import files
 import models
+import registry
 
 ARCH = models.named_arch("dcnas-k5-e6", 3)
 
@@ -83,8 +84,8 @@ def test_checkpoints_load_without_running_code(tmp_path):
 
 
 def test_checkpoint_errors_name_the_file(tmp_path):
-    record, path = models.named_record("mb1-s", 2, files.provenance("a CPU", 0)), tmp_path / "best.pt"
-    network = models.build_network(record)
+    record, path = registry.named_record("mb1-s", 2, files.provenance("a CPU", 0)), tmp_path / "best.pt"
+    network = registry.build_network(record)
     average = {name: value + 1 for name, value in network.state_dict().items()}
     about = {"record": record, "network": network.state_dict(), "ema": None, "classes": None, "size": 28,
              "seed": 0, "epoch": 1}

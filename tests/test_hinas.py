@@ -23,7 +23,7 @@ from torch import nn
 import files
 import hinas
 import latency
-import models
+import registry
 from hinas import Design, Edge, Part, Space, SuperNet
 
 ROOT = Path(hinas.__file__).parent
@@ -723,7 +723,7 @@ def test_the_command_draws_and_changes_a_record(tmp_path, capsys):
         assert other != design and "macs" not in record
         assert record["parameters"] == hinas.count_parameters(hinas.build, other)
     assert "parameters before" in capsys.readouterr().out
-    files.write_json(arch, models.named_record("cnas-k3-e3", 3, {}))
+    files.write_json(arch, registry.named_record("cnas-k3-e3", 3, {}))
     for flags, word in (([], "is of tfnas"), (["--change", "R1"], "--output"), (["--arch", "no"], "no can")):
         with pytest.raises(SystemExit) as stop:
             hinas.main(["--arch", arch, *flags])

@@ -22,6 +22,7 @@ import files
 import hinas
 import latency
 import models
+import registry
 import superkernel
 import tfnas
 from fake_table import fake_parts, fake_table, quick_compare
@@ -137,14 +138,14 @@ class ToySuperNet:
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The method "toy", as if toy.py lay beside models.py."""
+    """The method "toy", as if toy.py lay beside registry.py."""
     module = types.ModuleType("toy")
     module.Space, module.Part, module.Design, module.SuperNet = ToySpace, ToyPart, ToyDesign, ToySuperNet
     module.design_of = lambda record: ToyDesign(tuple(record["design"]["kernel_sizes"]))
     module.build = lambda design: ToySpace().network(design)
     module.record_content = lambda design: {"model": "toy", "design": design.to_dict()}
     monkeypatch.setitem(sys.modules, "toy", module)
-    monkeypatch.setitem(models.METHODS, "toy", ("toy",))
+    monkeypatch.setitem(registry.METHODS, "toy", ("toy",))
     return module
 
 
@@ -631,7 +632,7 @@ def test_a_record_of_another_space_is_refused_with_the_command_of_its_table(reco
     with pytest.raises(ValueError, match="does not cover the network; make one") as caught:
         table.read_record(record())
     assert all(flag in str(caught.value) for flag in flags)
-    space, module = latency.space_of(args_of(caught.value)), models.method_module(record()["method"])
+    space, module = latency.space_of(args_of(caught.value)), registry.method_module(record()["method"])
     design = module.design_of(record())
     assert space.cost(design, dict.fromkeys(space.possible_parts(), 1.0), 0.0) > 0
 
@@ -642,7 +643,7 @@ def test_a_record_that_no_table_covers_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="No latency table covers"):
         table.predict_ms(decoder)
     with pytest.raises(ValueError, match="No latency table covers"):
-        table.read_record(models.named_record("unet-s", 10, {}))
+        table.read_record(registry.named_record("unet-s", 10, {}))
 
 
 # --- The command ------------------------------------------------------------------------------------------

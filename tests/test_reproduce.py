@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import files
-import models
+import registry
 import reproduce
 from fake_table import fake_table
 
@@ -35,7 +35,7 @@ def test_every_table_and_figure_of_the_papers_is_there_and_fits():
             assert runs.setdefault(run.name, run) == run  # one name, one run
             assert set(published) <= {*table.columns}
             if run.kind != "natural":
-                assert models.find_named(run.name)
+                assert registry.find_named(run.name)
         complete = {label: dict.fromkeys(table.columns, index)
                     for index, (label, _, _) in enumerate(table.rows, 1)}
         for text, claim in table.claims:  # KeyError where it names a row or column that is not there

@@ -23,6 +23,7 @@ import hinas
 import latency
 import metrics
 import models
+import registry
 import run
 import search
 import superkernel
@@ -136,7 +137,7 @@ def test_a_joint_search_writes_what_it_found(joint, table):
     record = record_of(joint)
     arch = models.Arch.from_dict(record)
     assert arch.model == "dcnas" and arch.num_classes == 10
-    assert record["parameters"] == models.count_parameters(models.build_network(record))
+    assert record["parameters"] == models.count_parameters(registry.build_network(record))
     found = record["latency"]
     assert found["target_ms"] == 2.5 and found["table_hash"] == latency.load_table(table).hash
     assert found["measured_ms"] > 0 and 0.99 * 2.5 <= found["predicted_ms"] <= 2.5
@@ -198,7 +199,7 @@ def test_every_model_and_loss_finds_a_network_within_the_target(
     command("--target", target, "--model", model, "--table", table, "--output-dir", tmp_path, *JOINT, *flags)
     record = record_of(tmp_path)
     assert record["model"] == model and 0.9 * target < record["latency"]["predicted_ms"] <= target
-    network = models.build_network(record)
+    network = registry.build_network(record)
     assert models.Arch.from_dict(record).num_classes == (0 if model == "dnas" else 10)
     assert network(torch.rand(2, 3, 16, 16))._fields == ("image", "logits")
     assert (tmp_path / "log.jsonl").exists() == ("random" not in flags)
@@ -219,7 +220,7 @@ def test_from_a_folder_to_a_measured_network(flags, photos, denoiser, tmp_path, 
         out, parameters = capsys.readouterr().out, record_of(found)["parameters"]
         assert f"{parameters:,} parameters" in out
     record, rows = record_of(found), log_of(found)
-    assert record["parameters"] == models.count_parameters(models.build_network(record))
+    assert record["parameters"] == models.count_parameters(registry.build_network(record))
     assert [row["epoch"] for row in rows] == [1, 2] and np.isfinite(rows[1]["val_psnr_db"])
     # HiNAS keeps its supernet, and validates, after 60 % of the epochs only.
     assert np.isfinite(rows[0]["val_psnr_db"]) if distils else rows[0]["val_psnr_db"] is None
@@ -451,7 +452,7 @@ def test_a_target_in_milliseconds_uses_the_table(flags, photos, tmp_path, monkey
         )
         found.append(record_of(tmp_path / name))
     assert found[0]["design"] == found[1]["design"]  # the same seed and table
-    result, network = found[0]["latency"], models.build_network(found[0])
+    result, network = found[0]["latency"], registry.build_network(found[0])
     assert result["predicted_ms"] <= middle * (1 + 1e-6) and result["measured_ms"] > 0
     assert result["predicted_ms"] == pytest.approx(models.count_macs(network, 16) / 1e6, rel=1e-3)
 

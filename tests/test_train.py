@@ -18,6 +18,7 @@ import eval as evaluation
 import files
 import metrics
 import models
+import registry
 import run
 import train
 
@@ -83,7 +84,7 @@ def test_task_losses_are_the_papers_sums():
 def test_a_teacher_takes_the_place_of_the_truth_where_it_has_an_answer(trained):
     teacher = str(trained[0] / "best.pt")
     network, content = files.load_checkpoint(teacher)
-    student = models.build_network(models.named_record("dcnas-k3-e3", 10, {}))
+    student = registry.build_network(registry.named_record("dcnas-k3-e3", 10, {}))
     noisy, clean, labels = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
     output, recipe = student(noisy), train.Recipe("both")
     made = train.Teacher(teacher, 0.5, student, content["classes"], CPU)
@@ -99,7 +100,7 @@ def test_a_teacher_takes_the_place_of_the_truth_where_it_has_an_answer(trained):
     torch.testing.assert_close(loss, 0.1 * F.cross_entropy(output.logits, labels) + 0.9 * den)
     with pytest.raises(ValueError, match="knows other classes"):
         train.Teacher(teacher, 0.5, student, ["cat"] * 10, CPU)
-    grey = models.build_network(models.named_record("dncnn-grey", 1, {}))
+    grey = registry.build_network(registry.named_record("dncnn-grey", 1, {}))
     with pytest.raises(ValueError, match="other channels"):
         train.Teacher(teacher, 0.5, grey, None, CPU)
 
@@ -411,19 +412,19 @@ def test_a_found_network_trains_on_the_data_it_was_searched_on(tmp_path, capsys)
 
 
 def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
-    files.write_json(tmp_path / "arch.json", models.named_record("dcnas-k3-e3", 7, {}))
+    files.write_json(tmp_path / "arch.json", registry.named_record("dcnas-k3-e3", 7, {}))
     argv = ["--arch", tmp_path / "arch.json", *SMALL, "--output-dir", tmp_path / "run"]
     assert "7 classes" in sentence(argv, capsys)
 
 
 def test_a_modified_record_drops_its_latency():
-    record = {**models.named_record("dcnas-k3-e3", 3, {}), "latency": {"target_ms": 1}, "data": "digits"}
+    record = {**registry.named_record("dcnas-k3-e3", 3, {}), "latency": {"target_ms": 1}, "data": "digits"}
     assert train.modify_record(record) is record
     other = train.modify_record(record, "dnas", "mb", 2.0)
     arch = models.Arch.from_dict(record).with_model("dnas").widened(2.0)
     assert "latency" not in other and other["data"] == "digits" and other["decoder"] == "mb"
     assert models.Arch.from_dict({**other, "decoder": "full"}) == arch
-    for bad, model in ((models.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
+    for bad, model in ((registry.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
         with pytest.raises(ValueError, match="--train-as, --decoder and --widen|has no classifier"):
             train.modify_record(bad, model)
 
@@ -551,7 +552,7 @@ def test_a_grey_network_of_a_method_trains_on_grey_images_and_on_no_others(tmp_p
     method = types.SimpleNamespace(design_of=lambda record: None, build=lambda design: Grey(),
                                    TRAIN_DEFAULTS={"epochs": 1, "batch_size": 3, "denoising_loss": "mse"})
     monkeypatch.setitem(sys.modules, "a_method", method)
-    monkeypatch.setitem(models.METHODS, "a_method", ("grey",))
+    monkeypatch.setitem(registry.METHODS, "a_method", ("grey",))
     record = files.make_record("a_method", {"model": "grey"}, {}, num_classes=0)
     files.write_json(tmp_path / "arch.json", record)
     photos(tmp_path / "photos")
