@@ -1,6 +1,6 @@
 """Networks made by hand to compare found networks with: those of other authors and of the controlled study.
 
-    python registry.py                 # lists them
+    python registry.py               # lists them
     python train.py --model dcnet-s-seq --data digit-pairs --epochs 5
 
     import baselines, registry       # the import adds the networks of this file to registry.NAMED

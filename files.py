@@ -21,7 +21,6 @@ from torch import nn
 import models
 import registry
 
-ARCH_FORMAT, ARCH_VERSION = "joint-arch", 1
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
 MOST_PARAMETERS = 2**28
 TEXT, PIXELS, SEED = (str, None), range(1, 65537), range(2**63)
@@ -150,12 +149,12 @@ def make_record(method: str, content: dict, made: dict, **more) -> dict:
 
     Of the joint method that is arch.to_dict(), of the others {"model": method, "design": design.to_dict()}.
     """
-    return {"format": ARCH_FORMAT, "version": ARCH_VERSION, "method": method, "made": made, **more, **content}
+    return {**registry.RECORD, "method": method, "made": made, **more, **content}
 
 
 def load_record(path: str | Path) -> dict:
     """Read and check an `arch.json`; ValueError in one sentence when it is missing, damaged or not valid."""
-    record = read_json(path, ARCH_FORMAT, ARCH_VERSION, "make one with: python search.py --target 12")
+    record = read_json(path, *registry.RECORD.values(), "make one with: python search.py --target 12")
     check_fields(path, record, RECORD)
     try:
         with torch.device("meta"):  # a record can ask for more memory than there is

@@ -146,7 +146,7 @@ class FullResolution(nn.Module):
         logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
         weights = (logits + self.slope * (level + 4)).softmax(1)  # -4: sigma 0.14
         own, nearby, decoded = weights.split((1, count - 2, 1), 1)
-        means = self.region_means(noisy, (2 * masks).softmax(1), nearby)
+        means = self.region_means(noisy, (2 * masks).softmax(1), nearby)  # 2: regions part sooner
         mixed = own * noisy + means + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)

@@ -418,7 +418,7 @@ def test_width_range_is_stated_and_keeps_the_expansion():
 # --- alone ------------------------------------------------------------------------------------------------
 
 
-def test_models_works_alone_in_an_empty_folder(tmp_path):
+def test_models_works_alone_in_an_empty_folder_and_registry_beside_it(tmp_path):
     shutil.copy(ROOT / "models.py", tmp_path)
     (tmp_path / "use.py").write_text("""
 import torch, models
@@ -429,6 +429,19 @@ print(tuple(network(torch.rand(1, 3, 30, 30)).image.shape))
     run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, text=True, env=environment,
                          capture_output=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "(1, 3, 30, 30)\n", "")
+    shutil.copy(ROOT / "registry.py", tmp_path)
+    (tmp_path / "use.py").write_text("""
+import registry
+for argv in ([], ["--help"]):
+    registry.main(argv)
+""")
+    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, text=True, env=environment,
+                         capture_output=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    _, *table = run.stdout.split("usage: ")[0].splitlines()
+    assert [line.split()[0] for line in table[:-1]] == [
+        *models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original", "dcnet", "dcnet-s"]
+    assert "--input" in run.stdout and "default" in run.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [
