@@ -35,6 +35,23 @@ class Output(NamedTuple):
     logits: Tensor | None
 
 # --- Blocks ----------------------------------------------------------------------------------------------
+def cut_depthwise(x: Tensor, weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
+    """Depthwise convolution of (B, C, H, W), padded by half the kernel (C, 1, k, k), without the rows and
+    columns of the kernel that meet padding only: those n or more from its centre on maps of n x n pixels."""
+    radius = weight.shape[-1] // 2
+    cut = max(0, radius - max(x.shape[-2:]) + 1)
+    weight = weight[..., cut:weight.shape[-2] - cut, cut:weight.shape[-1] - cut]
+    return F.conv2d(x, weight, None, stride, radius - cut, groups=len(weight))
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution without bias. Training cuts its kernel (5x5 on 2x2 pixels: a fifth of a step);
+    inference does not, since exporters take no branch that depends on the size."""
+    def __init__(self, channels: int, kernel_size: int, stride: int):
+        super().__init__(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cut_depthwise(x, self.weight, self.stride) if self.training else super().forward(x)
+
 class MBConv(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation (SE), 1x1 projection.
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), sizes rounded up. No expansion where
@@ -50,7 +67,8 @@ class MBConv(nn.Module):
         act = ACTIVATIONS[activation]
         layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=act)
         self.expand = layer(in_channels, mid_channels, 1) if mid_channels > in_channels else nn.Identity()
-        self.depthwise = layer(mid_channels, mid_channels, kernel_size, stride, groups=mid_channels)
+        depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
+        self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
         self.se = SqueezeExcitation(mid_channels, se_channels, act) if se_channels else nn.Identity()
         self.project = layer(mid_channels, out_channels, 1, activation_layer=None)
         self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
@@ -615,11 +633,7 @@ class ElasticMBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, depthwise, project, *se = self._used()
         out = self.activation(_search_norm(F.conv2d(x, expand)))  # (B, mid, H, W)
-        # On maps of n x n pixels, kernel rows and columns n or more from the centre meet padding only: cut.
-        radius = self.operation.kernel_size // 2
-        cut = max(0, radius - max(out.shape[-2:]) + 1)
-        depthwise = depthwise[..., cut:depthwise.shape[-2] - cut, cut:depthwise.shape[-1] - cut]
-        out = F.conv2d(out, depthwise, None, self.position.stride, radius - cut, groups=len(depthwise))
+        out = cut_depthwise(out, depthwise, self.position.stride)
         out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
         if se:
             squeeze, excite, bias = se  # 1x1 convolutions of single pixels: matrices
