@@ -27,7 +27,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 MODELS = ("cnas", "dnas", "dcnas", "dcnas-seq")
-DECODERS = ("full", "conv", "mb", "mb-1", "mb-3level")
+DECODERS = ("sharp", "conv", "mb", "mb-1", "mb-3level")
 
 class Output(NamedTuple):
     """What every network returns: `image` (B, 3, H, W) or None, `logits` (B, num_classes) or None."""
@@ -172,9 +172,10 @@ class FullResolution(nn.Module):
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.
     forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
-    "full": those, and `FullResolution` in the end (ours); "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two,
-    level 4 none (Markhorst 2024, table 6). The papers do not state widths and activation; here a level has
-    the width of the encoder stage of its size, and ReLU."""
+    "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels, and `FullResolution`
+    follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
+    papers do not state widths and activation; here a level has the width of the encoder stage of its size,
+    and ReLU."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, count: int) -> nn.ModuleDict:
@@ -184,18 +185,22 @@ class Decoder(nn.Module):
             up = UpConv(channels if count else in_channels, out_channels)
             return nn.ModuleDict({"convs": nn.Sequential(*convs), "up": up})
         s2, s3, s4, s5, s6 = stage_channels
-        widths = ((s6, s5, s4), (2 * s4, s4, s3), (2 * s3, s3, s2), (2 * s2, s2, s2))
+        pixels = 3 * 2 * 2 if kind == "sharp" else 0
+        widths = ((s6, s5, s4), (2 * s4, s4, s3), (2 * s3, s3, s2), (2 * s2 + pixels, s2, s2))
         counts = {"mb-1": (1, 1, 1, 1), "mb-3level": (0, 2, 2, 2)}.get(kind, (2, 2, 2, 2))
         self.levels = nn.ModuleList(level(*width, count) for width, count in zip(widths, counts))
-        self.full = FullResolution() if kind == "full" else None
+        self.full = FullResolution() if kind == "sharp" else None
         self.image = nn.Conv2d(s2, 3 + (FullResolution.FEATURES if self.full else 0), 1)
 
     def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
         s2, s3, s4, _, x = features
+        if self.full is not None:
+            noisy = pad_to_multiple(noisy, ENCODER_STRIDE)
+            s2 = torch.cat((s2, F.pixel_unshuffle(noisy, 2)), 1)
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x if self.full is None else self.full(x, pad_to_multiple(noisy, ENCODER_STRIDE))
+        return x if self.full is None else self.full(x, noisy)
 
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear with random first bias (TF-NAS: zero) -> (B, K)."""

@@ -205,7 +205,7 @@ TABLES = {
                                             ("MBConv", "mb", 25.8, 0.71, 75.5, 27.7),
                                             ("MBConv, 1 operation", "mb-1", 25.3, 0.70, 75.4, 16.4),
                                             ("MBConv, 3 levels", "mb-3level", 25.4, 0.70, 75.1, 22.1),
-                                            ("convolutions and branch (ours)", "full"))),
+                                            ("convolutions, noisy image and branch (ours)", "sharp"))),
         (beats("MBConv", "convolutions", "PSNR dB"), beats("MBConv", "convolutions", "latency ms"))),
     "table-7": Table(
         "Classifiers of the controlled study", "table 1 and 6",

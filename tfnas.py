@@ -32,7 +32,7 @@ from models import Arch, Block
 from train import task_loss
 
 Design = Arch
-TABLE_DECODERS = ("full", "conv")  # those that a latency table holds
+TABLE_DECODERS = ("sharp", "conv")  # those that a latency table holds
 TRAIN_DEFAULTS: dict = {}
 LATENCY_LOSSES = {  # name: (function of latency / target, default weight)
     "hinge": (lambda ratio: (ratio - 1).clamp(min=0), 0.5),  # thesis, eq. 3.11
@@ -112,7 +112,7 @@ class Space:
     depth: str = "fixed"
     decoder: str = models.DECODERS[0]
     channels = 3
-    newer_parts = frozenset({Part("decoder full")})  # which older tables lack; they serve without it
+    newer_parts = frozenset({Part("decoder sharp")})  # which older tables lack; they serve without it
 
     def identity(self) -> dict:
         return {"method": "tfnas", "operations": self.operations, "min_width": self.min_width,
@@ -444,9 +444,8 @@ def add_arguments(parser, model: str) -> None:
     space.add_argument("--min-width", type=number(1, 3), default=models.MIN_WIDTH, metavar="X",
                        help="smallest mid channels, in multiples of a block's input (default: %(default)s)")
     space.add_argument("--decoder", choices=TABLE_DECODERS,
-                       help="conv: that of the papers; full: that with a branch at full resolution, which "
-                            "keeps pictures sharp (default: full; with --warmup sampled, as in the papers, "
-                            "conv)")
+                       help="conv: that of the papers; sharp: that with the noisy image and a branch at "
+                            "full resolution (default: sharp; with --warmup sampled, as in the papers, conv)")
     space.add_argument("--search-images", choices=("noisy", "clean"), default="noisy",
                        help="images during the search (default: %(default)s)")
     space.add_argument("--search-loss", choices=tuple(SEARCH_LOSSES),
@@ -506,7 +505,7 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; possible: "
                          f"{', '.join(allowed)}.")
     result = Space(space, min_width, len(data.classes or []) or 10, model, SEARCH_LOSSES[loss], depth,
-                   decoder or ("conv" if warmup == "sampled" else "full"))
+                   decoder or ("conv" if warmup == "sampled" else "sharp"))
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 

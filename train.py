@@ -400,9 +400,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=registry.model_name, metavar="NAME",
         help="a named model, python registry.py lists them (default: the network of --arch)")
     add("--train-as", choices=models.MODELS, help="train the encoder as another model (default: as found)")
-    add("--decoder", choices=models.DECODERS, help="another decoder; conv: that of the papers; full: that "
-        "with a branch at full resolution; mb: two MBConvs a level; mb-1: one; mb-3level: two, none at level "
-        "4 (default: as found; with --recipe paper conv)")
+    add("--decoder", choices=models.DECODERS, help="another decoder; conv: that of the papers; sharp: that "
+        "with the noisy image and a branch at full resolution; mb: two MBConvs a level; mb-1: one; "
+        "mb-3level: two, none at level 4 (default: as found; with --recipe paper conv)")
     add("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels by X (default: 1)")
     add("--loss", choices=LOSSES,
         help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one (default: what the network can)")

@@ -479,7 +479,7 @@ def as_version_1(content):
                 "reference": content["reference"]["design"]}
     fixed, rows = {}, {}
     for row in content["parts"]:
-        if row["place"] == "decoder full":
+        if row["place"] == "decoder sharp":
             continue  # there was none
         if row["place"] in ("stem", "stage 2", "head", "decoder"):
             fixed[row["place"].replace(" ", "_")] = row["ms"]
@@ -517,7 +517,7 @@ def test_tables_of_version_1_predict_as_before(method, tmp_path):
         with pytest.raises(ValueError, match="does not cover"):
             old.predict_ms(space.reference_design())
         supernet = tfnas.make_supernet(replace(space, num_classes=3))
-        with pytest.raises(ValueError, match="has no decoder full, it is of an older version"):
+        with pytest.raises(ValueError, match="has no decoder sharp, it is of an older version"):
             supernet.cost_range(old.costs, 0.0)
 
 

@@ -204,11 +204,11 @@ def test_entropy_is_one_for_undecided_and_zero_for_decided():
 
 def test_decoder_costs_what_the_facts_say_at_224():
     archs = [named_arch("cnas-k3-e3", 100), *(replace(named_arch("dcnas-k3-e3", 100), decoder=decoder)
-                                              for decoder in ("conv", "full"))]
+                                              for decoder in ("conv", "sharp"))]
     cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
-    # Two 3x3 convolutions, the 10 features from 16 channels, and the noise level.
-    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3
+    # Two 3x3 convolutions, the 10 features from 16 channels, the noise level, and the noisy image at level 1.
+    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 + 9 * 12 * 16 / 4
     assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
@@ -570,12 +570,12 @@ def test_decoders(decoder):
     kinds = [len(level.convs) for level in network.decoder.levels]
     assert kinds == {"mb-1": [1] * 4, "mb-3level": [0, 2, 2, 2]}.get(decoder, [2] * 4)
     assert any(isinstance(m, MBConv) for m in network.decoder.modules()) == decoder.startswith("mb")
-    assert any(isinstance(m, models.FullResolution) for m in network.decoder.modules()) == (decoder == "full")
+    assert any(isinstance(m, models.FullResolution) for m in network.decoder.modules()) == (decoder == "sharp")
 
 
 def test_an_unknown_decoder_is_refused_and_old_records_have_that_of_the_papers():
     content = named_arch("dcnas-k3-e3", 4).to_dict()
-    with pytest.raises(ValueError, match="decoder must be one of full, conv, mb"):
+    with pytest.raises(ValueError, match="decoder must be one of sharp, conv, mb"):
         Arch.from_dict({**content, "decoder": "huge"})
     del content["decoder"]
     assert Arch.from_dict(content).decoder == "conv"

@@ -423,7 +423,7 @@ def test_a_modified_record_drops_its_latency():
     other = train.modify_record(record, "dnas", "mb", 2.0)
     arch = models.Arch.from_dict(record).with_model("dnas").widened(2.0)
     assert "latency" not in other and other["data"] == "digits" and other["decoder"] == "mb"
-    assert models.Arch.from_dict({**other, "decoder": "full"}) == arch
+    assert models.Arch.from_dict({**other, "decoder": "sharp"}) == arch
     for bad, model in ((registry.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
         with pytest.raises(ValueError, match="--train-as, --decoder and --widen|has no classifier"):
             train.modify_record(bad, model)
