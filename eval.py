@@ -10,7 +10,6 @@ predictions.json. Levels as in Markhorst 2024: sigma 0, 0.1 ... 1 on images in [
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
 from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, this_setting
-from metrics import WINDOW, luma, psnr, ssim, to_8bit
+from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
 from models import apply_network, channels_of, check_fits, count_macs, count_parameters, scale_of
 from run import (Command, check_value, default_device, given_flags, in_turn, make_folder, prepare_device,
                  rank_and_world, say, track)
@@ -70,7 +69,7 @@ class Protocol:
                              f"{height + self.shave} pixels; give less.")
         pair = [x.double()[..., self.shave:height, self.shave:width] for x in (image, reference)]
         pair = [luma(x) for x in pair] if self.y_only else pair
-        found = {prefix + "psnr_db": psnr(*pair).tolist()}
+        found = {prefix + "psnr_db": psnr(*pair).clamp(max=EQUAL_DB).tolist()}
         return found | ({prefix + "ssim": ssim(*pair).tolist()} if min(pair[0].shape[-2:]) >= WINDOW else {})
 
     def describe(self, real: bool, channels: int, scale: int) -> dict:
@@ -83,7 +82,7 @@ class Protocol:
                 **dict(zip(("noise", "noise_protocol", "noise_clipped", "noise_seed"), noise)),
                 "input": ("as in its file" if real else f"bicubic x{scale}" if scale > 1 else
                           "clipped to [0, 1], not rounded" if self.clip else "not clipped, not rounded"),
-                "psnr": "per image, then the mean; inf where two images are equal",
+                "psnr": f"per image, then the mean; at most {EQUAL_DB} dB, which two equal images have",
                 "ssim": "Gaussian 11x11, sigma 1.5, valid region; per image, then the mean"}
 
 
@@ -96,7 +95,7 @@ def evaluate(network: nn.Module, loader, protocol: Protocol, *, classes: list[st
     their own noise), "means" over levels, "chance_accuracy" of always answering "commonest_class" and more. A
     record has, each a mean over the images, `accuracy` and `top5_accuracy` (0 to 1), `psnr_db` and `ssim` of
     the denoised image, clamped and rounded to 8 bit, `input_psnr_db` and `input_ssim` of the noisy one as the
-    network gets it; None for what cannot be measured, and for means over levels that are infinite.
+    network gets it; None for what cannot be measured.
 
     The noise belongs to the image's place in the loader, which must not shuffle: it is the same for every
     batch size, network and choice of levels. Sums are exact, in float64. The network gets its own mode back.
@@ -155,8 +154,7 @@ def _mean(values: list) -> float | None:
 
 
 def _level_means(records: list[dict]) -> dict:
-    means = {name: _mean([r[name] for r in records if r[name] is not None]) for name in COLUMNS}
-    return {name: None if mean == math.inf else mean for name, mean in means.items()}
+    return {name: _mean([r[name] for r in records if r[name] is not None]) for name in COLUMNS}
 
 
 def _class_records(levels: list[dict], classes: list[str] | None) -> dict:
@@ -172,11 +170,6 @@ def _class_records(levels: list[dict], classes: list[str] | None) -> dict:
 
 
 # --- Reports ------------------------------------------------------------------------------------------------
-
-def strict_json(content):
-    """A copy that strict JSON can hold: an infinite number becomes "inf" (float("inf") reads it back)."""
-    return json.loads(json.dumps(content), parse_constant=lambda name: str(float(name)))
-
 
 def format_table(metrics: dict) -> str:
     """A table to read, of what `evaluate` returns, or of metrics.json."""
@@ -199,8 +192,8 @@ def format_table(metrics: dict) -> str:
     return "\n".join([*lines, "", *_notes(metrics, "psnr_db" in names, real)])
 
 
-def _cell(name: str, value: float | str | None) -> str:
-    text = "-" if value is None else COLUMNS[name][1].format(float(value))  # float: "inf" of a JSON file
+def _cell(name: str, value: float | None) -> str:
+    text = "-" if value is None else COLUMNS[name][1].format(value)
     return text[1:] if text == "-0.00" else text
 
 
@@ -222,8 +215,8 @@ def _notes(metrics: dict, denoises: bool, real: bool) -> list[str]:
                      (f", threads: {timing['threads']}" if timing["threads"] else ""))
     if denoises:
         shaved = f" without {protocol['shaved_px']} pixels at each border" if protocol["shaved_px"] else ""
-        notes.append("PSNR (dB) and SSIM on {colour}{0}: output {output}; noisy input {input}".format(
-            shaved, **protocol))
+        notes.append("PSNR (dB, at most {1}) and SSIM on {colour}{0}: output {output}; noisy input "
+                     "{input}".format(shaved, EQUAL_DB, **protocol))
     if protocol["self_ensemble"]:
         notes.append("self-ensemble: the image is the mean of eight passes, over flips and quarter turns; "
                      "latency and multiply-accumulates are those of one")
@@ -486,7 +479,7 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     cost = {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size), "size_px": size}
     metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timing}
     table = format_table(metrics)
-    write_json(output_dir / "metrics.json", strict_json(metrics))
+    write_json(output_dir / "metrics.json", metrics)
     write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(
         table + "\n", encoding="utf-8", errors="backslashreplace"))
     save_grid(output_dir / "grid.png", network, dataset, protocol, classes=classes, device=device)

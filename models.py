@@ -46,8 +46,8 @@ def cut_depthwise(x: Tensor, weight: Tensor, stride: int | tuple[int, int]) -> T
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution without bias. Training cuts its kernel (5x5 on 2x2 pixels: a fifth of a step);
     inference does not, since exporters take no branch that depends on the size."""
-    def __init__(self, channels: int, kernel_size: int, stride: int):
-        super().__init__(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+    def __init__(self, channels: int, kernel: int, stride: int):
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return cut_depthwise(x, self.weight, self.stride) if self.training else super().forward(x)

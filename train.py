@@ -49,7 +49,8 @@ RECIPES = {  # flags that go together, besides the TRAIN_DEFAULTS of each search
         "warmup_epochs": 0, "denoising_loss": "charbonnier", "sigma": 1.0, "sigma_levels": 11,
         "label_smoothing": 0.0, "dropout": 0.0, "drop_connect": 0.0},
     "paper": {  # Markhorst 2024, section 4, and TF-NAS: found networks on ImageNet-100
-        "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5},
+        "epochs": 250, "batch_size": 512, "optimizer": "sgd", "lr": 0.2, "warmup_epochs": 5, "dropout": 0.2,
+        "drop_connect": 0.2},
 }
 
 
@@ -138,7 +139,7 @@ class Recipe:
 
     loss: str  # one of LOSSES
     denoising: str = "mixed"  # one of DENOISING_LOSSES
-    epochs: int = 25
+    epochs: int = 15
     optimizer: str = "adamw"
     lr: float | None = None  # None: that of the optimizer
     weight_decay: float | None = None  # None: that of the optimizer
@@ -190,7 +191,7 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
         if loss != "den":
             sums.add("accuracy", float((output.logits.argmax(1) == labels).sum()), len(labels))
         if loss != "cls":
-            psnr = metrics.psnr(output.image.float().clamp(0, 1), clean).clamp(max=100)
+            psnr = metrics.psnr(output.image.float().clamp(0, 1), clean).clamp(max=metrics.EQUAL_DB)
             sums.add("psnr_db", float(psnr.sum()), len(clean))
         count += len(clean)
     network.train(was_training)
@@ -406,10 +407,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels by X (default: 1)")
     add("--loss", choices=LOSSES,
         help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one (default: what the network can)")
-    add("--dropout", type=number(0, 0.9), default=0.2, metavar="P",
-        help="probability of dropout before the last layer of a searched network (default: %(default)s)")
-    add("--drop-connect", type=number(0, 0.9), default=0.2, metavar="P", help="probability to skip a block "
-        "of a searched network in training; grows with depth from 0 to this (default: %(default)s)")
+    add("--dropout", type=number(0, 0.9), default=0.0, metavar="P", help="probability of dropout before the "
+        "last layer of a searched network; the papers: 0.2, for long runs (default: %(default)s)")
+    add("--drop-connect", type=number(0, 0.9), default=0.0, metavar="P",
+        help="probability to skip a block of a searched network in training; grows with depth from 0 to "
+             "this; the papers: 0.2 (default: %(default)s)")
     data_module.add_data_arguments(parser)
     data_module.add_noise_arguments(parser)
     add = parser.add_argument_group("recipe", "how it is trained").add_argument
@@ -419,7 +421,7 @@ def build_parser() -> argparse.ArgumentParser:
              "(papers: 0.4); or those of a search method (default: of the record's method, else short)")
     add("--denoising-loss", choices=DENOISING_LOSSES, default="mixed", help="mixed: 0.8 Charbonnier + 0.2 "
         "(1 - SSIM); charbonnier; log-ssim: MSE + 0.6 log10(1 / SSIM); mse (default: %(default)s)")
-    add("--epochs", type=whole(1, 100000), default=25, metavar="N",
+    add("--epochs", type=whole(1, 100000), default=15, metavar="N",
         help="passes over the images; the papers: 250 (default: %(default)s)")
     add("--batch-size", type=whole(2, 65536), default=16, metavar="N",
         help="images per step, of all processes together; the papers: 512 (default: %(default)s)")

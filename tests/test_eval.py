@@ -84,7 +84,7 @@ def test_identity_reproduces_the_noisy_input():
     assert fine["psnr_db"] == pytest.approx(fine["input_psnr_db"], abs=0.02)  # nothing clamped, only rounded
     assert fine["ssim"] == pytest.approx(fine["input_ssim"], abs=1e-3)
     assert high["psnr_db"] > high["input_psnr_db"] + 1  # clamping alone helps at much noise
-    assert exact["psnr_db"] == exact["input_psnr_db"] == math.inf and exact["ssim"] == pytest.approx(1)
+    assert exact["psnr_db"] == exact["input_psnr_db"] == 100 and exact["ssim"] == pytest.approx(1)
     assert high["accuracy"] is None and metrics["labelled_images"] == 0 and metrics["class_accuracy"] == {}
     assert metrics["chance_accuracy"] is None and "always answering" not in evaluation.format_table(metrics)
 
@@ -93,19 +93,19 @@ def test_identity_reproduces_the_noisy_input():
     assert clipped["psnr_db"] == pytest.approx(high["psnr_db"], abs=1e-9)
 
 
-def test_means_leave_the_infinite_out():
+def test_means_are_over_levels_and_equal_images_count_as_100_db():
     metrics = measure(Identity(), random_images(), sigmas=(0, 0.1, 0.3))
     levels, means = metrics["levels"], metrics["means"]
-    noisy, everything = means["noisy_levels"], means["all_levels"]
-    assert noisy["input_psnr_db"] == pytest.approx(sum(level["input_psnr_db"] for level in levels[1:]) / 2)
-    assert everything["input_psnr_db"] is None and everything["psnr_db"] is None
-    assert everything["ssim"] == pytest.approx(sum(level["ssim"] for level in levels) / 3)
-    text = json.dumps(evaluation.strict_json(metrics), allow_nan=False)
-    assert strict(text)["levels"][0]["input_psnr_db"] == "inf"
+    for name in ("input_psnr_db", "psnr_db", "ssim"):
+        values = [level[name] for level in levels]
+        assert means["noisy_levels"][name] == pytest.approx(sum(values[1:]) / 2)
+        assert means["all_levels"][name] == pytest.approx(sum(values) / 3)
+    assert levels[0]["psnr_db"] == 100
+    text = json.dumps(metrics, allow_nan=False)
     assert evaluation.format_table(strict(text)) == evaluation.format_table(metrics)  # the file is enough
     only_clean = measure(Identity(), random_images(), sigmas=(0,))
     assert only_clean["means"]["noisy_levels"]["psnr_db"] is None
-    assert "inf" in evaluation.format_table(only_clean)
+    assert "100.00" in evaluation.format_table(only_clean)
 
 
 @pytest.mark.parametrize("network", [Identity(), Oracle()])
@@ -515,7 +515,7 @@ def test_super_resolution_has_defaults_of_its_own(halved, tmp_path, capsys):
     assert [level["sigma"] for level in metrics["levels"]] == [0]
     assert protocol["shaved_px"] == protocol["scale"] == 2
     assert protocol["colour"].startswith("Y") and protocol["input"] == "bicubic x2"
-    assert metrics["network"]["size_px"] == 16 and metrics["levels"][0]["input_psnr_db"] == "inf"
+    assert metrics["network"]["size_px"] == 16 and metrics["levels"][0]["input_psnr_db"] == 100
     assert run(*command, "--no-luma", "--shave", 0, "--sigmas", 0.1) == 0
     protocol = read_metrics(tmp_path / "out")["protocol"]
     assert (protocol["colour"], protocol["shaved_px"]) == ("RGB", 0)
