@@ -148,11 +148,12 @@ class FullResolution(nn.Module):
     def region_means(self, noisy: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
         """The means of regions, painted where their masks (B, REGIONS, H, W) are, which sum to 1; and the sum
         of these images over scales, with weights (B, scales, H, W)."""
-        height, width = noisy.shape[-2:]
+        (height, width), top = noisy.shape[-2:], max(self.SCALES)
         counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
         parts, total = (masks.unsqueeze(2) * counted.unsqueeze(1)).flatten(1, 2), 0.0
+        parts = F.pad(parts, (0, top - 1 - (width - 1) % top, 0, top - 1 - (height - 1) % top))  # of area 0
         for scale, weight in zip(self.SCALES, weights.split(1, 1), strict=True):
-            part = F.avg_pool2d(parts, scale, ceil_mode=True).unflatten(1, (self.REGIONS, -1))
+            part = F.avg_pool2d(parts, scale).unflatten(1, (self.REGIONS, -1))
             part = part + 0.01 * part.sum(1, keepdim=True)  # of all pixels: a region may have none nearby
             part = F.interpolate(part.flatten(1, 2), scale_factor=scale, mode="bilinear")
             part = part[..., :height, :width].unflatten(1, (self.REGIONS, -1))
@@ -211,12 +212,13 @@ class Head(nn.Sequential):
                          nn.Linear(channels, num_classes))
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) at the right and bottom to multiples: mirrored, or repeated where it is too small."""
-    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
-    if not bottom and not right:
-        return x
-    mirrored = bottom < x.shape[-2] and right < x.shape[-1]
-    return F.pad(x, (0, right, 0, bottom), mode="reflect" if mirrored else "replicate")
+    """Pad (B, C, H, W) at the right and bottom to multiples, mirrored; where too small, the first goes on."""
+    for dim in (-2, -1):
+        size = x.shape[dim]
+        if not isinstance(size, int) or size % multiple:  # a symbol in torch.export, which knows no branch
+            places = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
+            x = x.index_select(dim, torch.minimum(places, 2 * (size - 1) - places).clamp(min=0))
+    return x
 
 def add_normalisation(network: nn.Module) -> None:
     """Give a network the buffers `mean` and `std` (1, 3, 1, 1): those of ImageNet, for any data."""
@@ -336,8 +338,9 @@ group_norm = partial(nn.GroupNorm, 1)  # one group fits every width; the paper d
 def cut_out(x: Tensor, boxes: Tensor, size: int, stride: int = 1) -> Tensor:
     """Cut boxes (left, top, right, bottom in px of the image; a map pixel covers stride x stride of them) out
     of maps, interpolating between map pixels: (B, C, H, W), (B, D, 4) -> (B * D, C, size, size)."""
-    image = torch.arange(len(x), device=x.device).repeat_interleave(boxes.shape[1])
-    rows = torch.cat((image[:, None], boxes.flatten(0, 1)), 1).float()  # half precision cannot count images
+    boxes = boxes.float()  # half precision cannot count images
+    image = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1) + torch.zeros_like(boxes[..., :1])
+    rows = torch.cat((image, boxes), 2).flatten(0, 1)
     return roi_align(x.float(), rows, size, 1 / stride, sampling_ratio=1, aligned=True).to(x.dtype)
 
 def study_mbconv(in_channels: int, out_channels: int, expansion: float) -> nn.Sequential:

@@ -20,7 +20,8 @@ import registry
 from fake_table import fake_table, quick_compare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("registry", "data", "latency", "search", "train", "eval", "benchmark", "reproduce", "hinas")
+SCRIPTS = ("registry", "data", "latency", "search", "train", "eval", "export", "benchmark", "reproduce",
+           "hinas")
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCHED = [model for names in registry.METHODS.values() for model in names]  # --model of search.py

@@ -1,0 +1,256 @@
+"""Exports a trained network to ONNX and to a torch.export program, and runs both beside PyTorch.
+
+    python export.py --checkpoint runs/train/best.pt    # runs/export/network.onnx, network.pt2, export.json
+
+Both files take `noisy`, of any batch, height and width; they pad, normalise and crop themselves. The outputs
+are `image` and `logits`, as far as the network makes them. Fails where an output differs by more than 1e-4
+from PyTorch's. ONNX needs the packages in requirements-optional.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
+
+import data
+import files
+import latency
+import models
+import run
+from data import Parser, whole
+
+FORMAT, VERSION = "joint-onnx", 1
+LARGEST_DIFFERENCE = 1e-4  # of an output of an exported network, on images in [0, 1]
+SIZES = ((1, 64, 64), (3, 65, 97), (1, 33, 128), (2, 40, 40))  # of the check: batch, height, width
+OPTIONAL = "pip install -r requirements-optional.txt"
+
+
+def optional(name: str):
+    """The optional package of this name; ValueError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"The package {name} is not installed; install it with: {OPTIONAL}") from None
+
+
+class Deployed(nn.Module):
+    """A network with folded batch norms whose outputs are a tuple, without those that it does not make."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = latency.fold_batch_norm(network)
+
+    def forward(self, noisy: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, ...]:
+        return made(models.apply_network(self.network, noisy, boxes))
+
+
+def output_names(network: nn.Module) -> list[str]:
+    """The names of an exported network's outputs."""
+    return ["image"] * network.denoises + ["logits"] * network.classifies
+
+
+def made(outputs) -> tuple[Tensor, ...]:
+    """The outputs that a network makes."""
+    return tuple(output for output in outputs if output is not None)
+
+
+def example_inputs(network: nn.Module, batch: int, height: int, width: int, seed: int = 0) -> tuple:
+    """Random images (B, C, H, W) with noise, and two boxes (B, 2, 4) where the network takes boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, models.channels_of(network), height, width)
+    image = torch.rand(shape, generator=generator) + 0.2 * torch.randn(shape, generator=generator)
+    box = torch.tensor([[0.0, 0.0, 28.0, 28.0], [4.0, 3.0, 32.0, 31.0]]).expand(batch, -1, -1)
+    return (image, box.contiguous()) if getattr(network, "takes_boxes", False) else (image,)
+
+
+def export_program(network: nn.Module) -> torch.export.ExportedProgram:
+    """The torch.export program of a network on the CPU, for any batch, height and width."""
+    deployed, example = Deployed(network).eval(), example_inputs(network, 2, 70, 90)
+    free = torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 2: free, 3: free}, {0: free, 1: free})[:len(example)]
+    # Without it torch would bind the program to where the example's size is not a multiple of the stride.
+    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+        return torch.export.export(deployed, example, dynamic_shapes=shapes,
+                                   prefer_deferred_runtime_asserts_over_guards=True)
+
+
+def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program for torch.export.load."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, content)
+    files.write_file(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[str], about: dict) -> None:
+    """Write a program as an ONNX file of one piece; `about` goes into its metadata, as JSON."""
+    optional("onnxscript")
+    onnx = optional("onnx")
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they speak of what they rewrite
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False,
+                                     output_names=names)
+    model = exported.model_proto
+    onnx.helper.set_model_props(model, {"joint": json.dumps(about)})
+    files.write_file(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+
+class OnnxNetwork(nn.Module):
+    """A network in a file of `write_onnx`, run by onnxruntime on the CPU; called as the network itself.
+
+    `threads` without spinning: as other work on the device would let it run. ValueError in one sentence where
+    the file is damaged or not one of this project.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1):
+        super().__init__()
+        runtime = optional("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            content = Path(path).read_bytes()
+            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["joint"])
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); make it with export.py.") from None
+        except Exception as error:  # onnxruntime has an exception of its own for each kind of damage
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise ValueError(f"{path} is not an ONNX file of export.py ({reason}).") from None
+        if self.about.get("format") != FORMAT or self.about.get("version") != VERSION:
+            raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it again with export.py.")
+        self.names = [output.name for output in self.session.get_outputs()]
+        self.denoises, self.classifies = "image" in self.names, "logits" in self.names
+        self.channels, self.scale = self.about["channels"], self.about["scale"]
+        self.takes_boxes = len(self.session.get_inputs()) > 1
+
+    def forward(self, noisy: Tensor, boxes: Tensor | None = None) -> models.Output:
+        given = [noisy] if boxes is None else [noisy, boxes]
+        names = [each.name for each in self.session.get_inputs()]
+        inputs = {name: each.numpy(force=True) for name, each in zip(names, given, strict=True)}
+        found = dict(zip(self.names, map(torch.from_numpy, self.session.run(None, inputs))))
+        return models.Output(found.get("image"), found.get("logits"))
+
+
+def largest_difference(network: nn.Module, form, inputs: list[tuple[Tensor, ...]]) -> float:
+    """The largest difference of an output between a network and another form of it, over all inputs."""
+    differences = []
+    with torch.inference_mode():
+        for each in inputs:
+            pairs = zip(made(models.apply_network(network, *each)), made(form(*each)), strict=True)
+            differences += [(ours - theirs).abs().max() for ours, theirs in pairs]
+    return float(torch.stack(differences).max())
+
+
+def pictures(name: str, network: nn.Module, seed: int = 0, most: int = 512) -> list[tuple[Tensor, ...]]:
+    """Four pictures with noise, each a batch of its own size, at most 512 px: of a folder, or drawn ones."""
+    channels = models.channels_of(network)
+    if name in data.SCENES:
+        source = data.load_data(name, train_images=1, val_images=1, test_images=4).test
+    else:
+        source = data.load_everything(name, grey=channels == 1).test
+    generator, inputs = torch.Generator().manual_seed(seed), []
+    for index in range(min(4, len(source))):
+        image = data.to_float(source[index][0][None, :channels, :most, :most], "cpu")
+        boxes = example_inputs(network, 1, *image.shape[-2:])[1:]
+        inputs.append((image + 0.1 * torch.randn(image.shape, generator=generator), *boxes))
+    return inputs
+
+
+def describe(network: nn.Module, checkpoint: dict) -> dict:
+    """What who runs the ONNX file needs to know: classes, size and noise of the training, range of values."""
+    flags = checkpoint.get("flags") or {}
+    return {"format": FORMAT, "version": VERSION, "model": checkpoint["record"]["model"],
+            "classes": checkpoint["classes"], "size": checkpoint["size"], "range": [0, 1],
+            "channels": models.channels_of(network), "scale": models.scale_of(network),
+            **{name: flags.get(name) for name in ("noise", "sigma", "sigmas")},
+            "made": files.provenance(latency.device_name("cpu"))}
+
+
+def compare(network: nn.Module, paths: dict[str, Path], images: str, size: int, threads: int) -> list[dict]:
+    """Of each form of the network: milliseconds of one image (C, size, size); of those in `paths` also the
+    size of the file and the largest difference from the network."""
+    inputs = [example_inputs(network, *shape) for shape in SIZES] + pictures(images, network)
+    forms = {"eager": network, "folded": latency.fold_batch_norm(network),
+             "torch.export": torch.export.load(paths["torch.export"]).module(),
+             "onnxruntime": OnnxNetwork(paths["onnxruntime"], threads)}
+    timed = example_inputs(network, 1, size, size)
+    with torch.inference_mode():
+        times = latency.interleave([lambda form=form: form(*timed) for form in forms.values()], "cpu")
+    rows = [{"form": form, "ms": timing.median_ms} for form, timing in zip(forms, times.timings)]
+    for row in rows:
+        if path := paths.get(row["form"]):
+            row |= {"difference": largest_difference(network, forms[row["form"]], inputs),
+                    "bytes": path.stat().st_size, "file": str(path)}
+    return rows
+
+
+def format_rows(rows: list[dict]) -> str:
+    """The table of `compare` to read."""
+    lines = [f"{'form':<14}{'ms':>8}{'difference':>13}{'MB':>8}"]
+    for row in rows:
+        lines.append(f"{row['form']:<14}{row['ms']:>8.2f}")
+        if "file" in row:
+            lines[-1] += f"{row['difference']:>13.1e}{row['bytes'] / 1e6:>8.2f}  {row['file']}"
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="export.py", usage="python export.py [options]  (--help lists them)",
+                    description="Export a trained network to ONNX and torch.export, and check both.",
+                    epilog="examples: python export.py; python export.py --threads 4; "
+                           "python export.py --checkpoint runs/photos/train/best.pt --images photos")
+    add = parser.add_argument
+    add("--checkpoint", default="runs/train/best.pt", metavar="FILE",
+        help="of train.py (default: %(default)s)")
+    add("--output-dir", default="runs/export", metavar="DIR",
+        help="folder of the files (default: %(default)s)")
+    add("--images", metavar="NAME", help="pictures to check with: a folder, or digits (default: those of the "
+        "training where they are here, else digits)")
+    add("--threads", type=whole(1, 4096), default=1, metavar="N", help="threads to time with (default: 1)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with run.Command(parser):
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            optional(name)
+        device = run.prepare_device("cpu", args.threads, 0)
+        network, checkpoint = files.load_checkpoint(args.checkpoint, device)
+        folder, known = Path(args.output_dir), checkpoint.get("data") or "digits"
+        files.check_folder(folder / "network.onnx")
+        images = args.images or (known if known in data.SCENES or Path(known).is_dir() else "digits")
+        size, about = checkpoint["size"] // models.scale_of(network), describe(network, checkpoint)
+        run.say(f"Exporting {about['model']}; checked on random images and on pictures of {images} ...")
+        paths = {"torch.export": folder / "network.pt2", "onnxruntime": folder / "network.onnx"}
+        program = export_program(network)
+        write_program(program, paths["torch.export"])
+        write_onnx(program, paths["onnxruntime"], output_names(network), about)
+        rows = compare(network, paths, images, size, args.threads)
+        files.write_json(folder / "export.json", {
+            "format": "joint-export", "version": 1, "network": about, "threads": args.threads,
+            "size_px": size, "images": images, "forms": rows})
+        run.say(f"one image of {size}x{size} px, threads: {args.threads}, {latency.device_name('cpu')}\n"
+                + format_rows(rows))
+        if wrong := [row["form"] for row in rows if not row.get("difference", 0) <= LARGEST_DIFFERENCE]:
+            sys.exit(f"export.py: the outputs of {' and '.join(wrong)} differ from PyTorch's by more than "
+                     f"{LARGEST_DIFFERENCE:g}: do not use the file.")
+
+
+if __name__ == "__main__":
+    main()
