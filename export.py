@@ -14,8 +14,12 @@ import importlib
 import io
 import json
 import logging
+import re
+import statistics
 import sys
+import tempfile
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -78,7 +82,7 @@ def export_program(network: nn.Module) -> torch.export.ExportedProgram:
     deployed, example = Deployed(network).eval(), example_inputs(network, 2, 70, 90)
     free = torch.export.Dim.DYNAMIC
     shapes = ({0: free, 2: free, 3: free}, {0: free, 1: free})[:len(example)]
-    # Without it torch would bind the program to where the example's size is not a multiple of the stride.
+    # Without it torch would refuse sizes that are a multiple of the stride, which the example's is not.
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
         return torch.export.export(deployed, example, dynamic_shapes=shapes,
                                    prefer_deferred_runtime_asserts_over_guards=True)
@@ -108,22 +112,28 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
     files.write_file(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
 
 
+def start_session(content: bytes, threads: int, profile: Path | None = None):
+    """A session of onnxruntime on the CPU; its threads do not spin, so that other work can run beside it."""
+    runtime = optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxNetwork(nn.Module):
     """A network in a file of `write_onnx`, run by onnxruntime on the CPU; called as the network itself.
 
-    `threads` without spinning: as other work on the device would let it run. ValueError in one sentence where
-    the file is damaged or not one of this project.
+    ValueError in one sentence where the file is damaged or not one of this project.
     """
 
     def __init__(self, path: str | Path, threads: int = 1):
         super().__init__()
-        runtime = optional("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        optional("onnxruntime")
         try:
-            content = Path(path).read_bytes()
-            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self.session = start_session(Path(path).read_bytes(), threads)
             self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["joint"])
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); make it with export.py.") from None
@@ -143,6 +153,74 @@ class OnnxNetwork(nn.Module):
         inputs = {name: each.numpy(force=True) for name, each in zip(names, given, strict=True)}
         found = dict(zip(self.names, map(torch.from_numpy, self.session.run(None, inputs))))
         return models.Output(found.get("image"), found.get("logits"))
+
+
+@torch.no_grad()
+def node_paths(network: nn.Module, example: Tensor) -> dict[nn.Module, str]:
+    """How the names of the ONNX nodes of each module begin that the network calls: by the modules around it,
+    each without the name of the one before; of the items of a list with it."""
+    names, around, paths = {module: name for name, module in network.named_modules()}, [("", "")], {}
+
+    def enter(module, _):
+        outer, label = around[-1]
+        own = names[module].removeprefix(f"{outer}.")
+        around.append((names[module], f"{label}.{own}" if own[:1].isdigit() else own))
+        paths[module] = "".join(f"/{label}" for _, label in around[2:]) + "/"
+
+    def leave(*_):
+        around.pop()
+
+    handles = [handle for module in network.modules() for handle in (
+        module.register_forward_pre_hook(enter), module.register_forward_hook(leave))]
+    network(example)
+    for handle in handles:
+        handle.remove()
+    return paths
+
+
+class Traced(nn.Module):
+    """A network that onnxruntime runs on images like `example` only, for timing: made in a second, where
+    `export_program` takes ten. `network`: it with folded batch norms."""
+
+    def __init__(self, network: nn.Module, example: Tensor, threads: int):
+        super().__init__()
+        deployed, content = Deployed(network).eval(), io.BytesIO()
+        onnx = optional("onnx")
+        self.network, self.threads, self.paths = deployed.network, threads, node_paths(deployed, example)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(deployed, (example,), content, dynamo=False, input_names=["noisy"])
+        self.content = content.getvalue()
+        self.session = start_session(self.content, threads)
+        nodes = onnx.load_model_from_string(self.content).graph.node
+        convolutions = {node.output[0]: node.name for node in nodes if node.op_type == "Conv"}
+        self.fused = {node.name: convolutions[node.input[0]]  # activation -> convolution that takes it in
+                      for node in nodes if node.input and node.input[0] in convolutions}
+
+    def forward(self, noisy: Tensor) -> list:
+        return self.session.run(None, {"noisy": noisy.numpy()})
+
+    def time_parts(self, parts: list[nn.Module], images: Tensor, runs: int) -> list[float]:
+        """The median milliseconds of each part in `runs` passes, by onnxruntime's profile of its nodes.
+        A node's name has the path of its module; one without is a change of layout for the node before."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = start_session(self.content, self.threads, Path(folder) / "profile")
+            for _ in range(runs):
+                session.run(None, {"noisy": images.numpy()})
+            events = json.loads(Path(session.end_profiling()).read_text())
+        times = defaultdict(list)  # node -> microseconds of each run
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                name = re.sub(r"(_output_\d+)?(_nchwc)?_kernel_time$", "", event["name"])
+                is_convolution = event["args"]["op_name"].endswith("Conv")  # named as what it took in
+                times[self.fused.get(name, name) if is_convolution else name].append(event["dur"])
+        totals, owner = dict.fromkeys(parts, 0.0), None
+        for node, values in times.items():
+            if node.startswith("/"):
+                owner = next((part for part in parts if node.startswith(self.paths[part])), None)
+            if owner is not None:
+                totals[owner] += statistics.median(values) / 1e3
+        return [totals[part] for part in parts]
 
 
 def largest_difference(network: nn.Module, form, inputs: list[tuple[Tensor, ...]]) -> float:

@@ -46,7 +46,7 @@ FIELDS = {  # of a table, and their kinds, see files.fits
     "setting": {"device": str, "device_type": str, "threads": range(4097), "batch": range(1, 65537),
                 "dtype": str, "size": range(1, 65537), "memory_format": str, "num_classes": range(65537)}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("eager", "folded", "compile", "graph")
+MODES = ("eager", "folded", "compile", "graph", "onnx")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Setting:
     memory_format: str  # always "channels_last"
     num_classes: int
     mode: str = "eager"  # one of MODES, see `fast`
+    runtime: str = ""  # of the mode onnx: onnxruntime and its version
 
     def __post_init__(self):
         if self.dtype not in DTYPES or self.mode not in MODES:
@@ -96,9 +97,14 @@ def device_name(device: torch.device | str) -> str:
 def this_setting(device: str, *, size: int, num_classes: int, batch: int | None = None, threads: int = 1,
                  dtype: str = "float32", mode: str = "eager") -> Setting:
     """A setting on this device; the default batch is 32 on a GPU (the papers' protocol) and 1 on a CPU."""
-    kind = torch.device(device).type
+    kind, runtime = torch.device(device).type, ""
+    if mode == "onnx":
+        if kind != "cpu" or dtype != "float32":
+            raise ValueError("The mode onnx is for --device cpu and --dtype float32.")
+        from export import optional
+        runtime = f"onnxruntime {optional('onnxruntime').__version__}"
     return Setting(device_name(device), kind, threads if kind == "cpu" else 0, dtype,
-                   batch or (32 if kind == "cuda" else 1), size, "channels_last", num_classes, mode)
+                   batch or (32 if kind == "cuda" else 1), size, "channels_last", num_classes, mode, runtime)
 
 
 # --- Fast forms of a network -------------------------------------------------------------------------------
@@ -142,13 +148,17 @@ def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None
     """A copy of a trained network for inference: same outputs, same device, channels-last.
     "folded": batch norms folded, and on CUDA the branches of a DC-NAS on two streams. "compile": that through
     torch.compile (takes minutes; needs a C++ compiler on a CPU). "graph": that in a CUDA graph, for inputs
-    like `example` (B, C, H, W)."""
+    like `example` (B, C, H, W). "onnx": through onnxruntime, with torch's number of threads, likewise; its
+    outputs are a list of arrays."""
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r}; possible: {', '.join(MODES)}.")
     if mode == "graph" and (example is None or not example.is_cuda):
         raise ValueError("A CUDA graph needs an example input on a CUDA device; use the mode folded.")
     if mode == "eager":
         return copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
+    if mode == "onnx":
+        from export import Traced
+        return Traced(network, example, torch.get_num_threads())
     network = fold_batch_norm(network).to(memory_format=torch.channels_last)
     network.parallel = mode != "compile"  # streams are not for the compiler
     if mode == "compile":
@@ -258,10 +268,22 @@ def measure_network(network: nn.Module, setting: Setting, *, warmup: int = 10, r
                        seconds=seconds)
 
 
+def through_onnxruntime(network: nn.Module, setting: Setting) -> Timing | None:
+    """The latency of a network in a setting, but through onnxruntime; None on a GPU or if it is missing."""
+    if setting.device_type != "cpu" or setting.dtype != "float32":
+        return None
+    try:
+        return measure_network(network, replace(setting, mode="onnx"))
+    except ValueError:
+        return None
+
+
 def time_parts(network: nn.Module, parts: list[nn.Module], images: Tensor, device: torch.device, runs: int,
                queued: bool = False) -> list[float]:
     """The median milliseconds of each of the `parts` of a network inside `runs` forward passes, by hooks.
     `queued`: on CUDA, without the time of the launches, as in a CUDA graph."""
+    if hasattr(network, "time_parts"):
+        return network.time_parts(parts, images, runs)
     marks, handles = [([], []) for _ in parts], []
     for part, (starts, stops) in zip(parts, marks):
         handles += [part.register_forward_pre_hook(lambda *_, to=starts: to.append(_now(device))),
@@ -462,7 +484,7 @@ def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict
 def _time_carriers(setting: Setting, space, designs: list, most: int) -> tuple[list[tuple], float]:
     """Time the parts of designs' networks, and the first `most` as a whole, in multiples of the reference.
     Returns [(kinds, [(Part, its parameters, its time)], time of the whole or None)], the reference's ms."""
-    device, has_parts = torch.device(setting.device_type), setting.mode in ("eager", "folded")
+    device, has_parts = torch.device(setting.device_type), setting.mode in ("eager", "folded", "onnx")
     in_parts = setting if has_parts else replace(setting, mode="folded")
     network, carriers, reference_ms = space.network(space.reference_design()), [], []
     with prepared(network, in_parts) as (reference, images), prepared(network, setting) as (as_set, _):
@@ -476,7 +498,7 @@ def _time_carriers(setting: Setting, space, designs: list, most: int) -> tuple[l
                 whole = times.ratios[1]
             with prepared(network, in_parts) as (timed, _):
                 pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
-                parts, modules = zip(*space.parts(timed))
+                parts, modules = zip(*space.parts(timed.network if setting.mode == "onnx" else timed))
                 times = time_parts(timed, modules, images, device, runs=7, queued=not has_parts)
             sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
             parts = list(zip(parts, sizes, (ms / pace for ms in times)))
@@ -590,6 +612,8 @@ def check(table: Table, count: int, seed: int = 1000) -> dict:
     sizes = sorted(abs(row["error_percent"]) for row in rows)
     error = {"median_percent": statistics.median(sizes), "p95_percent": sizes[math.ceil(0.95 * count) - 1],
              "worst_percent": sizes[-1]}
+    for most in (5, 10):
+        error[f"within_{most}_percent"] = 100 * sum(size <= most for size in sizes) / count
     return {"networks": rows, "error_percent": error,
             "uncertainty_percent": statistics.median(row["uncertainty_percent"] for row in rows)}
 
@@ -625,8 +649,10 @@ def format_result(result: dict) -> str:
 
 
 def format_error(error: dict) -> str:
+    shares = [f", {error[name]:.0f} % within {most} %" for most in (5, 10)  # older tables have none
+              if (name := f"within_{most}_percent") in error]
     return (f"median {error['median_percent']:.1f} %, 95th percentile {error['p95_percent']:.1f} %, "
-            f"worst {error['worst_percent']:.1f} %")
+            f"worst {error['worst_percent']:.1f} %" + "".join(shares))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -655,7 +681,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--classes", **count, default=10, help="classes of the head (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="number format (default: %(default)s)")
     add("--mode", choices=MODES, default="eager", help="form of the network: as trained; batch norms folded; "
-        "that by torch.compile, or in a CUDA graph (default: %(default)s)")
+        "that by torch.compile, or in a CUDA graph; onnx: through onnxruntime (default: %(default)s)")
     add = parser.add_argument_group("space", "the networks that a table is for").add_argument
     add("--method", choices=("tfnas",) if MISSING else tuple(registry.METHODS), default="tfnas",
         help="search method (default: %(default)s)")

@@ -103,6 +103,9 @@ class UpConv(nn.ConvTranspose2d):
             mix = then.weight[:, :, 0, 0]
             weight, bias = torch.einsum("iojk,po->ipjk", weight, mix), mix @ bias + then.bias
         batch, channels, height, width = x.shape
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # exporters have a node for it
+            weight = weight.permute(1, 2, 3, 0).reshape(-1, channels, 1, 1)
+            return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4)), 2)
         weight = weight.permute(2, 3, 1, 0).reshape(-1, channels, 1, 1)
         out = F.conv2d(x, weight, bias.repeat(4)).permute(0, 2, 3, 1)  # (B, H, W, 2 * 2 * out)
         out = out.reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, H, 2, W, 2 * out)
@@ -165,7 +168,8 @@ class FullResolution(nn.Module):
         logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
         weights = (logits + self.slope * (level + 4)).softmax(1)  # -4: sigma 0.14
         own, nearby, decoded = weights.split((1, count - 2, 1), 1)
-        means = self.region_means(noisy, (2 * masks).softmax(1), nearby)  # 2: regions part sooner
+        first = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:]))  # 2: regions part sooner
+        means = self.region_means(noisy, torch.cat((first, 1 - first), 1), nearby)
         mixed = own * noisy + means + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)
@@ -212,13 +216,12 @@ class Head(nn.Sequential):
                          nn.Linear(channels, num_classes))
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) at the right and bottom to multiples, mirrored; where too small, the first goes on."""
-    for dim in (-2, -1):
-        size = x.shape[dim]
-        if not isinstance(size, int) or size % multiple:  # a symbol in torch.export, which knows no branch
-            places = torch.arange((size + multiple - 1) // multiple * multiple, device=x.device)
-            x = x.index_select(dim, torch.minimum(places, 2 * (size - 1) - places).clamp(min=0))
-    return x
+    """Pad (B, C, H, W) at the right and bottom to multiples: mirrored, or repeated where it is too small."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if isinstance(bottom, int) and not bottom and not right:  # no symbol of torch.export, which always pads
+        return x
+    mirrored = bottom < x.shape[-2] and right < x.shape[-1]
+    return F.pad(x, (0, right, 0, bottom), mode="reflect" if mirrored else "replicate")
 
 def add_normalisation(network: nn.Module) -> None:
     """Give a network the buffers `mean` and `std` (1, 3, 1, 1): those of ImageNet, for any data."""

@@ -572,6 +572,9 @@ def report(job: Job, supernet: nn.Module, design, record: dict, costs: Costs, wi
         error = result["measured_ms"] / costs.target - 1
         if error > TOLERANCE or within_reach and error < -TOLERANCE:
             run.say(f"note: the measured latency is {100 * error:+.1f} % from the target.")
+        if setting.mode != "onnx" and (
+                deployed := latency.through_onnxruntime(job.space.network(design), setting)):
+            run.say(f"through onnxruntime {deployed.median_ms:.3f} ms, what --mode onnx searches for")
         if not 0.95 < result["slowdown"] < 1.05:
             run.say(f"note: the reference network now takes {result['slowdown']:.2f} times as long as when "
                     "the table was made: something else runs on this device, or its clock changed.")

@@ -3,6 +3,7 @@
 import builtins
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 import export
 import files
 import hinas
+import latency
 import models
 import registry
 import superkernel
 import tfnas
+from fake_table import fake_table
 
 TFNAS = tfnas.Space(8, num_classes=5)
 KINDS = {"hinas": ("denoise", 1, 1), "hinas, twice as large": ("sr", 2, 3)}  # task, scale, channels
@@ -125,3 +128,32 @@ def test_what_is_no_onnx_file_of_this_project_is_refused_in_one_sentence(tmp_pat
         Path(path).write_bytes(model.SerializeToString())
         with pytest.raises(ValueError, match=words):
             export.OnnxNetwork(path)
+
+
+@pytest.mark.parametrize("name", ("tfnas", "superkernel", "hinas"))
+def test_every_part_of_a_network_has_a_time_in_onnxruntime(name):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    space = {"tfnas": TFNAS, "superkernel": superkernel.Space("skipinit", 3, 1), **CELLS}[name]
+    made = space.network(space.random_design(random.Random(3))).eval()
+    setting = latency.this_setting("cpu", size=64, num_classes=5, mode="onnx")
+    assert setting.runtime.startswith("onnxruntime ") and setting.threads == 1
+    with latency.prepared(made, setting) as (traced, images):
+        for ours, theirs in zip(export.made(made(images)), traced(images), strict=True):
+            torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-3, atol=1e-5)
+        parts, modules = zip(*space.parts(traced.network))
+        times = latency.time_parts(traced, modules, images, torch.device("cpu"), runs=5)
+        whole = latency.measure(lambda: traced(images), "cpu").median_ms
+    assert len(times) == len(parts) and min(times) > 0
+    assert sum(times) < 2 * whole  # no node counts twice; other work may run here
+
+
+def test_a_setting_of_onnxruntime_is_for_the_cpu_and_holds_its_version():
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match="is for --device cpu and --dtype float32"):
+        latency.this_setting("cpu", size=64, num_classes=5, mode="onnx", dtype="bfloat16")
+    setting = latency.this_setting("cpu", size=32, num_classes=10, mode="onnx")
+    table = latency.Table({**fake_table(4, 32, 10), "setting": vars(setting)})
+    latency.require_setting(table, setting, "t.json")
+    with pytest.raises(ValueError, match="runtime is .* there and 'onnxruntime 0' here.*--mode onnx"):
+        latency.require_setting(table, replace(setting, runtime="onnxruntime 0"), "t.json")

@@ -671,6 +671,8 @@ def test_command_line_builds_prints_and_compares(tmp_path, capsys, monkeypatch, 
     assert abs(row["error_percent"]) < 100 and row["uncertainty_percent"] >= 0
     worst = max(abs(row["error_percent"]) for row in result["networks"])
     assert result["error_percent"]["worst_percent"] == worst and math.isfinite(worst)
+    assert result["error_percent"]["within_5_percent"] == 100 * sum(
+        abs(row["error_percent"]) <= 5 for row in result["networks"]) / len(result["networks"])
 
 
 @pytest.mark.parametrize("argv, word", [
