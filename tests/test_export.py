@@ -27,8 +27,7 @@ NETWORKS = {  # name -> function that makes one
     **{name: lambda space=space: space.network(space.random_design(random.Random(0)))
        for name, space in {"superkernel": superkernel.Space("skipinit", 3, 1), **CELLS}.items()},
     **{name: lambda name=name: registry.build_network(registry.named_record(name, 5, {}))
-       for name in ("dcnas-seq-k3-e3-shallow", "cnas-k5-e3-shallow", "unet-s", "dcnet-s", "dncnn", "lpienet",
-                    "mobilenet-v3-small")}}
+       for name in ("unet-s", "dcnet-s", "dncnn", "lpienet", "mobilenet-v3-small")}}
 QUICK = ("unet-s", "dcnet-s", "hinas")
 
 
