@@ -467,7 +467,7 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     rank, world = rank_and_world()
     loader = data.make_loader(dataset, batch_size, workers=workers, device=device, rank=rank, world=world)
     one_pass = network.network if isinstance(network, SelfEnsemble) else network
-    size, timing = size // scale_of(network), None
+    size, setting = size // scale_of(network), None
     if searched is not None:  # the latency compares with the target where the kind of device is the same
         names = ("batch", "threads", "dtype", "mode") if searched.get("device_type") == device.type else ()
         setting = this_setting(str(device), size=size, num_classes=len(classes or []),
@@ -475,8 +475,7 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     measured = evaluate(network, loader, protocol, classes=classes, device=device)
     if rank > 0:
         return
-    if searched is not None:
-        timing = {**vars(measure_network(one_pass, setting)), **vars(setting)}
+    timing = setting and {**vars(measure_network(one_pass, setting)), **vars(setting)}
     cost = {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size), "size_px": size}
     metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timing}
     table = format_table(metrics)

@@ -189,7 +189,11 @@ class Traced(nn.Module):
         self.network, self.threads, self.paths = deployed.network, threads, node_paths(deployed, example)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(deployed, (example,), content, dynamo=False, input_names=["noisy"])
+            try:
+                torch.onnx.export(deployed, (example,), content, dynamo=False, verbose=False,
+                                  input_names=["noisy"])
+            except torch.onnx.errors.OnnxExporterError as error:  # it has no antialiased bicubic enlargement
+                raise ValueError(f"The mode onnx cannot time this network ({error}).") from None
         self.content = content.getvalue()
         self.session = start_session(self.content, threads)
         nodes = onnx.load_model_from_string(self.content).graph.node

@@ -269,7 +269,7 @@ def measure_network(network: nn.Module, setting: Setting, *, warmup: int = 10, r
 
 
 def through_onnxruntime(network: nn.Module, setting: Setting) -> Timing | None:
-    """The latency of a network in a setting, but through onnxruntime; None on a GPU or if it is missing."""
+    """The latency of a network in a setting, but through onnxruntime; None where that cannot be measured."""
     if setting.device_type != "cpu" or setting.dtype != "float32":
         return None
     try:

@@ -147,6 +147,16 @@ def test_every_part_of_a_network_has_a_time_in_onnxruntime(name):
     assert sum(times) < 2 * whole  # no node counts twice; other work may run here
 
 
+def test_a_network_that_the_tracing_exporter_cannot_write_has_no_time_and_stops_nothing(capfd):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    made, setting = network("hinas, twice as large"), latency.this_setting("cpu", size=16, num_classes=0)
+    assert latency.through_onnxruntime(made, setting) is None
+    assert latency.through_onnxruntime(network("hinas"), setting).median_ms > 0
+    with pytest.raises(ValueError, match="The mode onnx cannot time this network"):
+        latency.measure_network(made, replace(setting, mode="onnx"))
+
+
 def test_a_setting_of_onnxruntime_is_for_the_cpu_and_holds_its_version():
     pytest.importorskip("onnxruntime")
     with pytest.raises(ValueError, match="is for --device cpu and --dtype float32"):
