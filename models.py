@@ -15,7 +15,7 @@ import math
 import random
 from collections import namedtuple
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -103,9 +103,8 @@ class UpConv(nn.ConvTranspose2d):
             mix = then.weight[:, :, 0, 0]
             weight, bias = torch.einsum("iojk,po->ipjk", weight, mix), mix @ bias + then.bias
         batch, channels, height, width = x.shape
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # exporters have a node for it
-            weight = weight.permute(1, 2, 3, 0).reshape(-1, channels, 1, 1)
-            return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4)), 2)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # other runtimes are faster with it
+            return F.conv_transpose2d(x, weight, bias, 2)
         weight = weight.permute(2, 3, 1, 0).reshape(-1, channels, 1, 1)
         out = F.conv2d(x, weight, bias.repeat(4)).permute(0, 2, 3, 1)  # (B, H, W, 2 * 2 * out)
         out = out.reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, H, 2, W, 2 * out)
@@ -148,29 +147,32 @@ class FullResolution(nn.Module):
         nn.init.zeros_(self.rest.weight)
         nn.init.zeros_(self.rest.bias)
 
-    def region_means(self, noisy: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-        """The means of regions, painted where their masks (B, REGIONS, H, W) are, which sum to 1; and the sum
-        of these images over scales, with weights (B, scales, H, W)."""
-        (height, width), top = noisy.shape[-2:], max(self.SCALES)
+    def region_means(self, noisy: Tensor, masks: list[Tensor], weights: list[Tensor]) -> Tensor:
+        """The means of regions, painted where their masks are, (B, 1, H, W) each, which sum to 1; and the sum
+        of these images over scales, with as many weights (B, 1, H, W)."""
+        (height, width), top, total = noisy.shape[-2:], max(self.SCALES), 0.0
         counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
-        parts, total = (masks.unsqueeze(2) * counted.unsqueeze(1)).flatten(1, 2), 0.0
+        parts = torch.cat([mask * counted for mask in masks], 1)
         parts = F.pad(parts, (0, top - 1 - (width - 1) % top, 0, top - 1 - (height - 1) % top))  # of area 0
-        for scale, weight in zip(self.SCALES, weights.split(1, 1), strict=True):
-            part = F.avg_pool2d(parts, scale).unflatten(1, (self.REGIONS, -1))
-            part = part + 0.01 * part.sum(1, keepdim=True)  # of all pixels: a region may have none nearby
-            part = F.interpolate(part.flatten(1, 2), scale_factor=scale, mode="bilinear")
-            part = part[..., :height, :width].unflatten(1, (self.REGIONS, -1))
-            total = total + ((weight * masks / part[:, :, 3]).unsqueeze(2) * part[:, :, :3]).sum(1)
+        for scale, finer, weight in zip(self.SCALES, (1, *self.SCALES), weights):
+            parts = F.avg_pool2d(parts, scale // finer)  # means of means
+            regions = parts.split(4, 1)
+            every = 0.01 * sum(regions[1:], regions[0])  # all pixels: a region may have none nearby
+            means = torch.cat([region + every for region in regions], 1)
+            means = F.interpolate(means, scale_factor=scale, mode="bilinear")[..., :height, :width]
+            for mask, mean in zip(masks, means.split(4, 1)):
+                total = total + weight * mask / mean[:, 3:] * mean[:, :3]
         return total
 
     def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
         level, count = self.noise_level(noisy), len(self.SCALES) + 2
         logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
-        weights = (logits + self.slope * (level + 4)).softmax(1)  # -4: sigma 0.14
-        own, nearby, decoded = weights.split((1, count - 2, 1), 1)
+        logits = (logits + self.slope * (level + 4)).split(1, 1)  # -4: sigma 0.14
+        top = reduce(torch.maximum, logits)  # a softmax channel by channel, since onnxruntime's takes long
+        powers = [(logit - top).exp() for logit in logits]
+        own, *nearby, decoded = (power / sum(powers[1:], powers[0]) for power in powers)
         first = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:]))  # 2: regions part sooner
-        means = self.region_means(noisy, torch.cat((first, 1 - first), 1), nearby)
-        mixed = own * noisy + means + decoded * x[:, :3]
+        mixed = own * noisy + self.region_means(noisy, [first, 1 - first], nearby) + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)
 
@@ -201,7 +203,8 @@ class Decoder(nn.Module):
         s2, s3, s4, _, x = features
         if self.full is not None:
             noisy = pad_to_multiple(noisy, ENCODER_STRIDE)
-            s2 = torch.cat((s2, F.pixel_unshuffle(noisy, 2)), 1)
+            pixels = torch.eye(12).to(noisy).view(12, 3, 2, 2)
+            s2 = torch.cat((s2, F.conv2d(noisy, pixels, stride=2)), 1)  # as pixel_unshuffle, but faster
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)

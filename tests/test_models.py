@@ -207,8 +207,8 @@ def test_decoder_costs_what_the_facts_say_at_224():
                                               for decoder in ("conv", "sharp"))]
     cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
-    # Two 3x3 convolutions, the 10 features from 16 channels, the noise level, and the noisy image at level 1.
-    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 + 9 * 12 * 16 / 4
+    # Two 3x3 convolutions, 10 features of 16 channels, the noise level, the noisy image to and in level 1.
+    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 + (12 * 12 + 9 * 12 * 16) / 4
     assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
@@ -242,9 +242,9 @@ def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
     clean = stroke * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - stroke) * 0.3
     noisy = clean + 0.5 * torch.randn(1, 3, 40, 72, generator=torch.Generator().manual_seed(0))
     def mean(image, masks, scale):
-        weights = torch.tensor([float(each == scale) for each in branch.SCALES]).view(1, -1, 1, 1)
-        return branch.region_means(image, masks, weights.expand(1, -1, 40, 72))
-    masks, half = torch.cat((stroke, 1 - stroke), 1), torch.full((1, 2, 40, 72), 0.5)
+        weights = [torch.full_like(stroke, each == scale) for each in branch.SCALES]
+        return branch.region_means(image, masks, weights)
+    masks, half = [stroke, 1 - stroke], [torch.full_like(stroke, 0.5)] * 2
     wide = mean(clean, masks, 32) * stroke
     assert (wide - clean * stroke).abs().max() < 0.15  # one pixel in a hundred is of the neighbourhood
     assert (mean(noisy, masks, 32) * stroke - wide).abs().max() < 0.1
