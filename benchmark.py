@@ -50,7 +50,7 @@ def make_row(what: str, unit: str, plain: float, ours: float, **more) -> dict:
 def time_both(what: str, plain, ours, device: torch.device | str, seconds: float, burst: int = 1) -> dict:
     """The line of the milliseconds of two functions, which run in turn."""
     times = latency.interleave([plain, ours], device, burst=burst, seconds=seconds)
-    return make_row(what, "ms", *(timing.median_ms for timing in times.timings)) | {
+    return make_row(what, "ms", *times.medians_ms) | {
         "ratio": 1 / times.ratios[1], "uncertainty": times.uncertainty[1]}
 
 
@@ -167,7 +167,7 @@ def compare_prediction(setting: latency.Setting, operations: int, count: int) ->
             parts = [part for _, part in space.parts(network)]
             alone = naive_sum_ms(network, parts, images, setting.device_type)
             times = latency.interleave([lambda: network(images)], setting.device_type, burst=5)
-        errors.append((abs(100 * (alone / times.timings[0].median_ms - 1)), abs(ours)))
+        errors.append((abs(100 * (alone / times.medians_ms[0] - 1)), abs(ours)))
     functions = {"median": statistics.median,
                  "95th percentile": lambda values: sorted(values)[-(-95 * len(values) // 100) - 1]}
     return [make_row(f"prediction: {name} error of {count} networks", "%", *map(function, zip(*errors)),

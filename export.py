@@ -10,18 +10,18 @@ from PyTorch's. ONNX needs the packages in requirements-optional.txt.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import json
 import logging
-import re
-import statistics
+import math
 import sys
-import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
@@ -31,6 +31,7 @@ import files
 import latency
 import models
 import run
+import timing
 from data import Parser, whole
 
 FORMAT, VERSION = "joint-onnx", 1
@@ -112,17 +113,6 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
     files.write_file(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
 
 
-def start_session(content: bytes, threads: int, profile: Path | None = None):
-    """A session of onnxruntime on the CPU; its threads do not spin, so that other work can run beside it."""
-    runtime = optional("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 class OnnxNetwork(nn.Module):
     """A network in a file of `write_onnx`, run by onnxruntime on the CPU; called as the network itself.
 
@@ -133,7 +123,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         optional("onnxruntime")
         try:
-            self.session = start_session(Path(path).read_bytes(), threads)
+            self.session = timing.start_session(Path(path).read_bytes(), threads)
             self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["joint"])
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); make it with export.py.") from None
@@ -180,7 +170,8 @@ def node_paths(network: nn.Module, example: Tensor) -> dict[nn.Module, str]:
 
 class Traced(nn.Module):
     """A network that onnxruntime runs on images like `example` only, for timing: made in a second, where
-    `export_program` takes ten. `network`: it with folded batch norms."""
+    `export_program` takes ten. `network`: it with folded batch norms; `content`: of its ONNX file;
+    `paths` and `fused`: see timing.part_times."""
 
     def __init__(self, network: nn.Module, example: Tensor, threads: int):
         super().__init__()
@@ -195,36 +186,60 @@ class Traced(nn.Module):
             except torch.onnx.errors.OnnxExporterError as error:  # it has no antialiased bicubic enlargement
                 raise ValueError(f"The mode onnx cannot time this network ({error}).") from None
         self.content = content.getvalue()
-        self.session = start_session(self.content, threads)
         nodes = onnx.load_model_from_string(self.content).graph.node
         convolutions = {node.output[0]: node.name for node in nodes if node.op_type == "Conv"}
         self.fused = {node.name: convolutions[node.input[0]]  # activation -> convolution that takes it in
                       for node in nodes if node.input and node.input[0] in convolutions}
 
+    @functools.cached_property
+    def session(self):
+        return timing.start_session(self.content, self.threads)
+
     def forward(self, noisy: Tensor) -> list:
         return self.session.run(None, {"noisy": noisy.numpy()})
 
     def time_parts(self, parts: list[nn.Module], images: Tensor, runs: int) -> list[float]:
-        """The median milliseconds of each part in `runs` passes, by onnxruntime's profile of its nodes.
-        A node's name has the path of its module; one without is a change of layout for the node before."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = start_session(self.content, self.threads, Path(folder) / "profile")
-            for _ in range(runs):
-                session.run(None, {"noisy": images.numpy()})
-            events = json.loads(Path(session.end_profiling()).read_text())
-        times = defaultdict(list)  # node -> microseconds of each run
-        for event in events:
-            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-                name = re.sub(r"(_output_\d+)?(_nchwc)?_kernel_time$", "", event["name"])
-                is_convolution = event["args"]["op_name"].endswith("Conv")  # named as what it took in
-                times[self.fused.get(name, name) if is_convolution else name].append(event["dur"])
-        totals, owner = dict.fromkeys(parts, 0.0), None
-        for node, values in times.items():
-            if node.startswith("/"):
-                owner = next((part for part in parts if node.startswith(self.paths[part])), None)
-            if owner is not None:
-                totals[owner] += statistics.median(values) / 1e3
-        return [totals[part] for part in parts]
+        """The median milliseconds of each part in `runs` passes, by onnxruntime's profile of its nodes."""
+        paths = [self.paths[part] for part in parts]
+        return timing.part_times(self.content, self.threads, images.numpy(), paths, self.fused, runs)
+
+
+class SharedWeights:
+    """Files of random numbers in a folder from which many networks read their large weights, for timing. No
+    two weights of a network are one number of a file, and their standard deviation is what it was, to a
+    factor of 1.4 (0 remains 0). So the folder takes little more than the largest network."""
+
+    FILE = "weights-{:g}.bin"
+    SMALLEST = 1024  # numbers; smaller tensors stay in the network's own file. Places are multiples of it
+
+    def __init__(self, folder: Path):
+        optional("onnx")
+        self.folder, self.sizes = folder, Counter()  # standard deviation -> how many numbers
+
+    def write(self, content: bytes, name: str) -> None:
+        """Write the ONNX file `name`, from the content of one with weights of its own."""
+        import onnx
+        model, places = onnx.load_model_from_string(content), Counter()
+        for tensor in model.graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor)
+            large = values.dtype == np.float32 and values.size >= self.SMALLEST
+            if large and (values.std() > 0 or not values.any()):
+                spread = 2.0 ** round(math.log2(values.std())) if values.any() else 0.0
+                onnx.external_data_helper.set_external_data(
+                    tensor, self.FILE.format(spread), 4 * places[spread], 4 * values.size)
+                tensor.ClearField("raw_data")
+                places[spread] += -(-values.size // self.SMALLEST) * self.SMALLEST
+        self.sizes |= places  # the larger of both
+        files.write_file(self.folder / name,
+                         lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+    def finish(self) -> None:
+        """Write the numbers."""
+        rng = np.random.default_rng(0)
+        for spread, count in sorted(self.sizes.items()):
+            values = rng.standard_normal(count, np.float32) * np.float32(spread)
+            files.write_file(self.folder / self.FILE.format(spread),
+                             lambda temporary: temporary.write_bytes(values.tobytes()))
 
 
 def largest_difference(network: nn.Module, form, inputs: list[tuple[Tensor, ...]]) -> float:
@@ -272,7 +287,7 @@ def compare(network: nn.Module, paths: dict[str, Path], images: str, size: int, 
     timed = example_inputs(network, 1, size, size)
     with torch.inference_mode():
         times = latency.interleave([lambda form=form: form(*timed) for form in forms.values()], "cpu")
-    rows = [{"form": form, "ms": timing.median_ms} for form, timing in zip(forms, times.timings)]
+    rows = [{"form": form, "ms": ms} for form, ms in zip(forms, times.medians_ms)]
     for row in rows:
         if path := paths.get(row["form"]):
             row |= {"difference": largest_difference(network, forms[row["form"]], inputs),

@@ -3,6 +3,9 @@
     python latency.py --output latency.json            # this device, 8 operations per block, 64 x 64 pixels
     python latency.py --table latency.json --check 20  # predicted against measured, on 20 random networks
 
+    python latency.py --mode onnx --write-networks DIR # to time on another device, by timing.py in DIR
+    python latency.py --read-times DIR/times.json      # the table of that device
+
 Reads and writes the latency table (JSON). Copied alone it times networks (`measure_network`) and makes them
 fast (`fast`); tables need the other files of the project.
 """
@@ -17,6 +20,7 @@ import json
 import math
 import platform
 import random
+import shutil
 import statistics
 import sys
 import time
@@ -33,6 +37,7 @@ try:
     import files
     import models
     import registry
+    import timing
     from data import Parser, number, whole
     from run import Command, check_device, say, track
 except ImportError as error:  # this file alone; of the command only --help works
@@ -43,6 +48,9 @@ FORMAT_OF_PARTS = "joint-latency-parts"  # of the methods besides tfnas, version
 FIELDS = {  # of a table, and their kinds, see files.fits
     "made": {"date": str}, "space": dict, "rest_ms": dict, "reference": dict, "parts": [dict],
     "check": ({"networks": int, "median_percent": float, "p95_percent": float, "worst_percent": float}, None),
+    "conditions": ({"p10_ms": float, "p90_ms": float, "cpu_share": (float, None), "load": (float, None)},
+                   None),
+    "timed": ({"device": str, "date": str}, None),  # of a table of another device
     "setting": {"device": str, "device_type": str, "threads": range(4097), "batch": range(1, 65537),
                 "dtype": str, "size": range(1, 65537), "memory_format": str, "num_classes": range(65537)}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,17 +59,19 @@ MODES = ("eager", "folded", "compile", "graph", "onnx")
 
 @dataclass(frozen=True)
 class Timing:
-    """The median, 10th and 90th percentile of `count` runs, in milliseconds per batch."""
+    """The median, 10th and 90th percentile of `count` runs, in milliseconds per batch.
+    cpu_share: CPU time by wall time, 1 on a quiet CPU. None on a GPU, and where threads wait for others."""
     median_ms: float
     p10_ms: float
     p90_ms: float
     count: int
+    cpu_share: float | None = None
 
     @classmethod
-    def of(cls, samples_ms) -> Timing:
+    def of(cls, samples_ms, cpu_share: float | None = None) -> Timing:
         values = sorted(samples_ms)
         p10, p90 = (values[round(share * (len(values) - 1))] for share in (0.1, 0.9))
-        return cls(statistics.median(values), p10, p90, len(values))
+        return cls(statistics.median(values), p10, p90, len(values), cpu_share)
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,7 @@ def device_name(device: torch.device | str) -> str:
     """The name of the GPU, or of the CPU model."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine() if MISSING else timing.device_name()
 
 
 def this_setting(device: str, *, size: int, num_classes: int, batch: int | None = None, threads: int = 1,
@@ -191,17 +197,19 @@ def _elapsed_ms(start, stop) -> float:
 def measure(run, device: torch.device | str, *, warmup: int = 5, repeats: int = 30,
             seconds: float = 0.0) -> Timing:
     """Time `run()` at least `repeats` times and for at least `seconds`, after `warmup` runs, synchronised."""
-    device, samples = torch.device(device), []
+    device, samples, cpu = torch.device(device), [], 0.0
     for _ in range(warmup):
         run()
     end = time.perf_counter() + seconds
     while len(samples) < repeats or time.perf_counter() < end:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = _now(device)
+        cpu_start, start = time.thread_time(), _now(device)
         run()
         samples.append(_elapsed_ms(start, _now(device)))
-    return Timing.of(samples)
+        cpu += time.thread_time() - cpu_start
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return Timing.of(samples, min(1.0, 1e3 * cpu / sum(samples)) if one_thread else None)
 
 
 def peak_memory_mib(device: torch.device | str) -> float | None:
@@ -215,30 +223,11 @@ def peak_memory_mib(device: torch.device | str) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-@dataclass(frozen=True)
-class Interleaved:
-    """Several things timed in turn: the times of each, and as multiples of the time of the first."""
-    timings: list[Timing]
-    ratios: list[float]  # medians over the rounds of (time / time of the first)
-    uncertainty: list[float]  # half the 95 % interval of the ratio, relative
-
-
 def interleave(runs: list, device: torch.device | str, *, burst: int = 3, warmup: int = 1,
-               min_rounds: int = 5, seconds: float = 0.0, tolerance: float = 0.01) -> Interleaved:
-    """Time `runs` in turn, `burst` times each: what disturbs the device then affects all of them alike.
-    Stops after `min_rounds` rounds once all ratios are known to `tolerance` or `seconds` have passed."""
-    end, rounds = time.perf_counter() + seconds, []
-    while True:
-        rounds.append([measure(run, device, warmup=warmup, repeats=burst).median_ms for run in runs])
-        if len(rounds) < min_rounds:
-            continue
-        ratios = [[row[index] / row[0] for row in rounds] for index in range(len(runs))]
-        quartiles = [statistics.quantiles(values, n=4, method="inclusive") for values in ratios]
-        known_to = [1.58 * (high - low) / math.sqrt(len(rounds)) / median  # McGill, Tukey and Larsen 1978
-                    for low, median, high in quartiles]
-        if max(known_to) <= tolerance or time.perf_counter() >= end:
-            return Interleaved([Timing.of(times) for times in zip(*rounds)],
-                               [statistics.median(values) for values in ratios], known_to)
+               min_rounds: int = 5, seconds: float = 0.0, tolerance: float = 0.01) -> timing.InTurn:
+    """Time `runs` in turn, `burst` times each, see `timing.interleave`."""
+    bursts = [lambda run=run: measure(run, device, warmup=warmup, repeats=burst) for run in runs]
+    return timing.interleave(bursts, min_rounds=min_rounds, seconds=seconds, tolerance=tolerance)
 
 
 @contextlib.contextmanager
@@ -374,6 +363,18 @@ class Table:
         except (KeyError, ValueError):
             raise ValueError(self._not_covered(self.method, design)) from None
 
+    def error_percent(self, design, ratio: float) -> float:
+        """How far the prediction is from a measured `ratio`, a multiple of the reference network's time."""
+        return 100 * (self.predict_ms(design) / (ratio * self.reference_ms) - 1)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the table is of another device than this one, whose times were read (`read_times`)."""
+        if self.content.get("timed") is None:
+            return False
+        here = this_setting("cpu", size=1, num_classes=0, mode="onnx")
+        return (self.setting.device, self.setting.runtime) != (here.device, here.runtime)
+
     def reference_network(self) -> nn.Module:
         """The network that is timed beside others, to see how fast the device is at the moment."""
         return self.network(self.reference)
@@ -447,63 +448,164 @@ def space_of(args: argparse.Namespace):
 
 # --- Building a table --------------------------------------------------------------------------------------
 
+class Plan:
+    """The networks that a table of a space is made from; the seed draws them.
+    `carriers` hold each part `rounds` times or more; parts are timed inside of them, since alone they would
+    find their weights in the cache. The first `wholes` of them are also timed as a whole. `to_correct` and
+    `to_check` are other networks, which say how far off the sums of parts are."""
+
+    def __init__(self, setting: Setting, space, rounds: int = 3, seed: int = 0):
+        self.setting, self.space, self.rounds, self.seed = setting, space, rounds, seed
+        self.carriers = space.carriers(random.Random(seed), rounds)
+        slow = setting.mode == "compile"  # such networks take long to make
+        self.wholes = 2 * rounds if slow else len(self.carriers)
+        correct, check = random.Random(seed + 1), random.Random(seed + 2)
+        self.to_correct = [space.random_design(correct) for _ in range((1 if slow else 4) * rounds)]
+        self.to_check = [space.random_design(check) for _ in range((2 if slow else 7) * rounds)]
+        self.designs = [*self.carriers, *self.to_correct, *self.to_check]
+
+    def record_content(self, design) -> dict:
+        return registry.method_module(self.space.identity()["method"]).record_content(design)
+
+    def how(self, index: int) -> dict:
+        """How often the network `index` of `designs` is timed in turn with the reference, see timing.Job."""
+        return dict(rounds=3, seconds=0.0) if index < len(self.carriers) else dict(rounds=17, seconds=1.0)
+
+    def to_dict(self) -> dict:
+        """What `from_dict` makes the same plan from, also in another version of this project, or refuses."""
+        designs = json.dumps([self.record_content(design) for design in self.designs], sort_keys=True)
+        return {"setting": asdict(self.setting), "space": self.space.identity(), "rounds": self.rounds,
+                "seed": self.seed, "designs": hashlib.sha256(designs.encode()).hexdigest()[:16]}
+
+    @classmethod
+    def from_dict(cls, content: dict, **device) -> Plan:
+        """The plan of `to_dict`; device: fields of the setting that are known only where it was timed."""
+        module = registry.method_module(content["space"]["method"])
+        plan = cls(Setting(**content["setting"] | device), module.Space.from_identity(content["space"]),
+                   content["rounds"], content["seed"])
+        if plan.to_dict()["designs"] != content["designs"]:
+            raise ValueError("its networks are of another version of this project: write them again")
+        return plan
+
+
 def build_table(setting: Setting, space, rounds: int = 3, seed: int = 0) -> dict:
-    """Time the parts of a space on this device and return the content of a table file.
-    Every part is timed inside `rounds` or more whole networks: alone it would find its weights in the cache.
+    """Time the parts of a space on this device and return the content of a table file."""
+    plan = Plan(setting, space, rounds, seed)
+    return table_from(plan, time_here(plan))
+
+
+def time_here(plan: Plan) -> dict:
+    """Time the networks of a plan on this device, see timing.time_networks.
     A reference network is timed in turn with them: in multiples of its time a disturbance cancels out. A
-    compiled network or a CUDA graph has no parts to time; those of the folded network are scaled."""
-    identity, designs = space.identity(), space.carriers(random.Random(seed), rounds)
-    most, to_correct, to_check = len(designs), 4 * rounds, 7 * rounds  # networks that are timed as a whole
-    if setting.mode == "compile":  # they take long to make
-        most, to_correct, to_check = 2 * rounds, rounds, 2 * rounds
-    carriers, reference_ms = _time_carriers(setting, space, designs, most)
-    factors = _group_factors(carriers[:most]) if setting.mode in ("compile", "graph") else {}
-    samples, sizes = defaultdict(list), {}
+    compiled network or a CUDA graph has no parts to time; those of the folded network are."""
+    setting, space, device = plan.setting, plan.space, torch.device(plan.setting.device_type)
+    has_parts = setting.mode in ("eager", "folded", "onnx")
+    in_parts, last = setting if has_parts else replace(setting, mode="folded"), len(plan.carriers)
+
+    def jobs(images):
+        designs = track(plan.designs, "latency table", len(plan.designs), unit="network")
+        for index, design in enumerate(designs):
+            network, whole, parts = space.network(design), None, None
+            with contextlib.ExitStack() as stack:
+                if index < plan.wholes or index >= last:
+                    as_set, _ = stack.enter_context(prepared(network, setting))
+                    whole = lambda: measure(lambda: as_set(images), device, warmup=1, repeats=3)
+                if index < last:
+                    timed = as_set if has_parts else stack.enter_context(prepared(network, in_parts))[0]
+                    folded = timed.network if setting.mode == "onnx" else timed
+                    modules = [part for _, part in space.parts(folded)]
+                    parts = lambda: time_parts(timed, modules, images, device, 7, queued=not has_parts)
+                yield timing.Job(whole, parts, **plan.how(index))
+
+    network = space.network(space.reference_design())
+    with prepared(network, in_parts) as (timed, images), prepared(network, setting) as (as_set, _):
+        measure(lambda: as_set(images), device, seconds=1.0)  # warm the clocks
+        return timing.time_networks(
+            jobs(images), lambda: measure(lambda: as_set(images), device, warmup=1, repeats=3),
+            lambda: measure(lambda: timed(images), device, warmup=1, repeats=5), say)
+
+
+def table_from(plan: Plan, times: dict, **more) -> dict:
+    """The content of a table file, from the times of a plan's networks (timing.time_networks)."""
+    setting, space, rows = plan.setting, plan.space, times["networks"]
+    reference_ms, samples, carriers = _number(times["conditions"]["median_ms"], 1e-9), defaultdict(list), []
+    for design, row in zip(plan.carriers, rows):
+        with torch.device("meta"):
+            parts, modules = zip(*space.parts(space.network(design)))
+        sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+        pace, ratio = _number(row["pace_ms"], 1e-9), row.get("ratio")
+        shares = [_number(ms, 0.0) / pace for ms in row["parts_ms"]]
+        carriers.append((space.kinds(design), list(zip(parts, sizes, shares, strict=True)),
+                         None if ratio is None else _number(ratio, 1e-9)))
+    wholes = carriers[:plan.wholes]
+    factors = _group_factors(wholes) if setting.mode in ("compile", "graph") else {}
+    sizes = {part: size for _, parts, _ in carriers for part, size, _ in parts}
     for _, parts, _ in carriers:
-        for part, sizes[part], share in parts:
+        for part, _, share in parts:
             samples[part].append(share * reference_ms * factors.get(part[0], 1.0))
     timings = {part: Timing.of(values) for part, values in sorted(samples.items())}
-    times = {part: timing.median_ms for part, timing in timings.items()}
-    times = space.smooth(times) if hasattr(space, "smooth") else times
-    spill, rest = _shared_costs(carriers[:most], times, reference_ms)
-    parts = [{**part._asdict(), "ms": round(times[part] + spill * sizes[part], 6),
-              "p10_ms": round(timing.p10_ms, 6), "p90_ms": round(timing.p90_ms, 6)}
-             for part, timing in timings.items()]
-    content = {"format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, seed),
-               "setting": asdict(setting), "space": identity, "networks_timed": len(carriers), "reference":
-               registry.method_module(identity["method"]).record_content(space.reference_design()),
+    costs = {part: found.median_ms for part, found in timings.items()}
+    costs = space.smooth(costs) if hasattr(space, "smooth") else costs
+    spill, rest = _shared_costs(wholes, costs, reference_ms)
+    parts = [{**part._asdict(), "ms": round(costs[part] + spill * sizes[part], 6),
+              "p10_ms": round(found.p10_ms, 6), "p90_ms": round(found.p90_ms, 6)}
+             for part, found in timings.items()]
+    content = {"format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, plan.seed),
+               **more, "setting": asdict(setting), "space": space.identity(), "networks_timed": len(carriers),
+               "conditions": times["conditions"], "reference": plan.record_content(space.reference_design()),
                "reference_ms": reference_ms, "correction": 1.0, "rest_ms": rest, "parts": parts}
+
+    def errors(designs, rows):
+        table = Table(content)
+        return [table.error_percent(design, _number(row["ratio"], 1e-9))
+                for design, row in zip(designs, rows, strict=True)]
+
     # A common factor is left over. The errors that are then reported are those of other networks.
-    errors = [row["error_percent"] for row in check(Table(content), to_correct, seed + 1)["networks"]]
-    content["correction"] = 1 / (1 + statistics.median(errors) / 100)
-    result = check(Table(content), to_check, seed + 2)
-    return content | {"check": {"networks": len(result["networks"]), **result["error_percent"],
-                                "uncertainty": result["uncertainty_percent"]}}
+    first, last = len(carriers), len(carriers) + len(plan.to_correct)
+    content["correction"] = 1 / (1 + statistics.median(errors(plan.to_correct, rows[first:last])) / 100)
+    return content | {"check": {
+        "networks": len(plan.to_check), **summary(errors(plan.to_check, rows[last:])),
+        "uncertainty": 100 * statistics.median(_number(row["uncertainty"], 0.0) for row in rows[last:])}}
 
 
-def _time_carriers(setting: Setting, space, designs: list, most: int) -> tuple[list[tuple], float]:
-    """Time the parts of designs' networks, and the first `most` as a whole, in multiples of the reference.
-    Returns [(kinds, [(Part, its parameters, its time)], time of the whole or None)], the reference's ms."""
-    device, has_parts = torch.device(setting.device_type), setting.mode in ("eager", "folded", "onnx")
-    in_parts = setting if has_parts else replace(setting, mode="folded")
-    network, carriers, reference_ms = space.network(space.reference_design()), [], []
-    with prepared(network, in_parts) as (reference, images), prepared(network, setting) as (as_set, _):
-        measure(lambda: as_set(images), device, seconds=1.0)  # warm the clocks
-        for index, design in enumerate(track(designs, "latency table", len(designs), unit="network")):
-            network, whole = space.network(design), None
-            if index < most:
-                with prepared(network, setting) as (timed, _):
-                    times = interleave([lambda: as_set(images), lambda: timed(images)], device, min_rounds=3)
-                reference_ms.append(times.timings[0].median_ms)
-                whole = times.ratios[1]
-            with prepared(network, in_parts) as (timed, _):
-                pace = measure(lambda: reference(images), device, warmup=1, repeats=5).median_ms
-                parts, modules = zip(*space.parts(timed.network if setting.mode == "onnx" else timed))
-                times = time_parts(timed, modules, images, device, runs=7, queued=not has_parts)
-            sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
-            parts = list(zip(parts, sizes, (ms / pace for ms in times)))
-            carriers.append((space.kinds(design), parts, whole))
-    return carriers, statistics.median(reference_ms)
+def write_network(network: nn.Module, setting: Setting, path: str | Path) -> None:
+    """Write a network as an ONNX file that timing.py times; its input has the shape of the setting."""
+    with prepared(network, setting) as (traced, _):
+        files.write_file(path, lambda temporary: temporary.write_bytes(traced.content))
+
+
+def write_networks(plan: Plan, folder: Path) -> None:
+    """Write what another device needs to time a plan: networks in ONNX, what to time, and timing.py."""
+    from export import SharedWeights
+    weights, rows = SharedWeights(folder), []
+    designs = [plan.space.reference_design(), *plan.designs]
+    for index, design in enumerate(track(designs, "networks", len(designs), unit="network"), -1):
+        row = {"file": f"network-{index:03d}.onnx" if index >= 0 else "reference.onnx", **plan.how(index)}
+        with prepared(plan.space.network(design), plan.setting) as (traced, _):
+            if 0 <= index < len(plan.carriers):
+                modules = [part for _, part in plan.space.parts(traced.network)]
+                row |= {"parts": [traced.paths[module] for module in modules], "fused": traced.fused}
+            weights.write(traced.content, row["file"])
+        rows.append(row)
+    weights.finish()
+    files.write_file(folder / "timing.py", lambda temporary: shutil.copy(timing.__file__, temporary))
+    files.write_json(folder / timing.NETWORKS, {
+        "format": timing.FORMAT_OF_NETWORKS, "version": timing.VERSION,
+        "made": files.provenance(device_name("cpu"), plan.seed), **plan.to_dict(),
+        "reference": rows[0]["file"], "networks": rows[1:]})
+
+
+def read_times(path: str | Path) -> dict:
+    """The content of a table, from the times that timing.py took on another device."""
+    remedy = "time the networks again with timing.py"
+    content = files.read_json(path, timing.FORMAT, timing.VERSION, remedy)
+    files.check_fields(path, content, {"made": {"device": str, "runtime": str, "date": str}, "plan": {
+        "setting": dict, "space": dict, "rounds": range(1, 65537), "seed": range(2**63), "designs": str},
+        "conditions": dict, "networks": [dict]})
+    with files.reading(path):
+        made = content["made"]
+        plan = Plan.from_dict(content["plan"], device=made["device"], runtime=made["runtime"])
+        return Table(table_from(plan, content, timed=made)).content
 
 
 def _shared_costs(carriers: list[tuple], times: dict, reference_ms: float) -> tuple[float, dict[str, float]]:
@@ -591,12 +693,20 @@ def compare(table: Table, design, *, seconds: float = 5.0) -> dict:
             prepared(table.network(design), table.setting) as (network, _):
         times = interleave([lambda: reference(images), lambda: network(images)], table.setting.device_type,
                            burst=burst, min_rounds=17, seconds=seconds)
-    now, timing = times.timings
-    return {"predicted_ms": predicted, "measured_ms": timing.median_ms, "p10_ms": timing.p10_ms,
-            "p90_ms": timing.p90_ms, "bursts": timing.count, "runs": burst * timing.count,
-            "slowdown": now.median_ms / table.reference_ms,
-            "error_percent": 100 * (predicted / (times.ratios[1] * table.reference_ms) - 1),
+    found = Timing.of(times.times_ms[1], times.cpu_share)
+    return {"predicted_ms": predicted, "measured_ms": found.median_ms, "p10_ms": found.p10_ms,
+            "p90_ms": found.p90_ms, "cpu_share": found.cpu_share, "bursts": found.count,
+            "runs": burst * found.count, "slowdown": times.medians_ms[0] / table.reference_ms,
+            "error_percent": table.error_percent(design, times.ratios[1]),
             "uncertainty_percent": 100 * times.uncertainty[1]}
+
+
+def ms_at_table(searched: dict, setting: Setting) -> float | None:
+    """The milliseconds that a search measured (`latency` of its record), at the speed of its table; None
+    where it measured nothing, or in another setting."""
+    there = {**(searched.get("setting") or {}), "num_classes": setting.num_classes}
+    measured, slowdown = (searched.get(name) or math.nan for name in ("measured_ms", "slowdown"))
+    return measured / slowdown if there == asdict(setting) and 0 < measured / slowdown < 1e9 else None
 
 
 def corrected(table: Table, result: dict) -> Table:
@@ -609,13 +719,20 @@ def check(table: Table, count: int, seed: int = 1000) -> dict:
     rng = random.Random(seed)
     rows = [compare(table, table.random_design(rng), seconds=1.0)
             for _ in track(range(count), "check of the table", count, unit="network")]
-    sizes = sorted(abs(row["error_percent"]) for row in rows)
-    error = {"median_percent": statistics.median(sizes), "p95_percent": sizes[math.ceil(0.95 * count) - 1],
-             "worst_percent": sizes[-1]}
-    for most in (5, 10):
-        error[f"within_{most}_percent"] = 100 * sum(size <= most for size in sizes) / count
-    return {"networks": rows, "error_percent": error,
-            "uncertainty_percent": statistics.median(row["uncertainty_percent"] for row in rows)}
+    now = Timing.of([row["slowdown"] * table.reference_ms for row in rows],
+                    timing.mean_share(row["cpu_share"] for row in rows))  # of the reference network
+    return {"networks": rows, "error_percent": summary([row["error_percent"] for row in rows]),
+            "uncertainty_percent": statistics.median(row["uncertainty_percent"] for row in rows),
+            "reference": {**asdict(now), "slowdown": now.median_ms / table.reference_ms}}
+
+
+def summary(errors: list[float]) -> dict:
+    """Errors in percent, without their signs, in a few numbers."""
+    sizes = sorted(map(abs, errors))
+    within = {f"within_{most}_percent": 100 * sum(size <= most for size in sizes) / len(sizes)
+              for most in (5, 10)}
+    return {"median_percent": statistics.median(sizes), "worst_percent": sizes[-1],
+            "p95_percent": sizes[math.ceil(0.95 * len(sizes)) - 1], **within}
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -623,11 +740,14 @@ def check(table: Table, count: int, seed: int = 1000) -> dict:
 def format_table(table: Table, times: bool = True) -> str:
     """A table for people, with or without the `times` of the parts."""
     setting, content = table.setting, table.content
+    date = content.get("timed", content["made"])["date"]
     lines = [f"{setting.device} ({setting.device_type}, {setting.threads} threads), {setting.dtype}, "
-             f"{setting.mode}, batch {setting.batch}, {setting.size} px, {content['made']['date']}"]
+             f"{setting.mode}, batch {setting.batch}, {setting.size} px, {date}"]
     if "check" in content:
         lines.append(f"predicted against measured on {content['check']['networks']} random networks: "
                      f"{format_error(content['check'])}")
+    if "conditions" in content:  # older tables have none
+        lines.append(timing.format_conditions(content["conditions"]))
     for part, ms in table.costs.items() if times else ():
         fields_of_part = ", ".join(f"{name} {value}" for name, value in part._asdict().items())
         lines.append(f"{ms:>9.3f} ms  {fields_of_part}")
@@ -645,7 +765,9 @@ def format_result(result: dict) -> str:
                      f"{row['uncertainty_percent']:>7.1f}%")
     if "networks" in result:
         lines.append(f"error {format_error(result['error_percent'])}")
-    return "\n".join(lines)
+    elif timing.is_another_speed(result["slowdown"]):
+        lines.append(f"measured {timing.format_ms(result['measured_ms'], result['slowdown'])}")
+    return "\n".join([*lines, *timing.notes(result.get("reference", result))])
 
 
 def format_error(error: dict) -> str:
@@ -663,13 +785,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Build the latency table of this device, or compare a table with measurements.",
         epilog="examples:\n  python latency.py --output latency.json\n"
                "  python latency.py --device cuda --size 224 --classes 100 --output gpu.json\n"
-               "  python latency.py --table latency.json --check 20")
+               "  python latency.py --table latency.json --check 20\n"
+               "  python latency.py --mode onnx --write-networks board")
     add = parser.add_argument_group("what to do", "without these flags, a table is built").add_argument
     add("--output", default="latency.json", metavar="FILE", help="table to write (default: %(default)s)")
     add("--table", metavar="FILE", help="table to print, check or compare (default: build one)")
     add("--check", **count, help="predict and measure N random networks of --table (default: no check)")
     add("--arch", metavar="FILE", help="predict and measure the network of an arch.json (default: none)")
     add("--model", metavar="NAME", help="only measure a model that python registry.py lists (default: none)")
+    add("--write-networks", metavar="DIR", help="for a table of another device, with --mode onnx: write the "
+        "networks that are timed, and timing.py, which times them there (default: time them here)")
+    add("--read-times", metavar="FILE", help="make the table from the times.json that timing.py wrote on "
+        "another device (default: time the networks here)")
     add("--json", action="store_true", help="print JSON (default: text)")
     add = parser.add_argument_group("setting", "what a table holds for, besides the space").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -702,6 +829,8 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parser.parse_args(argv), time.perf_counter()
     if (args.check or args.arch) and not args.table:
         parser.error("--check and --arch compare with a table: name it with --table FILE.")
+    if args.write_networks and args.mode != "onnx":
+        parser.error("--write-networks is for --mode onnx.")
     if MISSING:
         parser.error(f"this needs the other files of the project, and {MISSING.name} is not here.")
     with Command(parser):
@@ -723,16 +852,33 @@ def main(argv: list[str] | None = None) -> None:
                 models.check_fits(network, args.model, args.size)
                 time_ms = measure_network(network, setting)
                 result = {"model": args.model, **asdict(time_ms), "setting": asdict(setting)}
-                text = (f"{args.model}: {time_ms.median_ms:.3f} ms per batch of {setting.batch} at "
-                        f"{args.size} px, {args.mode}, on {setting.device}")
-            else:
-                space = space_of(args)
-                files.check_folder(args.output)  # fail before the work
+                text = "\n".join([f"{args.model}: {time_ms.median_ms:.3f} ms per batch of {setting.batch} at "
+                                  f"{args.size} px, {args.mode}, on {setting.device}",
+                                  *timing.notes(asdict(time_ms))])
+            elif args.write_networks:
+                space, folder = space_of(args), Path(args.write_networks)
+                files.check_folder(folder / timing.NETWORKS)
                 setting = replace(setting, num_classes=getattr(space, "num_classes", 0))
-                result = build_table(setting, space, args.rounds, args.seed)
+                plan = Plan(setting, space, args.rounds, args.seed)
+                write_networks(plan, folder)
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                result = {"networks": len(plan.designs), "bytes": size, "folder": str(folder)}
+                text = (f"{folder}: {len(plan.designs)} networks, {size / 1e6:.0f} MB\n"
+                        "next, in a copy of the folder on the device:\n  pip install numpy onnxruntime\n"
+                        f"  python timing.py\nthen, with its {timing.TIMES}, here:\n"
+                        f"  python latency.py --read-times {timing.TIMES} --output table.json")
+            else:
+                files.check_folder(args.output)  # fail before the work
+                if args.read_times:
+                    result = read_times(args.read_times)
+                else:
+                    space = space_of(args)
+                    setting = replace(setting, num_classes=getattr(space, "num_classes", 0))
+                    result = build_table(setting, space, args.rounds, args.seed)
                 files.write_json(args.output, result)
+                took = "" if args.read_times else f", timed in {time.perf_counter() - start:.0f} s"
                 text = (f"{format_table(Table(result), times=False)}\n{args.output}: "
-                        f"{len(result['parts'])} parts, timed in {time.perf_counter() - start:.0f} s")
+                        f"{len(result['parts'])} parts{took}")
         say(json.dumps(result, indent=1) if args.json else text)
 
 

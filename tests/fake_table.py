@@ -6,6 +6,7 @@ from dataclasses import asdict
 import latency
 import models
 import registry
+import timing
 
 
 def block_of(part):
@@ -48,8 +49,8 @@ def content_of(space, times, rest_ms, reference, size):
 
 def quick_compare(monkeypatch):
     """Let every comparison of predicted and measured latencies, and what warms a device, take few runs."""
-    compare, interleave, measure = latency.compare, latency.interleave, latency.measure
-    monkeypatch.setattr(latency, "compare", lambda *args, seconds=0.0: compare(*args, seconds=0.0))
+    interleave, measure = timing.interleave, latency.measure
+    monkeypatch.setattr(timing, "PATIENCE_S", 0.0)
     monkeypatch.setattr(latency, "measure", lambda *args, **how: measure(*args, **how | {"seconds": 0.0}))
-    monkeypatch.setattr(latency, "interleave", lambda *args, **how: interleave(
-        *args, **how | {"min_rounds": min(5, how.get("min_rounds", 5))}))
+    monkeypatch.setattr(timing, "interleave", lambda bursts, **how: interleave(
+        bursts, **how | {"min_rounds": min(5, how.get("min_rounds", 5)), "seconds": 0.0}))

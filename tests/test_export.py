@@ -1,8 +1,10 @@
 """export.py: the files compute what the network computes, at any size; what is no such file is refused."""
 
 import builtins
+import importlib.util
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,8 @@ import models
 import registry
 import superkernel
 import tfnas
-from fake_table import fake_table
+import timing
+from fake_table import fake_table, quick_compare
 
 TFNAS = tfnas.Space(8, num_classes=5)
 KINDS = {"hinas": ("denoise", 1, 1), "hinas, twice as large": ("sr", 2, 3)}  # task, scale, channels
@@ -145,6 +148,77 @@ def test_every_part_of_a_network_has_a_time_in_onnxruntime(name):
         whole = latency.measure(lambda: traced(images), "cpu").median_ms
     assert len(times) == len(parts) and min(times) > 0
     assert sum(times) < 2 * whole  # no node counts twice; other work may run here
+
+
+def test_a_table_is_made_of_what_another_device_times_alone(tmp_path, capsys, monkeypatch):
+    """Networks are written, timed by the copy of timing.py in their folder, and the times read."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    quick_compare(monkeypatch)
+    space = hinas.Space(layers=1, nodes=1, base_width=3)
+    monkeypatch.setattr(latency, "space_of", lambda args: space)
+
+    class Plan(latency.Plan):  # with fewer networks
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.to_correct, self.to_check = self.to_correct[:1], self.to_check[:1]
+            self.designs = [*self.carriers, *self.to_correct, *self.to_check]
+    monkeypatch.setattr(latency, "Plan", Plan)
+    folder, table = tmp_path / "board", tmp_path / "table.json"
+    latency.main(["--mode", "onnx", "--size", "16", "--rounds", "1", "--write-networks", str(folder)])
+    out, own = capsys.readouterr().out, sum(path.stat().st_size for path in folder.glob("network*.onnx"))
+    assert "python timing.py\n" in out and f"{len(list(folder.glob('network*.onnx')))} networks" in out
+    there = importlib.util.spec_from_file_location("timing_there", folder / "timing.py")
+    script = importlib.util.module_from_spec(there)
+    there.loader.exec_module(script)
+    script.PATIENCE_S, interleave = 0.0, script.interleave
+    script.interleave = lambda bursts, **_: interleave(bursts, min_rounds=3)
+    script.main([])
+    assert f"{folder / 'times.json'}: take it back" in capsys.readouterr().out and own < 5e6
+    latency.main(["--read-times", str(folder / "times.json"), "--output", str(table)])
+    made = latency.load_table(table)
+    assert set(made.costs) >= space.possible_parts() and made.reference_ms > 0 and made.content["timed"]
+    assert not made.elsewhere  # it was timed here after all
+    content = made.content
+    content["setting"]["device"] = "a board"
+    made = latency.Table(content)
+    assert made.elsewhere and not latency.Table({**content, "timed": None}).elsewhere
+    latency.write_network(made.reference_network(), made.setting, folder / "found.onnx")
+    capsys.readouterr()
+    script.main([str(folder / "found.onnx")])
+    assert re.search(r"found.onnx: .* ms .*for an input of 1x1x16x16 .*threads: 1", capsys.readouterr().out)
+    for network, words in (("none.onnx", "onnxruntime cannot run"), (None, "networks.json cannot be read")):
+        (folder / "networks.json").unlink(missing_ok=True)
+        with pytest.raises(SystemExit):
+            script.main([network] if network else [])
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_networks_that_share_their_weights_compute_with_weights_of_the_same_size(tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    values = {"a": torch.randn(64, 64) / 8, "b": torch.randn(64, 32) / 8, "zeros": torch.zeros(32, 64),
+              "ones": torch.ones(64, 64), "small": torch.ones(1)}
+    nodes = [onnx.helper.make_node("MatMul", [left, right], [out]) for left, right, out in (
+        ("noisy", "a", "1"), ("1", "b", "2"), ("2", "zeros", "3"), ("1", "ones", "4"))]
+    nodes.append(onnx.helper.make_node("Add", ["4", "small"], ["5"]))
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "g", [value("noisy", 1, [1, 64])], [value(name, 1, None) for name in "235"],
+        [onnx.numpy_helper.from_array(each.numpy(), name) for name, each in values.items()])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    weights = export.SharedWeights(tmp_path)
+    for name in ("one.onnx", "two.onnx"):
+        weights.write(model.SerializeToString(), name)
+    weights.finish()
+    found = {each.name: onnx.numpy_helper.to_array(each)
+             for each in onnx.load(tmp_path / "two.onnx").graph.initializer}
+    assert 0.7 < found["a"].std() * 8 < 1.42 and 0.7 < found["b"].std() * 8 < 1.42
+    assert not set(found["a"].ravel()) & set(found["b"].ravel()) and not found["zeros"].any()
+    assert (found["ones"] == 1).all() and found["small"] == 1
+    assert {path.name: path.stat().st_size for path in tmp_path.glob("*.bin")} == {
+        "weights-0.125.bin": 4 * (4096 + 2048), "weights-0.bin": 4 * 2048}
+    assert len(timing.one_run(timing.start_session(str(tmp_path / "one.onnx"), 1))()) == 3
 
 
 def test_a_network_that_the_tracing_exporter_cannot_write_has_no_time_and_stops_nothing(capfd):

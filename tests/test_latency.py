@@ -1,10 +1,12 @@
 """latency.py: timing, fast forms, the table, its builder and its command, on small or made-up tables."""
 
+import ast
 import copy
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import models
 import registry
 import superkernel
 import tfnas
+import timing
 from fake_table import fake_parts, fake_table, quick_compare
 
 SPACES = {"tfnas": tfnas.Space(4, models.MIN_WIDTH, 3), "superkernel": superkernel.Space("skipinit", 3, 1),
@@ -184,13 +187,13 @@ def test_a_table_of_another_mode(mode, checked, toy, monkeypatch):
 
 
 def test_timing_is_the_median_with_its_spread():
-    timing = latency.Timing.of([5.0, 1.0, 2.0, 3.0, 100.0])
-    assert (timing.median_ms, timing.p10_ms, timing.p90_ms, timing.count) == (3.0, 1.0, 100.0, 5)
+    found = latency.Timing.of([5.0, 1.0, 2.0, 3.0, 100.0])
+    assert (found.median_ms, found.p10_ms, found.p90_ms, found.count) == (3.0, 1.0, 100.0, 5)
 
 
 def test_measure_times_what_it_is_given():
-    timing = latency.measure(lambda: time.sleep(0.004), "cpu", warmup=1, repeats=5)
-    assert timing.median_ms >= 4 and timing.count == 5
+    found = latency.measure(lambda: time.sleep(0.004), "cpu", warmup=1, repeats=5)
+    assert found.median_ms >= 4 and found.count == 5
 
 
 def test_interleaving_cancels_what_disturbs_all(monkeypatch):
@@ -203,14 +206,14 @@ def test_interleaving_cancels_what_disturbs_all(monkeypatch):
     monkeypatch.setattr(latency, "measure", drifting)
     result = latency.interleave(["a", "b"], "cpu", min_rounds=9)
     assert result.ratios == pytest.approx([1.0, 1.5], rel=0.001) and max(result.uncertainty) < 0.001
-    assert result.timings[1].p90_ms > 1.9 * result.timings[1].p10_ms
+    assert max(result.times_ms[1]) > 1.9 * min(result.times_ms[1])
 
 
 def test_interleaving_goes_on_until_it_knows_or_time_is_up(monkeypatch):
     values = iter([1.0, 2.0, 1.0, 4.0] * 1000)
     monkeypatch.setattr(latency, "measure", lambda *_, **__: latency.Timing(next(values), 0, 0, 1))
     result = latency.interleave(["a", "b"], "cpu", min_rounds=4, seconds=0.05)
-    assert result.timings[0].count > 4 and result.uncertainty[0] == 0 and result.uncertainty[1] > 0.01
+    assert len(result.times_ms[0]) > 4 and result.uncertainty[0] == 0 and result.uncertainty[1] > 0.01
 
 
 def test_networks_and_threads_are_left_as_they_were():
@@ -281,6 +284,139 @@ def test_fast_forms_on_a_gpu_compute_the_same(mode):
                 torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
+# --- Is the device quiet? ---------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_processor_is_low_where_something_else_has_it(monkeypatch):
+    """Asleep for three quarters of the time, as a process is that waits for its turn."""
+    def run():
+        end = time.thread_time() + 0.002
+        while time.thread_time() < end:
+            pass
+        time.sleep(0.006)
+
+    for found in (latency.measure(run, "cpu", warmup=0, repeats=3), timing.burst(run)):
+        assert 0 < found.cpu_share < 0.5 and found.median_ms >= 8
+    assert timing.burst(run, threads=2).cpu_share is None  # threads wait for each other
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert latency.measure(run, "cpu", warmup=0, repeats=1).cpu_share is None
+
+
+@pytest.mark.parametrize("p90_ms, share, slowdown, shown, note", [
+    (8.8, 0.99, 1.04, "16.0 ms", None),
+    (8.8, None, None, "16.0 ms", None),
+    (8.8, 0.6, None, "16.0 ms", "do not believe this latency: something else runs on this device (the "
+                                "network had 60 % of the processor's time)."),
+    (16.0, 0.99, None, "16.0 ms", "or its clock changed (the network took 8 to 16 ms, 10-90 %)."),
+    (8.8, 0.99, 2.0, "16.0 ms now, 8.0 ms at the table's speed",
+     "now takes 2.00 times as long as when the table was made: something else runs on this device, or its"),
+    (8.8, 0.99, 0.5, "16.0 ms now, 32.0 ms at the table's speed", "made: something else ran on it then, or"),
+    (8.8, 0.6, 0.5, "16.0 ms now, 32.0 ms at the table's speed",
+     "now takes 0.50 times as long as when the table was made: something else runs on this device (the")])
+def test_a_latency_that_is_not_to_be_believed_says_so(p90_ms, share, slowdown, shown, note):
+    notes = timing.notes({"p10_ms": 8.0, "p90_ms": p90_ms, "cpu_share": share, "slowdown": slowdown})
+    assert notes == [] if note is None else note in notes[0] and len(notes) == 1
+    assert timing.format_ms(16.0, slowdown, digits=1) == shown
+
+
+@pytest.mark.parametrize("p90_ms, share, words", [
+    (8.8, 0.99, "The device was quiet"), (8.8, None, "The device was quiet"),
+    (10.0, 0.99, "Trust the milliseconds of this table to about 25 % only"),
+    (8.8, 0.6, "Do not trust the milliseconds of this table: .* 60 % of the processor's time; the load was")])
+def test_a_table_says_in_one_sentence_how_far_it_can_be_trusted(p90_ms, share, words):
+    conditions = {"p10_ms": 8.0, "p90_ms": p90_ms, "cpu_share": share, "load": 3.2}
+    sentence = timing.format_conditions(conditions)
+    assert re.search(words, sentence) and sentence.count(". ") == 0
+    table = latency.Table({**fake_table(4), "conditions": conditions})
+    assert sentence in latency.format_table(table, times=False)
+    assert "The device was" not in latency.format_table(latency.Table(fake_table(4)))  # an older one
+
+
+def time_fake_networks(monkeypatch, references, share=1.0, count=3):
+    """timing.time_networks on a device whose reference network takes these times, one after the other."""
+    said, now, left = [], [0.0], iter(references)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(timing, "interleave", lambda bursts, **_: timing.InTurn(
+        [[next(left)]], [1.0, 0.5], [0.0, 0.01], share))
+    jobs = [timing.Job(lambda: None, lambda: [1.0], rounds=3) for _ in range(count)]
+    times = timing.time_networks(jobs, lambda: None, lambda: timing.Burst(5.0, share), said.append)
+    return [row["reference_ms"] for row in times["networks"]], times["conditions"], said, now[0]
+
+
+def test_networks_are_timed_again_while_the_reference_wanders(monkeypatch):
+    rows, conditions, said, waited = time_fake_networks(monkeypatch, [8.0, 8.1, 12.0, 9.0, 8.8, 8.7])
+    assert rows == [8.1, 8.8, 8.7] and len(said) == 1 and "took 8.1 ms and then 12 ms" in said[0]
+    assert waited == conditions["waited_s"] == 2 * timing.PAUSE_S and conditions["cpu_share"] == 1.0
+    assert (conditions["p10_ms"], conditions["median_ms"], conditions["p90_ms"]) == (8.1, 8.7, 8.8)
+    assert time_fake_networks(monkeypatch, [8.0, 8.1, 8.2, 8.1])[2:] == ([], 0.0)  # a quiet one waits never
+
+
+def test_timing_ends_on_a_device_that_is_always_busy(monkeypatch):
+    rows, conditions, said, waited = time_fake_networks(monkeypatch, [8.0, 16.0] * 99, share=0.5)
+    assert len(rows) == 3 and len(said) == 1 and "50 % of the time" in said[0]
+    assert waited == conditions["waited_s"] == timing.PATIENCE_S
+    assert "Do not trust" in timing.format_conditions(conditions)
+
+
+def test_a_result_of_the_search_says_the_speed_of_its_table():
+    setting = latency.this_setting("cpu", size=16, num_classes=5)
+    searched = {"setting": {**asdict(setting), "num_classes": 9}, "measured_ms": 20.0, "slowdown": 2.5}
+    assert latency.ms_at_table(searched, setting) == 8.0
+    assert latency.ms_at_table(searched, replace(setting, size=32)) is None
+    for change in ({"setting": None}, {"measured_ms": None}, {"slowdown": math.nan}, {"slowdown": math.inf}):
+        assert latency.ms_at_table({**searched, **change}, setting) is None
+
+
+# --- A table of another device ----------------------------------------------------------------------------
+
+
+def made_up_times(plan, **changes):
+    """The content of a times.json: a part takes 1 ms, a network as long as its parts."""
+    parts = [len(plan.space.parts(plan.space.network(design))) for design in plan.designs]
+    rows = [{"reference_ms": 4.0, "ratio": count / 4, "uncertainty": 0.01, "cpu_share": 1.0, "pace_ms": 4.0,
+             "parts_ms": [1.0] * count} for count in parts]
+    conditions = {"median_ms": 4.0, "p10_ms": 4.0, "p90_ms": 4.0, "cpu_share": 1.0, "load": None}
+    return {"format": timing.FORMAT, "version": 1, "plan": plan.to_dict(), "networks": rows,
+            "made": {"device": "a board", "runtime": "onnxruntime 9", "date": "2026"},
+            "conditions": conditions, **changes}
+
+
+def test_a_table_is_made_of_the_times_of_another_device(toy, tmp_path, capsys):
+    setting = replace(latency.this_setting("cpu", size=16, num_classes=0), mode="onnx")
+    plan = latency.Plan(setting, ToySpace(), 1)
+    files.write_json(tmp_path / "times.json", made_up_times(plan))
+    latency.main(["--read-times", str(tmp_path / "times.json"), "--output", str(tmp_path / "t.json")])
+    out, table = capsys.readouterr().out, latency.load_table(tmp_path / "t.json")
+    assert (table.setting.device, table.setting.runtime) == ("a board", "onnxruntime 9") and "a board" in out
+    assert table.predict_ms(ToyDesign((1, 3, 5))) == pytest.approx(3.0)
+    assert table.content["check"]["worst_percent"] == pytest.approx(0.0, abs=1e-3)
+    assert table.content["timed"]["date"] == "2026" and "quiet" in out
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda times: times.update(version=2), "has version 2.*with timing.py"),
+    (lambda times: times["plan"].update(rounds=2), "of another version of this project"),
+    (lambda times: times.update(networks=times["networks"][:-1]), "does not hold"),
+    (lambda times: times["networks"][0].update(pace_ms=0), "does not hold"),
+    (lambda times: times["networks"][0]["parts_ms"].append(1.0), "does not hold"),
+    (lambda times: times["networks"][-1].pop("ratio"), "does not hold"),
+    (lambda times: times["made"].pop("device"), "its made is"),
+    (lambda times: times["plan"]["space"].update(method="os"), "does not hold")])
+def test_times_that_do_not_fit_are_refused_in_one_sentence(change, words, toy, tmp_path):
+    plan = latency.Plan(latency.this_setting("cpu", size=16, num_classes=0), ToySpace(), 1)
+    content = made_up_times(plan)
+    change(content)
+    files.write_json(tmp_path / "times.json", content)
+    with pytest.raises(ValueError, match=words) as caught:
+        latency.read_times(tmp_path / "times.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_for_other_devices_is_valid_python_3_9():
+    ast.parse(open(timing.__file__).read(), feature_version=(3, 9))
+
+
 # --- Building a table -------------------------------------------------------------------------------------
 
 
@@ -320,6 +456,8 @@ def test_a_table_says_how_it_was_made(built):
     assert list(built)[:4] == ["format", "version", "made", "setting"]
     assert built["made"]["torch"] == torch.__version__ and built["made"]["date"]
     assert built["setting"]["threads"] == 1 and built["setting"]["batch"] == 1
+    assert built["conditions"]["p10_ms"] <= built["reference_ms"] <= built["conditions"]["p90_ms"]
+    assert 0 < built["conditions"]["cpu_share"] <= 1
     assert json.loads(json.dumps(built, allow_nan=False)) == built
 
 
@@ -664,9 +802,12 @@ def test_command_line_builds_prints_and_compares(tmp_path, capsys, monkeypatch, 
     latency.main(["--table", str(table), "--arch", str(arch), "--json"])
     row = json.loads(capsys.readouterr().out)
     assert row["predicted_ms"] > 0 and row["measured_ms"] > 0
+    slow = {**row, "measured_ms": 16.0, "slowdown": 2.0, "cpu_share": 0.4}
+    assert "16.000 ms now, 8.000 ms at the table's speed\nnote: the device" in latency.format_result(slow)
     latency.main(["--table", str(table), "--check", "2", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert len(result["networks"]) == 2
+    assert len(result["networks"]) == 2 and result["reference"]["slowdown"] > 0
+    assert "note: the device" in latency.format_result({**result, "reference": slow})
     row = result["networks"][0]
     assert abs(row["error_percent"]) < 100 and row["uncertainty_percent"] >= 0
     worst = max(abs(row["error_percent"]) for row in result["networks"])
@@ -686,6 +827,8 @@ def test_command_line_builds_prints_and_compares(tmp_path, capsys, monkeypatch, 
     (["--method", "hinas", "--network", "skipinit-1"], "one of: denoise"),
     (["--network", "denoise"], "no --network denoise"),
     (["--model", "no-such"], "no-such"),
+    (["--write-networks", "folder"], "--mode onnx"),
+    (["--read-times", "missing.json"], "missing.json cannot be read"),
 ])
 def test_wrong_usage_ends_in_one_sentence(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
