@@ -22,10 +22,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, distributed, nn
 
 import data
+import timing
 from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
 from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
 from files import load_checkpoint, provenance, write_file, write_json
-from latency import device_name, measure_network, this_setting
+from latency import device_name, measure_network, ms_at_table, this_setting
 from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
 from models import apply_network, channels_of, check_fits, count_macs, count_parameters, scale_of
 from run import (Command, check_value, default_device, given_flags, in_turn, make_folder, prepare_device,
@@ -199,7 +200,7 @@ def _cell(name: str, value: float | None) -> str:
 
 def _notes(metrics: dict, denoises: bool, real: bool) -> list[str]:
     """What was measured and how, in sentences."""
-    protocol, network, timing = metrics["protocol"], metrics.get("network"), metrics.get("latency")
+    protocol, network, timed = metrics["protocol"], metrics.get("network"), metrics.get("latency")
     notes, name = [f"{metrics['images']:,} images"], metrics["commonest_class"]
     if metrics["chance_accuracy"] is not None:
         notes[0] += (f"; always answering {f'the commonest class, {name},' if name else 'one class'} gives "
@@ -209,10 +210,12 @@ def _notes(metrics: dict, denoises: bool, real: bool) -> list[str]:
     if network:
         notes.append(f"{network['parameters']:,} parameters, {network['macs'] / 1e6:,.1f} M multiply-"
                      "accumulates at {size_px}x{size_px}".format(**network))
-    if timing:
-        notes.append("latency {median_ms:.2f} ms per batch of {batch} at {size}x{size} ({p10_ms:.2f} to "
-                     "{p90_ms:.2f}, 10 to 90 % of {count} runs) on {device}".format(**timing) +
-                     (f", threads: {timing['threads']}" if timing["threads"] else ""))
+    if timed:
+        took = timing.format_ms(timed["median_ms"], timed.get("slowdown"), digits=2)
+        notes.append(f"latency {took} " + "per batch of {batch} at {size}x{size} ({p10_ms:.2f} to "
+                     "{p90_ms:.2f}, 10 to 90 % of {count} runs) on {device}".format(**timed) +
+                     (f", threads: {timed['threads']}" if timed["threads"] else ""))
+        notes += timing.notes(timed)
     if denoises:
         shaved = f" without {protocol['shaved_px']} pixels at each border" if protocol["shaved_px"] else ""
         notes.append("PSNR (dB, at most {1}) and SSIM on {colour}{0}: output {output}; noisy input "
@@ -392,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
                                      **common))
         dataset = load_split(network, checkpoint, args.split, protocol, vars(args))
         about |= {"data": args.data, "split": args.split, "data_seed": checkpoint["seed"]}
-        searched = (checkpoint["record"].get("latency") or {}).get("setting") or {}
+        searched = checkpoint["record"].get("latency") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
                           workers=args.workers, searched=None if args.no_latency else searched)
 
@@ -462,22 +465,26 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
 def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: Protocol, about: dict, *,
                       size: int, classes: list[str] | None, device: torch.device, batch_size: int,
                       workers: int, searched: dict | None) -> None:
-    """Measure the network, its latency in the setting `searched` (None: not), write and print the reports."""
+    """Measure the network, write and print the reports. searched: the record's latency, in whose setting the
+    network is timed; None: it is not timed."""
     make_folder(output_dir)  # fail before the work, not after
     rank, world = rank_and_world()
     loader = data.make_loader(dataset, batch_size, workers=workers, device=device, rank=rank, world=world)
     one_pass = network.network if isinstance(network, SelfEnsemble) else network
     size, setting = size // scale_of(network), None
     if searched is not None:  # the latency compares with the target where the kind of device is the same
-        names = ("batch", "threads", "dtype", "mode") if searched.get("device_type") == device.type else ()
+        there = searched.get("setting") or {}
+        names = ("batch", "threads", "dtype", "mode") if there.get("device_type") == device.type else ()
         setting = this_setting(str(device), size=size, num_classes=len(classes or []),
-                               **{name: searched[name] for name in names if name in searched})
+                               **{name: there[name] for name in names if name in there})
     measured = evaluate(network, loader, protocol, classes=classes, device=device)
     if rank > 0:
         return
-    timing = setting and {**vars(measure_network(one_pass, setting)), **vars(setting)}
+    timed = setting and {**vars(measure_network(one_pass, setting)), **vars(setting)}
+    if timed and (at_table := ms_at_table(searched, setting)):
+        timed["slowdown"] = timed["median_ms"] / at_table
     cost = {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size), "size_px": size}
-    metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timing}
+    metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timed}
     table = format_table(metrics)
     write_json(output_dir / "metrics.json", metrics)
     write_file(output_dir / "table.txt", lambda temporary: temporary.write_text(

@@ -23,10 +23,10 @@ import registry
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "joint-checkpoint", 1
 MOST_PARAMETERS = 2**28
-TEXT, PIXELS, SEED = (str, None), range(1, 65537), range(2**63)
+TEXT, PIXELS, SEED, MS = (str, None), range(1, 65537), range(2**63), (float, int, None)
 SETTING = {"device_type": str, "batch": PIXELS, "threads": range(4097), "dtype": str, "mode": TEXT}
 RECORD = {"model": str, "data": TEXT, "data_root": TEXT, "size": (PIXELS, None), "images": (dict, None),
-          "latency": ({"setting": (SETTING, None)}, None)}
+          "latency": ({"setting": (SETTING, None), "measured_ms": MS, "slowdown": MS}, None)}
 SPLIT_LISTS = {"train": str, "val": str, "test": str}
 SPLITS = {"splits": (range(1, 4), None), "images": (SPLIT_LISTS, None)}
 TRAINING = {  # in checkpoints of a network; what old ones do not have may be missing

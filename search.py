@@ -19,7 +19,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ import latency
 import models
 import registry
 import run
+import timing
 from data import Parser, number, whole
 from train import check_images, task_loss, validate
 
@@ -69,6 +70,8 @@ def obtain_table(space, setting: latency.Setting, *, file: str | None, state: di
         file = None  # the checkpoint holds it, also where the file has gone
     if file or state is not None:
         table = latency.load_table(file) if file else latency.read_table(state["table"])
+        if table.elsewhere:  # nothing is measured here, so that only the rest must be as wanted
+            setting = replace(setting, device=table.setting.device, runtime=table.setting.runtime)
         latency.require_setting(table, setting, file or "of this run")
     else:
         run.say(f"Timing the operations on this device ({setting.device}, {setting.size} px, batch "
@@ -85,26 +88,30 @@ def obtain_table(space, setting: latency.Setting, *, file: str | None, state: di
     if "check" in table.content:
         check = table.content["check"]
         run.say(f"The table's error on {check['networks']} random networks: {latency.format_error(check)}.")
+    if "conditions" in table.content:
+        run.say(timing.format_conditions(table.content["conditions"]))
     return table
 
 
 def fit_and_measure(supernet: nn.Module, space, costs: Costs, within_reach: bool, correct: bool) -> tuple:
-    """The likeliest network, fitted to the target where that is within reach, and measured.
+    """The likeliest network, fitted to the target where that is within reach, and measured, on its device.
 
     With `correct`, a measurement more than 3 % from the target scales the whole table by measured /
-    predicted, and the fit is repeated. Without, the same table gives the same network. Returns (design,
-    latencies, costs).
+    predicted, and the fit is repeated; not where other work disturbed the measurement. Without, the same
+    table gives the same network. Returns (design, latencies, costs).
     """
     for attempt in range(3):
         design = (latency.fit(supernet, costs.parts, costs.rest, costs.target) if within_reach
                   else supernet.likeliest())
         if costs.table is None:
             return design, {}, costs
+        if costs.table.elsewhere:
+            return design, {"target_ms": costs.target, "predicted_ms": costs.table.predict_ms(design)}, costs
         result = {"target_ms": costs.target, **latency.compare(costs.table, design)}
         error = result["measured_ms"] / costs.target - 1
         below = result["predicted_ms"] < (1 - TOLERANCE) * costs.target  # as it was meant to be
         met = error <= TOLERANCE and (error >= -TOLERANCE or below)
-        if met or not within_reach or not correct or attempt == 2:
+        if met or not within_reach or not correct or attempt == 2 or timing.disturbance(result):
             return design, result, costs
         costs = costs_of_table(latency.corrected(costs.table, result), supernet, space, costs.target)
 
@@ -441,9 +448,9 @@ def search_targets(job: Job, argv: list[str]) -> None:
         run.say(f"\n{'target':>8} {'predicted':>10} {'measured':>10} {'parameters':>12} {'MACs':>9}  record")
     for record, path in found if len(found) > 1 else ():
         result = record["latency"]
-        run.say(f"{result['target_ms']:>5g} ms {result['predicted_ms']:>7.3f} ms "
-                f"{result['measured_ms']:>7.3f} ms {record['parameters']:>12,} {record['macs'] / 1e6:>7.1f} "
-                f"M  {path}")
+        measured = f"{result['measured_ms']:.3f} ms" if "measured_ms" in result else "-"
+        run.say(f"{result['target_ms']:>5g} ms {result['predicted_ms']:>7.3f} ms {measured:>10} "
+                f"{record['parameters']:>12,} {record['macs'] / 1e6:>7.1f} M  {path}")
 
 
 def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tuple[dict, Costs]:
@@ -483,13 +490,16 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
                 "seed": flags["seed"], "loss": "den", "made": record["made"], "flags": run.run_flags(flags),
                 "epoch": len(rows), "splits": splits_of(job.state), "images": job.data.files,
                 "network": trained.state_dict(), "ema": None})
-        pictures = []
+        more = []
+        if costs.table and costs.table.elsewhere:
+            more.append(str(folder / "network.onnx"))
+            latency.write_network(job.space.network(design), costs.table.setting, more[0])
         if rows and hasattr(job.method, "write_picture"):
-            pictures = job.method.write_picture(folder, design, supernet, rows)
+            more += job.method.write_picture(folder, design, supernet, rows)
         report(job, supernet, design, record, costs, within_reach)
         for note in job.method.explain_choice(supernet, design, rows) if rows else ():
             run.say(note)
-        memory, names = latency.peak_memory_mib(flags["device"]), [str(folder / "arch.json"), *pictures]
+        memory, names = latency.peak_memory_mib(flags["device"]), [str(folder / "arch.json"), *more]
         run.say(f"found in {run.format_duration(time.perf_counter() - start)}"
                 + (f", peak memory {memory:,.0f} MiB" if memory else "") + f": {', '.join(names)}\nnext:"
                 + (f"\n  python eval.py --checkpoint {shlex.quote(str(folder / 'distilled.pt'))}" if trained
@@ -564,20 +574,26 @@ def report(job: Job, supernet: nn.Module, design, record: dict, costs: Costs, wi
     ms = (costs.parts, costs.rest) if costs.table else ()
     run.say(f"\n{supernet.describe(design, *ms)}\n\n{record['parameters']:,} parameters, "
             f"{record['macs'] / 1e6:,.1f} M multiply-accumulates at {job.input_size} px")
-    if "latency" in record:
+    if costs.table:
         result, setting = record["latency"], costs.table.setting
-        run.say(f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms, measured "
-                f"{result['measured_ms']:.3f} ms per batch of {setting.batch} (10-90 %: "
+        expected = f"target {costs.target:g} ms, predicted {result['predicted_ms']:.3f} ms"
+    if costs.table and costs.table.elsewhere:
+        run.say(f"{expected} per batch of {setting.batch} on {setting.device}, {setting.runtime}\nnote: this "
+                "is another device, so the latency was not measured. To measure it, copy network.onnx there, "
+                "beside timing.py: python timing.py network.onnx")
+    elif costs.table:
+        measured = timing.format_ms(result["measured_ms"], result["slowdown"])
+        run.say(f"{expected}, measured {measured} per batch of {setting.batch} (10-90 %: "
                 f"{result['p10_ms']:.3f}-{result['p90_ms']:.3f} ms) on {setting.device}")
         error = result["measured_ms"] / costs.target - 1
         if error > TOLERANCE or within_reach and error < -TOLERANCE:
             run.say(f"note: the measured latency is {100 * error:+.1f} % from the target.")
         if setting.mode != "onnx" and (
                 deployed := latency.through_onnxruntime(job.space.network(design), setting)):
-            run.say(f"through onnxruntime {deployed.median_ms:.3f} ms, what --mode onnx searches for")
-        if not 0.95 < result["slowdown"] < 1.05:
-            run.say(f"note: the reference network now takes {result['slowdown']:.2f} times as long as when "
-                    "the table was made: something else runs on this device, or its clock changed.")
+            took = timing.format_ms(deployed.median_ms, result["slowdown"])
+            run.say(f"through onnxruntime {took}, what --mode onnx searches for")
+        for note in timing.notes(result):
+            run.say(note)
     cost = job.space.cost(design, costs.parts, costs.rest)
     if costs.target is not None and cost > costs.target * (1 + 1e-6):
         run.say(f"note: no network was found within the target of {costs.target:g} {costs.unit}; this is the "
@@ -627,7 +643,8 @@ def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
                       help="gradient: search; random: draw a network within the target, what a search must "
                            "beat; plain: the network without a search (default: %(default)s)")
     cost = parser.add_argument_group("latency", "the setting that --target is for")
-    cost.add_argument("--table", metavar="FILE", help="latency table of this device (default: one is made)")
+    cost.add_argument("--table", metavar="FILE", help="latency table of this device, or of another one by "
+                      "latency.py --read-times (default: one of this device is made)")
     cost.add_argument("--batch", type=whole(1, 65536), metavar="N",
                       help="images per batch of the latency (default: 32 on CUDA, 1 on a CPU)")
     cost.add_argument("--latency-threads", type=whole(1, 4096), default=1, metavar="N",
@@ -689,7 +706,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     return args, state
 
 
-RESULTS = ("search.pt", "supernet.pt", "arch.json", "distilled.pt", "log.jsonl", "alpha.png", "network.svg")
+RESULTS = ("search.pt", "supernet.pt", "arch.json", "distilled.pt", "network.onnx", "log.jsonl", "alpha.png",
+           "network.svg")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -333,12 +333,17 @@ def test_the_latency_is_that_of_the_setting_of_the_search(checkpoints, tmp_path,
     monkeypatch.setattr(evaluation, "measure_network", quick)
     record = files.read_checkpoint(checkpoints["dcnas"])["record"]
     for device_type, batch in (("cpu", 3), ("cuda", 1)):
-        setting = {"device_type": device_type, "batch": 3, "threads": 1, "dtype": "float32", "mode": "folded"}
-        changed = change(checkpoints["dcnas"], tmp_path / "c.pt",
-                         record={**record, "latency": {"setting": setting}})
+        setting = vars(evaluation.this_setting("cpu", size=32, num_classes=0, batch=3, mode="folded"))
+        found = {"setting": {**setting, "device_type": device_type}, "measured_ms": 3e6, "slowdown": 3.0}
+        changed = change(checkpoints["dcnas"], tmp_path / "c.pt", record={**record, "latency": found})
         assert run("--checkpoint", changed, "--test-images", 1, "--sigmas", 0, "--device", "cpu",
                    "--output-dir", tmp_path) == 0
-        assert read_metrics(tmp_path)["latency"]["batch"] == batch
+        metrics, text = read_metrics(tmp_path)["latency"], (tmp_path / "table.txt").read_text()
+        assert metrics["batch"] == batch and 0 < metrics["cpu_share"] <= 1
+        # The network of the search is its own reference.
+        assert metrics.get("slowdown") == (metrics["median_ms"] / 1e6 if batch == 3 else None)
+        assert (" ms now, 1000000.00 ms at the table's speed per batch" in text) == (batch == 3)
+        assert ("note: the device now takes 0.00 times" in text) == (batch == 3)
 
 
 def test_the_split_is_that_of_the_training(checkpoints, tmp_path):

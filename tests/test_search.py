@@ -94,12 +94,12 @@ def table(tmp_path_factory):
     return write_table(tmp_path_factory.mktemp("table") / "t.json")
 
 
-def compare_by(factor=1.0, content=None):
+def compare_by(factor=1.0, content=None, share=1.0):
     """Stands in for latency.compare: measured is `factor` times what the table (or `content`) predicts."""
     def compare(table, design):
         true = latency.Table(content) if content else table
         return {"predicted_ms": table.predict_ms(design), "measured_ms": factor * true.predict_ms(design),
-                "p10_ms": 1.0, "p90_ms": 1.0, "bursts": 1, "runs": 1, "slowdown": factor}
+                "p10_ms": 1.0, "p90_ms": 1.0, "bursts": 1, "runs": 1, "slowdown": factor, "cpu_share": share}
     return compare
 
 
@@ -419,6 +419,9 @@ def test_the_table_is_corrected_by_what_is_measured_only_where_it_may_be(monkeyp
     _, result, new = search.fit_and_measure(supernet, space, costs, True, correct=True)
     assert result["measured_ms"] == pytest.approx(2.5, rel=0.02) and new.target == 2.5
     assert new.table.content["correction"] == pytest.approx(1.1) and new.table.hash != table.hash
+    monkeypatch.setattr(latency, "compare", compare_by(1.1, content, share=0.5))  # what a busy minute says
+    assert search.fit_and_measure(supernet, space, costs, True, correct=True)[2] is costs
+    monkeypatch.setattr(latency, "compare", compare_by(1.1, content))
     # The corrected table, as it goes to disk, gives the same network at once.
     again = search.costs_of_table(latency.read_table(new.table.content), supernet, space, 2.5)
     _, result, _ = search.fit_and_measure(supernet, space, again, True, correct=False)
@@ -493,6 +496,24 @@ def test_a_machine_slower_than_its_table_still_gets_a_network(flags, photos, tmp
     )
     assert record_of(tmp_path)["latency"]["measured_ms"] > target
     assert latency.load_table(tmp_path / "latency.json").content["correction"] > 1.1  # as it was corrected
+
+
+def test_a_search_with_the_table_of_another_device_measures_nothing(tmp_path, monkeypatch, capsys):
+    content = fake_table(size=16)
+    content["setting"].update(device="a board", runtime="onnxruntime 9")
+    files.write_json(tmp_path / "board.json", content)
+    monkeypatch.setattr(latency.Table, "elsewhere", True)
+    monkeypatch.setattr(latency, "compare", None)
+    monkeypatch.setattr(latency, "write_network", lambda network, setting, path: Path(path).touch())
+    given = ["--table", tmp_path / "board.json", *JOINT, "--strategy", "random", "--output-dir", tmp_path]
+    command("--target", "2.5,1000", *given)
+    out, found = capsys.readouterr().out, record_of(tmp_path / "target_2.5")["latency"]
+    assert "on a board, onnxruntime 9\nnote: this is another device" in out and " - " in out.splitlines()[-1]
+    assert 0 < found["predicted_ms"] <= 2.5 and "measured_ms" not in found
+    assert "timing.py network.onnx" in out and (tmp_path / "target_2.5" / "network.onnx").exists()
+    content["setting"]["size"] = 32
+    files.write_json(tmp_path / "board.json", content)
+    assert "size is 32 there" in sentence(["--target", "5", *given], capsys)
 
 
 def test_a_target_above_the_dearest_has_no_influence_and_the_network_is_measured(
