@@ -20,8 +20,8 @@ import registry
 from fake_table import fake_table, quick_compare
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("registry", "data", "latency", "search", "train", "eval", "export", "benchmark", "reproduce",
-           "hinas")
+SCRIPTS = ("registry", "data", "latency", "timing", "search", "train", "eval", "export", "benchmark",
+           "reproduce", "hinas")
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCHED = [model for names in registry.METHODS.values() for model in names]  # --model of search.py
@@ -155,9 +155,9 @@ def test_an_unknown_flag_ends_in_one_sentence(script, capsys):
     assert caught.value.code == 2 and "--no-such-flag" in error and len(error.strip().splitlines()) <= 2
 
 
-@pytest.mark.parametrize("name", ("superkernel", "metrics", "scenes"))
+@pytest.mark.parametrize("name", ("superkernel", "metrics", "scenes", "timing"))
 def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
-    """Those without a command; the tests beside the others run their commands alone."""
+    """Those without a command, or whose command needs none; the tests beside the others run theirs alone."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = call(["-c", f"import {name}"], tmp_path, env=environment)
@@ -167,7 +167,7 @@ def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
 def test_the_files_that_work_alone_are_documented():
     text = (ROOT / "docs" / "elsewhere.md").read_text()
     assert set(re.findall(r"^\| `(\w+)\.py` \|", text, re.M)) == {
-        "models", "superkernel", "hinas", "data", "scenes", "latency", "metrics"}
+        "models", "superkernel", "hinas", "data", "scenes", "latency", "timing", "metrics"}
 
 
 def test_only_the_list_of_methods_names_those_of_other_papers():
