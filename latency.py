@@ -216,6 +216,9 @@ def peak_memory_mib(device: torch.device | str) -> float | None:
     """Peak memory of this process in MiB: torch's on a GPU, the resident size on a CPU; None on Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration):  # on Linux; getrusage has the peak of who started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
     try:
         import resource
     except ImportError:
