@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import SqueezeExcitation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import MODES, list_images, load_image, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
-from models import ENCODER_STRIDE, NoiseLevel, Output, apply_network, channels_of, scale_of
+from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
 from run import Forecast, say, track
 
 TILE_CORE, TILE_MARGIN = 1024, 384  # pixels; multiples of every stride; k5 blocks see as far as the margin
@@ -61,7 +60,7 @@ class _Collected(Exception):
 
 
 class _WholePool(nn.Module):
-    """The average pool of a SqueezeExcitation or NoiseLevel, over a picture that is computed in tiles.
+    """A module's average pool, over a picture that is computed in tiles.
 
     Its first call appends it to `order`. While it has a `core` it adds up the cores of the tiles; then it
     gives their mean, that of the whole picture.
@@ -79,10 +78,23 @@ class _WholePool(nn.Module):
             self.total = self.total + part.sum((2, 3), keepdim=True)
             self.count += part[0, 0].numel()
             raise _Collected
-        if self.count:
-            return (self.total / self.count).to(x.dtype)
+        if self.mean is not None:
+            return self.mean.to(x.dtype)
         self.order.append(self)
         return x.mean((2, 3), keepdim=True)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean over the whole picture, once it is known."""
+        return self.total / self.count if self.core is None and self.count else None
+
+
+def in_tiles(network: nn.Module, height: int, width: int) -> bool:
+    """Whether a picture is processed in tiles: a large one, unless the network has group norms (they would
+    see a tile, not the picture) or, in an ONNX file, says that it cannot."""
+    return height * width > (TILE_CORE + 2 * TILE_MARGIN) ** 2 and not any(
+        isinstance(module, nn.GroupNorm) or getattr(module, "multiple", 1) is None
+        for module in network.modules())
 
 
 @torch.inference_mode()
@@ -92,9 +104,9 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
 
     The result is `scale` times larger where the network enlarges. Each tile is computed with `margin` pixels
     around its core (both multiples of 32), so there are no seams. Earlier passes over all tiles collect what
-    each squeeze-and-excitation pools over the whole picture. The memory is that of a tile and of the picture
-    in 8 bit; a SelfEnsemble averages 8-bit images. `progress` gets shares of the work, 1 in all (8 of a
-    SelfEnsemble). The network must be in eval mode.
+    each `avgpool` of a module (squeeze-and-excitation, noise level) averages over the whole picture. The
+    memory is that of a tile and of the picture in 8 bit; a SelfEnsemble averages 8-bit images. `progress`
+    gets shares of the work, 1 in all (8 of a SelfEnsemble). The network must be in eval mode.
     """
     if isinstance(network, SelfEnsemble):
         total: Tensor | int = 0
@@ -102,6 +114,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
             turned = denoise_tiled(network.network, network.turn(image, way), device, core, margin, progress)
             total = network.turn_back(turned, way).to(torch.int16) + total
         return (total + 4).div_(8, rounding_mode="floor").byte()
+    network = network.in_parts() if hasattr(network, "in_parts") else network  # of an ONNX file
     network = copy.copy(getattr(network, "denoiser", network))  # the first half of a sequential one is enough
     if hasattr(network, "decoder"):
         network.classifies = False
@@ -109,16 +122,16 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
     spans = [[(start, max(0, start - margin), min(side, start + core + margin))
               for start in range(0, side, core)] for side in image.shape[-2:]]
     tiles = [(rows, columns) for rows in spans[0] for columns in spans[1]]  # each (core's start, start, end)
-    squeezes = [module for module in network.modules()
-                if isinstance(module, (SqueezeExcitation, NoiseLevel))]
-    pools, order = [module.avgpool for module in squeezes], []
+    pooling = [module for module in network.modules()
+               if isinstance(getattr(module, "avgpool", None), nn.AdaptiveAvgPool2d)]
+    pools, order = [module.avgpool for module in pooling], []
 
     def compute(tile):
         pixels = image[..., slice(*tile[0][1:]), slice(*tile[1][1:])]
         return network(to_float(pixels, device) if pixels.dtype == torch.uint8 else pixels.to(device)).image
 
     try:
-        for module in squeezes:
+        for module in pooling:
             module.avgpool = _WholePool(order)
         network(torch.zeros(1, image.shape[1], 64, 64, device=device))
         # A pass to the k-th of n pools is about k of n + 1 parts of a whole one.
@@ -139,7 +152,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
             result[..., y:y + side, x:x + side] = to_8bit(pixels).mul(255).round().byte().cpu()
             progress((len(order) + 1) * part)
     finally:
-        for module, pool in zip(squeezes, pools):
+        for module, pool in zip(pooling, pools):
             module.avgpool = pool
     return result
 
@@ -209,9 +222,7 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
 def _apply_to_picture(network, path, place, size, add_noise, device):
     """The network's input (1, C, H, W), its image, its logits, and what it classified; see denoise_paths."""
     pixels = pil_to_tensor(load_image(path).convert(MODES[channels_of(network)]))[None]
-    # A large one stays in 8 bit and on the CPU as a whole. (Group norms would see a tile, not the picture.)
-    large = (pixels.shape[2] * pixels.shape[3] > (TILE_CORE + 2 * TILE_MARGIN) ** 2 and
-             not any(isinstance(module, nn.GroupNorm) for module in network.modules()))
+    large = in_tiles(network, *pixels.shape[2:])  # it stays in 8 bit and on the CPU as a whole
     noisy = pixels if large and not add_noise else to_float(pixels, "cpu" if large else device)
     noisy = add_noise(noisy, place) if add_noise else noisy
     seen, image, logits = _classifier_view(noisy, size), None, None

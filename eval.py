@@ -3,9 +3,11 @@
     python eval.py                                   # runs/train/best.pt on the test images of its data
     python eval.py --data CBSD68 --split all --sigmas 15/255 25/255 50/255 --noise-protocol literature
     python eval.py --input holiday.jpg               # denoise and classify a picture, or a folder of them
+    python eval.py --onnx runs/export/network.onnx   # both also through onnxruntime
 
-Reads a checkpoint of train.py. Writes metrics.json, table.txt and grid.png; with --input the pictures and
-predictions.json. Levels as in Markhorst 2024: sigma 0, 0.1 ... 1 on images in [0, 1], and the mean over them.
+Reads a checkpoint of train.py, or an ONNX file of export.py. Writes metrics.json, table.txt and grid.png; or
+with --input the pictures and predictions.json. Levels as in Markhorst 2024: sigma 0, 0.1 ... 1 on images in
+[0, 1], and the mean over them.
 """
 
 import argparse
@@ -317,6 +319,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run", "what is measured, where, and where the results go").add_argument
     add("--checkpoint", default="runs/train/best.pt", metavar="FILE",
         help="checkpoint that train.py wrote (default: %(default)s)")
+    add("--onnx", metavar="FILE",
+        help="an ONNX file of export.py instead of a checkpoint, run by onnxruntime on the CPU (default: "
+             "none)")
     add("--output-dir", default="runs/eval", metavar="DIR", help="folder of results (default: %(default)s)")
     add("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
     add("--threads", type=whole(1, 4096), metavar="N",
@@ -369,24 +374,18 @@ def main(argv: list[str] | None = None) -> None:
     with Command(parser) as command:
         args = parser.parse_args(argv)
         command.stopped = f"what is in {args.output_dir} may be of an earlier run"
-        device = prepare_device(args.device, args.threads, args.seed)
-        network, checkpoint = load_checkpoint(args.checkpoint, device)
-        trained, scale = checkpoint.get("flags") or {}, scale_of(network)  # the oldest have no flags
-        flags = {action.dest: check_value(action, trained[action.dest]) for action in parser._actions
-                 if action.dest in OF_TRAINING and trained.get(action.dest) is not None}
-        defaults = {"data_root": flags.get("data_root", "data"), "noise": flags.get("noise", "gaussian"),
-                    "data": checkpoint.get("data"), "size": checkpoint["size"]}
-        defaults |= ({"sigmas": trained_sigmas(flags), "shave": 0, "luma": False} if scale == 1 else
-                     {"sigmas": (0.0,), "shave": scale, "luma": channels_of(network) == 3})
+        network, checkpoint, device = load_network(args, given_flags(parser, argv))
+        defaults = as_trained(network, checkpoint)
+        folders = defaults.pop("train_folders")
         vars(args).update(defaults | given_flags(parser, argv))
         if is_same_data(args.data, checkpoint.get("data")):
-            args.train_folders = args.train_folders or flags.get("train_folders")
+            args.train_folders = args.train_folders or folders
         protocol = Protocol(tuple(args.sigmas), args.noise, args.noise_protocol, args.seed, args.clip,
                             args.shave, args.luma)
         data.check_protocol(args.noise, args.noise_protocol)
         network = SelfEnsemble(network) if args.self_ensemble else network
-        about = {"made": provenance(device_name(device), args.seed), "checkpoint": args.checkpoint,
-                 "epoch": checkpoint["epoch"]}
+        about = {"made": provenance(device_name(device), args.seed),
+                 "checkpoint": args.onnx or args.checkpoint, "epoch": checkpoint["epoch"]}
         common = {"classes": checkpoint["classes"], "device": device, "size": args.size}
         output_dir = Path(args.output_dir)
         if args.input is not None:
@@ -398,6 +397,30 @@ def main(argv: list[str] | None = None) -> None:
         searched = checkpoint["record"].get("latency") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
                           workers=args.workers, searched=None if args.no_latency else searched)
+
+
+def load_network(args: argparse.Namespace, given: dict) -> tuple[nn.Module, dict, torch.device]:
+    """The network of the checkpoint or of the ONNX file, what is known of its training, and its device."""
+    if args.onnx is None:
+        device = prepare_device(args.device, args.threads, args.seed)
+        return *load_checkpoint(args.checkpoint, device), device
+    if "checkpoint" in given or given.get("device", "cpu") != "cpu":
+        raise ValueError("--onnx runs a file of export.py on the CPU: leave --checkpoint and --device out.")
+    from export import load_onnx  # which imports this file
+    device = prepare_device("cpu", args.threads, args.seed)
+    return *load_onnx(args.onnx, torch.get_num_threads()), device
+
+
+def as_trained(network: nn.Module, checkpoint: dict) -> dict:
+    """The flags of an evaluation that follow the training: data, size, noise, and how quality is measured."""
+    trained, scale = checkpoint.get("flags") or {}, scale_of(network)  # the oldest have no flags
+    flags = {action.dest: check_value(action, trained[action.dest]) for action in build_parser()._actions
+             if action.dest in OF_TRAINING and trained.get(action.dest) is not None}
+    return {"data": checkpoint.get("data"), "data_root": flags.get("data_root", "data"),
+            "size": checkpoint["size"], "train_folders": flags.get("train_folders"),
+            "noise": flags.get("noise", "gaussian"),
+            **({"sigmas": trained_sigmas(flags), "shave": 0, "luma": False} if scale == 1 else
+               {"sigmas": (0.0,), "shave": scale, "luma": channels_of(network) == 3})}
 
 
 def trained_sigmas(flags: dict) -> tuple[float, ...]:
@@ -448,7 +471,8 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
         say(f"note: the classes of {name} have other names than in the training; their order counts." if
             classes else "note: the network was trained without labels; its accuracy is chance.", err=True)
     if known:
-        boxes = split_labels(torch.as_tensor(dataset[0][1])[None], next(network.parameters()).device)[1]
+        device = next(network.parameters(), torch.empty(0)).device
+        boxes = split_labels(torch.as_tensor(dataset[0][1])[None], device)[1]
         check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
     if getattr(dataset, "whole", False):
         side, file = data.smallest(dataset)
@@ -480,10 +504,14 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     measured = evaluate(network, loader, protocol, classes=classes, device=device)
     if rank > 0:
         return
-    timed = setting and {**vars(measure_network(one_pass, setting)), **vars(setting)}
+    if hasattr(one_pass, "session"):  # of onnxruntime
+        cost, timed = one_pass.cost, setting and one_pass.measure(setting)
+    else:
+        cost = {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size), "size_px": size}
+        timed = setting and measure_network(one_pass, setting)
+    timed = timed and {**vars(timed), **vars(setting)}
     if timed and (at_table := ms_at_table(searched, setting)):
         timed["slowdown"] = timed["median_ms"] / at_table
-    cost = {"parameters": count_parameters(one_pass), "macs": count_macs(one_pass, size), "size_px": size}
     metrics = {"format": "joint-eval", "version": 2, **about, **measured, "network": cost, "latency": timed}
     table = format_table(metrics)
     write_json(output_dir / "metrics.json", metrics)

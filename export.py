@@ -2,7 +2,7 @@
 
     python export.py --checkpoint runs/train/best.pt    # runs/export/network.onnx, network.pt2, export.json
 
-Both files take `noisy`, of any batch, height and width; they pad, normalise and crop themselves. The outputs
+The files take `noisy`, of any batch, height and width; they pad, normalise and crop themselves. The outputs
 are `image` and `logits`, as far as the network makes them. Fails where an output differs by more than 1e-4
 from PyTorch's. ONNX needs the packages in requirements-optional.txt.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 import data
+import eval as evaluation
 import files
 import latency
 import models
@@ -34,9 +36,12 @@ import run
 import timing
 from data import Parser, whole
 
-FORMAT, VERSION = "joint-onnx", 1
+FORMAT, VERSION = "joint-onnx", 2
+ABOUT = {"model": str, "channels": range(1, 5), "scale": range(1, 17), "multiple": (range(1, 1025), None),
+         "parameters": int, "macs": int,
+         **{name: files.CHECKPOINT[name] for name in ("classes", "size", "data", "seed", "splits", "epoch")}}
 LARGEST_DIFFERENCE = 1e-4  # of an output of an exported network, on images in [0, 1]
-SIZES = ((1, 64, 64), (3, 65, 97), (1, 33, 128), (2, 40, 40))  # of the check: batch, height, width
+SHAPES = ((1, 64, 64), (3, 65, 97), (1, 33, 128), (2, 40, 40))  # of the check: batch, height, width
 OPTIONAL = "pip install -r requirements-optional.txt"
 
 
@@ -80,13 +85,16 @@ def example_inputs(network: nn.Module, batch: int, height: int, width: int, seed
 
 def export_program(network: nn.Module) -> torch.export.ExportedProgram:
     """The torch.export program of a network on the CPU, for any batch, height and width."""
+    deferred = "prefer_deferred_runtime_asserts_over_guards"
+    known = inspect.signature(torch.export.export).parameters
+    if deferred not in known or not hasattr(fx_config, "backed_size_oblivious"):
+        raise ValueError(f"export.py needs torch 2.9 or later, and this is {torch.__version__}.")
     deployed, example = Deployed(network).eval(), example_inputs(network, 2, 70, 90)
     free = torch.export.Dim.DYNAMIC
     shapes = ({0: free, 2: free, 3: free}, {0: free, 1: free})[:len(example)]
     # Without it torch would refuse sizes that are a multiple of the stride, which the example's is not.
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
-        return torch.export.export(deployed, example, dynamic_shapes=shapes,
-                                   prefer_deferred_runtime_asserts_over_guards=True)
+        return torch.export.export(deployed, example, dynamic_shapes=shapes, **{deferred: True})
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -109,8 +117,23 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
         exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False,
                                      output_names=names)
     model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # the lines of source of each, with the paths of this machine
     onnx.helper.set_model_props(model, {"joint": json.dumps(about)})
     files.write_file(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+
+def run_session(session, names: list[str], inputs: list[Tensor]) -> list[Tensor]:
+    """These outputs of a session of onnxruntime; RuntimeError with its reason where it fails."""
+    options = optional("onnxruntime").RunOptions()
+    options.log_severity_level = 4  # the error says it
+    given = {each.name: value.numpy(force=True)
+             for each, value in zip(session.get_inputs(), inputs, strict=True)}
+    try:
+        return [torch.from_numpy(output) for output in session.run(names, given, options)]
+    except Exception as error:  # onnxruntime's exceptions have no class of Python's above them
+        reason, (height, width) = str(error).split("Status Message: ")[-1], inputs[0].shape[-2:]
+        raise RuntimeError(f"onnxruntime fails at {width}x{height} pixels: {reason}") from None
 
 
 class OnnxNetwork(nn.Module):
@@ -123,8 +146,9 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         optional("onnxruntime")
         try:
-            self.session = timing.start_session(Path(path).read_bytes(), threads)
-            self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["joint"])
+            self.content, self.threads = Path(path).read_bytes(), threads
+            self.session = timing.start_session(self.content, threads)
+            self.about = dict(json.loads(self.session.get_modelmeta().custom_metadata_map["joint"]))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); make it with export.py.") from None
         except Exception as error:  # onnxruntime has an exception of its own for each kind of damage
@@ -132,17 +156,94 @@ class OnnxNetwork(nn.Module):
             raise ValueError(f"{path} is not an ONNX file of export.py ({reason}).") from None
         if self.about.get("format") != FORMAT or self.about.get("version") != VERSION:
             raise ValueError(f"{path} is not {FORMAT} version {VERSION}; make it again with export.py.")
+        files.check_fields(path, self.about, ABOUT)
         self.names = [output.name for output in self.session.get_outputs()]
         self.denoises, self.classifies = "image" in self.names, "logits" in self.names
         self.channels, self.scale = self.about["channels"], self.about["scale"]
-        self.takes_boxes = len(self.session.get_inputs()) > 1
+        self.multiple, self.takes_boxes = self.about["multiple"], len(self.session.get_inputs()) > 1
+        self.cost = {"parameters": self.about["parameters"], "macs": self.about["macs"],
+                     "size_px": self.about["size"] // self.scale}
 
     def forward(self, noisy: Tensor, boxes: Tensor | None = None) -> models.Output:
-        given = [noisy] if boxes is None else [noisy, boxes]
-        names = [each.name for each in self.session.get_inputs()]
-        inputs = {name: each.numpy(force=True) for name, each in zip(names, given, strict=True)}
-        found = dict(zip(self.names, map(torch.from_numpy, self.session.run(None, inputs))))
+        outputs = run_session(self.session, self.names, [noisy] if boxes is None else [noisy, boxes])
+        found = dict(zip(self.names, outputs))
         return models.Output(found.get("image"), found.get("logits"))
+
+    def measure(self, setting: latency.Setting) -> latency.Timing:
+        """Milliseconds per batch, in a setting of the mode onnx."""
+        inputs = example_inputs(self, setting.batch, setting.size, setting.size)
+        return latency.measure(lambda: self(*inputs), "cpu", warmup=10, repeats=50, seconds=1.0)
+
+    def in_parts(self) -> OnnxParts:
+        """The same network, for denoise.denoise_tiled."""
+        return OnnxParts(self)
+
+
+class GlobalPool(nn.Module):
+    """The place of an average pool over the whole map in an ONNX file: the names of its input and output."""
+
+    def __init__(self, node):
+        super().__init__()
+        self.source, self.result, self.avgpool = node.input[0], node.output[0], nn.AdaptiveAvgPool2d(1)
+
+
+class OnnxParts(nn.Module):
+    """The image of an OnnxNetwork, computed up to each average pool over the whole map and from there on.
+    denoise.denoise_tiled replaces these pools, as in any network: a tile must not have a mean of its own."""
+
+    def __init__(self, network: OnnxNetwork):
+        super().__init__()
+        onnx = optional("onnx")
+        self.model, self.threads = onnx.load_model_from_string(network.content), network.threads
+        self.scale, self.multiple = network.scale, network.multiple
+        self.session = self.place = None  # of the part that was computed last, the name of its output
+        axes = {tensor.name for tensor in self.model.graph.initializer if tensor.dims == [2] and
+                sorted(onnx.numpy_helper.to_array(tensor) % 4) == [2, 3]}
+        self.pools = nn.ModuleList(GlobalPool(node) for node in self.nodes_of("image", set()) if
+                                   node.op_type == "ReduceMean" and node.input[1] in axes)
+
+    def nodes_of(self, output: str, given: set[str]) -> list:
+        """The nodes that compute a value from given ones, in their order."""
+        wanted, nodes = {output} - given, []
+        for node in reversed(self.model.graph.node):
+            if wanted & set(node.output):
+                wanted |= set(node.input) - given
+                nodes.insert(0, node)
+        return nodes
+
+    def compute(self, output: str, given: dict[str, Tensor]) -> Tensor:
+        """A value of the graph from others, by a session for this part alone: one at a time is in memory."""
+        if self.place != output:
+            onnx, graph = optional("onnx"), self.model.graph
+            nodes = self.nodes_of(output, set(given))
+            used = {name for node in nodes for name in node.input}
+            weights = [tensor for tensor in graph.initializer if tensor.name in used]
+            value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            part = onnx.helper.make_graph(nodes, "part", [value(name) for name in given if name in used],
+                                          [value(output)], weights)
+            part = onnx.helper.make_model(part, opset_imports=self.model.opset_import,
+                                          ir_version=self.model.ir_version)
+            self.session, self.place = None, output  # the memory of the last part is free again
+            self.session = timing.start_session(part.SerializeToString(), self.threads)
+        inputs = [given[each.name] for each in self.session.get_inputs()]
+        return run_session(self.session, [output], inputs)[0]
+
+    def forward(self, noisy: Tensor) -> models.Output:
+        given = {"noisy": noisy}
+        for pool in self.pools:
+            mean = getattr(pool.avgpool, "mean", None)  # known, of the whole picture
+            given[pool.result] = (mean.float() if mean is not None else
+                                  pool.avgpool(self.compute(pool.source, given)))
+        return models.Output(self.compute("image", given), None)
+
+
+def load_onnx(path: str | Path, threads: int = 1) -> tuple[OnnxNetwork, dict]:
+    """The network of an ONNX file, and what eval.py needs of a checkpoint's content, from its metadata."""
+    network = OnnxNetwork(path, threads)
+    setting = {"device_type": "cpu", "batch": 1, "threads": threads, "dtype": "float32", "mode": "onnx"}
+    record = {"model": network.about["model"], "latency": {"setting": setting}}
+    flags = {name: network.about.get(name) for name in evaluation.OF_TRAINING}
+    return network, {**network.about, "flags": flags, "record": record}
 
 
 @torch.no_grad()
@@ -268,19 +369,24 @@ def pictures(name: str, network: nn.Module, seed: int = 0, most: int = 512) -> l
 
 
 def describe(network: nn.Module, checkpoint: dict) -> dict:
-    """What who runs the ONNX file needs to know: classes, size and noise of the training, range of values."""
-    flags = checkpoint.get("flags") or {}
+    """What who runs the ONNX file needs to know: classes, size and noise of the training, range of values;
+    what eval.py needs to find the images; `multiple`: of pixels, of the sides of a tile, None: no tiles."""
+    flags, scale = checkpoint.get("flags") or {}, models.scale_of(network)
+    grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
     return {"format": FORMAT, "version": VERSION, "model": checkpoint["record"]["model"],
-            "classes": checkpoint["classes"], "size": checkpoint["size"], "range": [0, 1],
-            "channels": models.channels_of(network), "scale": models.scale_of(network),
-            **{name: flags.get(name) for name in ("noise", "sigma", "sigmas")},
+            "range": [0, 1], "channels": models.channels_of(network), "scale": scale,
+            "multiple": None if grouped else getattr(network, "multiple", models.ENCODER_STRIDE),
+            "parameters": models.count_parameters(network),
+            "macs": models.count_macs(network, checkpoint["size"] // scale),
+            **{name: checkpoint.get(name) for name in ("classes", "size", "data", "seed", "splits", "epoch")},
+            **{name: flags.get(name) for name in evaluation.OF_TRAINING},
             "made": files.provenance(latency.device_name("cpu"))}
 
 
 def compare(network: nn.Module, paths: dict[str, Path], images: str, size: int, threads: int) -> list[dict]:
     """Of each form of the network: milliseconds of one image (C, size, size); of those in `paths` also the
     size of the file and the largest difference from the network."""
-    inputs = [example_inputs(network, *shape) for shape in SIZES] + pictures(images, network)
+    inputs = [example_inputs(network, *shape) for shape in SHAPES] + pictures(images, network)
     forms = {"eager": network, "folded": latency.fold_batch_norm(network),
              "torch.export": torch.export.load(paths["torch.export"]).module(),
              "onnxruntime": OnnxNetwork(paths["onnxruntime"], threads)}

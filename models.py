@@ -871,7 +871,7 @@ def apply_network(network: nn.Module, images: Tensor, boxes: Tensor | None = Non
 @torch.no_grad()
 def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
     """ValueError in one sentence where a network cannot take (channels, size, size) images or their boxes."""
-    was_training, device = network.training, next(network.parameters()).device
+    was_training, device = network.training, next(network.parameters(), torch.empty(0)).device
     try:
         images = torch.zeros(1, channels_of(network), size, size, device=device)
         logits = apply_network(network.eval(), images, boxes).logits

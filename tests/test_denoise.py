@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.ops import SqueezeExcitation
 
 import data
 import denoise
@@ -62,7 +63,7 @@ class Lopsided(nn.Module):
 def test_tiles_compute_what_the_whole_picture_does(name):
     """The margin covers what the encoder sees, so that only rounding is left."""
     network, picture, shares = make_network(name), smooth_picture(210 if name == "squeezed" else 410, 505), []
-    kinds = denoise.SqueezeExcitation, models.NoiseLevel
+    kinds = SqueezeExcitation, models.NoiseLevel
     modules = [module for module in network.modules() if isinstance(module, kinds)]
     pools = [module.avgpool for module in modules]
     with torch.inference_mode():

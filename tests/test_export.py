@@ -1,16 +1,24 @@
 """export.py: the files compute what the network computes, at any size; what is no such file is refused."""
 
 import builtins
+import contextlib
 import importlib.util
+import io
 import json
 import random
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torchvision.ops import SqueezeExcitation
 
+import denoise
+import eval as evaluation
 import export
 import files
 import hinas
@@ -32,6 +40,7 @@ NETWORKS = {  # name -> function that makes one
     **{name: lambda name=name: registry.build_network(registry.named_record(name, 5, {}))
        for name in ("unet-s", "dcnet-s", "dncnn", "lpienet", "mobilenet-v3-small")}}
 QUICK = ("unet-s", "dcnet-s", "hinas")
+CONTENT = {"record": {"model": "some"}, "classes": None, "size": 64, "seed": 0, "epoch": 1}  # of a checkpoint
 
 
 def network(name):
@@ -43,7 +52,7 @@ def network(name):
 
 
 def inputs(made):
-    return [export.example_inputs(made, *size) for size in export.SIZES]
+    return [export.example_inputs(made, *size) for size in export.SHAPES]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -60,47 +69,147 @@ def test_an_onnx_file_computes_what_the_network_does_at_any_size(name, tmp_path)
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     made, path = network(name), tmp_path / "network.onnx"
-    about = {"format": export.FORMAT, "version": export.VERSION, "channels": models.channels_of(made),
-             "scale": models.scale_of(made)}
+    about = export.describe(made, CONTENT)
     export.write_onnx(export.export_program(made), path, export.output_names(made), about)
     read = export.OnnxNetwork(path)
     assert export.largest_difference(made, read, inputs(made)) < 1e-5
     assert (read.denoises, read.classifies, read.scale) == (made.denoises, made.classifies, about["scale"])
     assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]  # of one piece
+    assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
+
+
+class Squeezed(nn.Module):
+    """What tiles of their own would change: three modules that look at the whole picture."""
+
+    denoises, classifies = True, True
+
+    def __init__(self):
+        super().__init__()
+        self.begin, self.middle = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.squeezes = nn.ModuleList([SqueezeExcitation(16, 4), SqueezeExcitation(16, 4)])
+        self.noise_level, self.end = models.NoiseLevel(), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x):
+        out = self.squeezes[1](self.middle(self.squeezes[0](self.begin(x)).relu()))
+        image = torch.sigmoid(self.end(out) + self.noise_level(x) + 4)
+        return models.Output(image, out.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory):
+    """A network and its ONNX file."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    made, path = Squeezed().eval(), tmp_path_factory.mktemp("squeezed") / "network.onnx"
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)
+    export.write_onnx(export.export_program(made), path, ["image", "logits"], export.describe(made, CONTENT))
+    return made, path
+
+
+def uneven_picture(height=160, width=208):  # multiples of 16, as Squeezed does not pad
+    """Dark at the left, bright and noisy at the right, uint8 (1, 3, height, width)."""
+    ramp = torch.linspace(0, 1, width).expand(3, height, width)
+    return (ramp * (0.5 + 0.5 * torch.rand(3, height, width))).mul(255).byte()[None]
+
+
+def test_tiles_of_an_onnx_file_compute_what_the_whole_picture_does(squeezed):
+    made, path = squeezed
+    picture, read = uneven_picture(), export.OnnxNetwork(path)
+    with torch.inference_mode():
+        whole = made(picture / 255).image * 255
+    tiled = denoise.denoise_tiled(read, picture, core=64, margin=32).float()
+    assert (tiled - whole).abs().max() < 0.51
+    parts = read.in_parts()
+    assert len(parts.pools) == 3  # not the mean of the classes
+    parts.pools = nn.ModuleList()
+    read.in_parts = lambda: parts
+    assert (denoise.denoise_tiled(read, picture, core=64, margin=32) - whole).abs().max() > 5  # it can fail
+
+
+def save_checkpoint(path):
+    record, made = registry.named_record("unet-s", 5, {}), network("unet-s")
+    files.save_checkpoint(path, {
+        "record": record, "network": made.state_dict(), "classes": None, "size": 32, "seed": 0,
+        "data": "digits", "loss": "den", "epoch": 1, "flags": {"sigma": 0.5}})
+    return path
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    record = registry.named_record("unet-s", 5, {})
-    made = network("unet-s")
-    files.save_checkpoint(tmp_path / "best.pt", {
-        "record": record, "network": made.state_dict(), "classes": list("abcde"), "size": 32, "seed": 0,
-        "data": "digits", "loss": "den", "epoch": 1, "flags": {"sigma": 0.5}})
-    return tmp_path / "best.pt"
+    return save_checkpoint(tmp_path / "best.pt")
 
 
-def run(*arguments):
+def run(*arguments, script=export):
     with pytest.raises(SystemExit) as stop:
-        export.main([str(argument) for argument in arguments])
+        script.main([str(argument) for argument in arguments])
         raise SystemExit(0)
     return stop.value.code
 
 
-def test_the_command_writes_checks_and_times_both_files(checkpoint, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with best.pt and what the command wrote of it, and what it printed."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    command = ("--checkpoint", checkpoint, "--output-dir", tmp_path / "out")
-    assert run(*command) == 0
-    out = capsys.readouterr().out
-    report = files.read_json(tmp_path / "out" / "export.json", "joint-export", 1, "")
+    folder, out = tmp_path_factory.mktemp("exported"), io.StringIO()
+    save_checkpoint(folder / "best.pt")
+    with contextlib.redirect_stdout(out):
+        assert run("--checkpoint", folder / "best.pt", "--output-dir", folder) == 0
+    return folder, out.getvalue()
+
+
+def test_the_command_writes_checks_and_times_all_files(exported):
+    folder, out = exported
+    report = files.read_json(folder / "export.json", "joint-export", 1, "")
     forms = {row["form"]: row for row in report["forms"]}
     assert list(forms) == ["eager", "folded", "torch.export", "onnxruntime"]
     assert all(row["ms"] > 0 and row["form"] in out for row in report["forms"])
     assert all(0 <= forms[name]["difference"] < 1e-4 for name in ("torch.export", "onnxruntime"))
-    about = export.OnnxNetwork(tmp_path / "out" / "network.onnx").about
-    assert (about["classes"], about["size"], about["sigma"]) == (list("abcde"), 32, 0.5)
-    monkeypatch.setattr(export, "LARGEST_DIFFERENCE", -1.0)
-    assert "differ from PyTorch's by more than" in str(run(*command))
+    about = export.OnnxNetwork(folder / "network.onnx").about
+    assert (about["classes"], about["size"], about["sigma"], about["multiple"]) == (None, 32, 0.5, 16)
+
+
+def test_the_command_fails_where_a_file_computes_something_else(exported, tmp_path, monkeypatch):
+    for name in ("export_program", "write_program", "write_onnx"):
+        monkeypatch.setattr(export, name, lambda *_: None)
+    row = {"form": "onnxruntime", "ms": 1.0, "bytes": 1, "file": "f"}
+    monkeypatch.setattr(export, "compare", lambda *_: [{**row, "difference": 0.1}])
+    command = ("--checkpoint", exported[0] / "best.pt", "--output-dir", tmp_path)
+    assert "differ from PyTorch's by more than 0.0001" in str(run(*command))
+
+
+def test_eval_uses_an_onnx_file_as_the_checkpoint(exported, tmp_path, capsys):
+    folder, pictures = exported[0], tmp_path / "pictures"
+    pictures.mkdir()
+    denoise.to_picture(uneven_picture(70, 45)[0]).save(pictures / "a.png")
+    found = {}
+    for flag, file in (("--checkpoint", "best.pt"), ("--onnx", "network.onnx")):
+        common = (flag, folder / file, "--threads", 1)
+        assert run(*common, "--input", pictures, "--sigma", 0.1, "--output-dir", tmp_path / flag,
+                   script=evaluation) == 0
+        assert run(*common, "--test-images", 3, "--output-dir", tmp_path / "table", script=evaluation) == 0
+        metrics = files.read_json(tmp_path / "table" / "metrics.json", "joint-eval", 2, "")
+        found[flag] = (np.array(Image.open(tmp_path / flag / "a_denoised.png")).astype(int), metrics)
+    (ours, expected), (theirs, metrics) = found.values()
+    assert np.abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.01
+    for level, wanted in zip(metrics["levels"], expected["levels"], strict=True):
+        assert level["sigma"] == wanted["sigma"]
+        assert level["psnr_db"] == pytest.approx(wanted["psnr_db"], abs=0.01)
+    assert (metrics["network"], metrics["data"]) == (expected["network"], "digits")
+    assert metrics["latency"]["mode"] == "onnx" and metrics["checkpoint"].endswith("network.onnx")
+    assert run("--onnx", folder / "best.pt", "--input", pictures, script=evaluation) == 2
+    assert "is not an ONNX file of export.py" in capsys.readouterr().err
+
+
+def test_an_older_torch_is_named_in_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(torch.export, "export", lambda module, args, dynamic_shapes: None)
+    assert run("--checkpoint", checkpoint, "--output-dir", tmp_path / "out") == 2
+    assert "export.py needs torch 2.9 or later, and this is " in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_in_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
@@ -109,6 +218,8 @@ def test_a_missing_package_is_named_in_one_sentence(checkpoint, tmp_path, capsys
     assert run("--checkpoint", checkpoint, "--output-dir", tmp_path / "out") == 2
     assert "The package onnx is not installed; install it with: pip install -r requirements-optional.txt" in (
         capsys.readouterr().err)
+    assert run("--onnx", tmp_path / "network.onnx", script=evaluation) == 2
+    assert "The package onnxruntime is not installed; install it with: pip" in capsys.readouterr().err
 
 
 def test_what_is_no_onnx_file_of_this_project_is_refused_in_one_sentence(tmp_path):
@@ -124,7 +235,9 @@ def test_what_is_no_onnx_file_of_this_project_is_refused_in_one_sentence(tmp_pat
     graph = onnx.helper.make_graph([onnx.helper.make_node("Abs", ["x"], ["y"])], "g", [value("x", 1, [1])],
                                    [value("y", 1, [1])])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    for about, words in ((None, "is not an ONNX file of export"), ({"format": "other"}, "is not joint-onnx")):
+    ours = {"format": export.FORMAT, "version": export.VERSION, "model": "m", "channels": "three"}
+    for about, words in ((None, "is not an ONNX file of export"), ([1], "is not an ONNX file of export"),
+                         ({"format": "other"}, "is not joint-onnx"), (ours, "its channels is 'three'")):
         if about:
             onnx.helper.set_model_props(model, {"joint": json.dumps(about)})
         Path(path).write_bytes(model.SerializeToString())
