@@ -1,15 +1,19 @@
 """Exports a trained network to ONNX and to a torch.export program, and runs both beside PyTorch.
 
     python export.py --checkpoint runs/train/best.pt    # runs/export/network.onnx, network.pt2, export.json
+    python export.py --forms int8 half                  # also network.int8.onnx and network.half.onnx
+    python export.py --sizes                            # time and memory of pictures from 64 px to 1080p
 
 The files take `noisy`, of any batch, height and width; they pad, normalise and crop themselves. The outputs
 are `image` and `logits`, as far as the network makes them. Fails where an output differs by more than 1e-4
-from PyTorch's. ONNX needs the packages in requirements-optional.txt.
+from PyTorch's; of int8 and half it measures PSNR and accuracy. ONNX needs the packages in
+requirements-optional.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import inspect
@@ -17,9 +21,13 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import sys
+import tempfile
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +36,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 import data
+import denoise
 import eval as evaluation
 import files
 import latency
@@ -42,6 +51,10 @@ ABOUT = {"model": str, "channels": range(1, 5), "scale": range(1, 17), "multiple
          **{name: files.CHECKPOINT[name] for name in ("classes", "size", "data", "seed", "splits", "epoch")}}
 LARGEST_DIFFERENCE = 1e-4  # of an output of an exported network, on images in [0, 1]
 SHAPES = ((1, 64, 64), (3, 65, 97), (1, 33, 128), (2, 40, 40))  # of the check: batch, height, width
+SIZES = ("64", "128", "256", "512", "1280x720", "1920x1080")  # of --sizes
+FORMS = ("int8", "half")  # smaller ONNX files
+QUANTISED = ("Conv", "ConvTranspose", "Relu", "MaxPool")  # the ONNX operations that int8 changes
+CALIBRATION_IMAGES, TEST_IMAGES, MOST_PIXELS = 44, 64, 128  # of int8, of the quality, and their largest side
 OPTIONAL = "pip install -r requirements-optional.txt"
 
 
@@ -343,14 +356,16 @@ class SharedWeights:
                              lambda temporary: temporary.write_bytes(values.tobytes()))
 
 
-def largest_difference(network: nn.Module, form, inputs: list[tuple[Tensor, ...]]) -> float:
-    """The largest difference of an output between a network and another form of it, over all inputs."""
+def largest_difference(network: nn.Module, form, inputs: list[tuple[Tensor, ...]]) -> float | None:
+    """The largest difference of an output between a network and another form of it, over all inputs; None
+    where it is not finite."""
     differences = []
     with torch.inference_mode():
         for each in inputs:
             pairs = zip(made(models.apply_network(network, *each)), made(form(*each)), strict=True)
             differences += [(ours - theirs).abs().max() for ours, theirs in pairs]
-    return float(torch.stack(differences).max())
+    largest = float(torch.stack(differences).max())
+    return largest if math.isfinite(largest) else None
 
 
 def pictures(name: str, network: nn.Module, seed: int = 0, most: int = 512) -> list[tuple[Tensor, ...]]:
@@ -373,7 +388,7 @@ def describe(network: nn.Module, checkpoint: dict) -> dict:
     what eval.py needs to find the images; `multiple`: of pixels, of the sides of a tile, None: no tiles."""
     flags, scale = checkpoint.get("flags") or {}, models.scale_of(network)
     grouped = any(isinstance(module, nn.GroupNorm) for module in network.modules())
-    return {"format": FORMAT, "version": VERSION, "model": checkpoint["record"]["model"],
+    return {"format": FORMAT, "version": VERSION, "form": "float32", "model": checkpoint["record"]["model"],
             "range": [0, 1], "channels": models.channels_of(network), "scale": scale,
             "multiple": None if grouped else getattr(network, "multiple", models.ENCODER_STRIDE),
             "parameters": models.count_parameters(network),
@@ -383,31 +398,194 @@ def describe(network: nn.Module, checkpoint: dict) -> dict:
             "made": files.provenance(latency.device_name("cpu"))}
 
 
-def compare(network: nn.Module, paths: dict[str, Path], images: str, size: int, threads: int) -> list[dict]:
+# --- Smaller forms ------------------------------------------------------------------------------------------
+
+class Images(torch.utils.data.Dataset):
+    """The images of a dataset, at most `most` pixels high and wide."""
+
+    def __init__(self, dataset, most: int):
+        self.dataset, self.most = dataset, most
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        image, label = self.dataset[index]
+        return image[..., :self.most, :self.most], label
+
+
+class Quality:
+    """Held-out pictures with noise: to measure PSNR and accuracy on (`test`), to calibrate on (`val`)."""
+
+    def __init__(self, network: nn.Module, checkpoint: dict, name: str):
+        flags = evaluation.as_trained(network, checkpoint)
+        if not evaluation.is_same_data(name, flags["data"]):
+            flags |= {"data": name, "train_folders": None}
+        self.levels, self.scale = flags["sigmas"], models.scale_of(network)
+        sigmas = tuple(sigma for sigma in self.levels if sigma)[::4] or (0.0,)
+        self.protocol = evaluation.Protocol(sigmas, flags["noise"], shave=flags["shave"],
+                                            y_only=flags["luma"])
+        flags |= {"val_images": CALIBRATION_IMAGES, "test_images": TEST_IMAGES}
+        load = lambda split: Images(evaluation.load_split(network, checkpoint, split, self.protocol, flags),
+                                    max(MOST_PIXELS, flags["size"]))
+        self.val, self.test = load("val"), load("test")
+
+    def calibration(self):
+        """The inputs for each image of `val`, all levels of the training in turn."""
+        for place, (pixels, label) in enumerate(self.val):
+            _, noisy_at = self.protocol.noisy_at(pixels[None], [place], "cpu", self.scale)
+            boxes = data.split_labels(torch.as_tensor(label)[None], "cpu")[1]
+            noisy = noisy_at(self.levels[place % len(self.levels)]).contiguous()
+            yield (noisy,) if boxes is None else (noisy, boxes)
+
+    def measure(self, form: nn.Module) -> dict:
+        """PSNR and accuracy, means over all levels of the protocol."""
+        measured = evaluation.evaluate(form, data.make_loader(self.test, 16), self.protocol)
+        return {name: measured["means"]["all_levels"][name] for name in ("psnr_db", "accuracy")}
+
+
+def write_form(form: str, source: Path, path: Path, quality: Quality) -> None:
+    """Write a smaller form of an ONNX file."""
+    onnx = optional("onnx")
+    model = int8(source, quality) if form == "int8" else half(onnx.load(source))
+    about = {each.key: each.value for each in onnx.load(source).metadata_props}["joint"]
+    onnx.helper.set_model_props(model, {"joint": json.dumps({**json.loads(about), "form": form})})
+    files.write_file(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+
+def half(model):
+    """The ONNX model with weights of 16 bit. Each becomes float32 again when onnxruntime loads the file: on a
+    CPU it computes as fast as with float32."""
+    onnx, casts = optional("onnx"), []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > 64:
+            name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), f"{name}_half"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def int8(source: Path, quality: Quality):
+    """The ONNX model with convolutions in 8 bit: weights with a scale for each channel, and activations whose
+    ranges are those of 99.9 % of the values in the calibration. With the range of all values, one unusual
+    picture makes the steps too coarse for the others."""
+    onnx, quantisation = optional("onnx"), importlib.import_module("onnxruntime.quantization")
+    names = [each.name for each in onnx.load(source).graph.input]
+
+    class Reader(quantisation.CalibrationDataReader):
+        inputs = [dict(zip(names, (each.numpy() for each in inputs))) for inputs in quality.calibration()]
+
+        def __len__(self):
+            return len(self.inputs)
+
+        def set_range(self, start_index, end_index):
+            self.rest = iter(self.inputs[start_index:end_index])
+
+        def get_next(self):
+            return next(self.rest, None)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        logging.disable(logging.WARNING)  # it speaks of another way to prepare the file
+        try:
+            quantisation.quantize_static(
+                source, Path(folder) / "int8.onnx", Reader(), per_channel=True,
+                op_types_to_quantize=list(QUANTISED), activation_type=quantisation.QuantType.QUInt8,
+                weight_type=quantisation.QuantType.QInt8,
+                calibrate_method=quantisation.CalibrationMethod.Percentile,
+                extra_options={"CalibPercentile": 99.9, "CalibStridedMinMax": 1})  # 1 picture at a time
+        finally:
+            logging.disable(logging.NOTSET)
+        return onnx.load(Path(folder) / "int8.onnx")
+
+
+# --- Reports ------------------------------------------------------------------------------------------------
+
+def compare(network: nn.Module, paths: dict[str, Path], images: str, size: int, threads: int,
+            quality: Quality | None = None) -> list[dict]:
     """Of each form of the network: milliseconds of one image (C, size, size); of those in `paths` also the
-    size of the file and the largest difference from the network."""
+    size of the file and the largest difference from the network. With `quality` also PSNR and accuracy, of
+    the network and the ONNX files."""
     inputs = [example_inputs(network, *shape) for shape in SHAPES] + pictures(images, network)
     forms = {"eager": network, "folded": latency.fold_batch_norm(network),
              "torch.export": torch.export.load(paths["torch.export"]).module(),
-             "onnxruntime": OnnxNetwork(paths["onnxruntime"], threads)}
+             **{form: OnnxNetwork(path, threads) for form, path in paths.items() if path.suffix == ".onnx"}}
     timed = example_inputs(network, 1, size, size)
     with torch.inference_mode():
         times = latency.interleave([lambda form=form: form(*timed) for form in forms.values()], "cpu")
     rows = [{"form": form, "ms": ms} for form, ms in zip(forms, times.medians_ms)]
     for row in rows:
+        form = forms[row["form"]]
         if path := paths.get(row["form"]):
-            row |= {"difference": largest_difference(network, forms[row["form"]], inputs),
+            row |= {"difference": largest_difference(network, form, inputs),
                     "bytes": path.stat().st_size, "file": str(path)}
+        finite = row.get("difference", 0) is not None
+        if quality and finite and (form is network or isinstance(form, OnnxNetwork)):
+            row |= quality.measure(form)
     return rows
 
 
 def format_rows(rows: list[dict]) -> str:
     """The table of `compare` to read."""
-    lines = [f"{'form':<14}{'ms':>8}{'difference':>13}{'MB':>8}"]
+    columns = {"psnr_db": ("PSNR", ".2f"), "accuracy": ("accuracy", ".1%")}
+    columns = {name: how for name, how in columns.items() if any(row.get(name) is not None for row in rows)}
+    cell = lambda value, how: "-" if value is None else format(value, how)
+    lines = [f"{'form':<14}{'ms':>8}" + "".join(f"{head:>10}" for head, _ in columns.values())
+             + f"{'difference':>13}{'MB':>8}"]
     for row in rows:
-        lines.append(f"{row['form']:<14}{row['ms']:>8.2f}")
+        lines.append(f"{row['form']:<14}{row['ms']:>8.2f}" + "".join(
+            f"{cell(row.get(name), how):>10}" for name, (_, how) in columns.items()))
         if "file" in row:
-            lines[-1] += f"{row['difference']:>13.1e}{row['bytes'] / 1e6:>8.2f}  {row['file']}"
+            lines[-1] += f"{cell(row['difference'], '.1e'):>13}{row['bytes'] / 1e6:>8.2f}  {row['file']}"
+    return "\n".join(lines)
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """A type for argparse: 64 or 1280x720 -> width and height in pixels."""
+    width, _, height = text.partition("x")
+    sides = int(width), int(height or width)
+    if not 16 <= min(sides) <= max(sides) <= 65536:
+        raise argparse.ArgumentTypeError(f"must be of 16 to 65536 pixels, such as 640 or 640x480, not {text}")
+    return sides
+
+
+def measure_size(path: Path, width: int, height: int, threads: int) -> dict:
+    """Milliseconds of a picture through an ONNX file, in tiles if it is large, and the memory: by how much
+    the peak of this process grows, which must be a fresh one."""
+    torch.set_num_threads(threads)
+    before, network = latency.peak_memory_mib("cpu"), OnnxNetwork(path, threads)
+    inputs = example_inputs(network, 1, height, width)
+    tiled = network.denoises and denoise.in_tiles(network, height, width)
+    run_once = lambda: denoise.denoise_tiled(network, inputs[0]) if tiled else network(*inputs)
+    ms = latency.measure(run_once, "cpu", warmup=1, repeats=3, seconds=1.0).median_ms
+    memory = before and latency.peak_memory_mib("cpu") - before
+    return {"width_px": width, "height_px": height, "tiled": tiled, "ms": ms, "memory_mib": memory}
+
+
+def measure_sizes(path: Path, sizes: list[tuple[int, int]], threads: int) -> list[dict]:
+    """`measure_size` of each size in a process of its own; without `ms` where the memory is too small."""
+    rows = []
+    for size in run.track(sizes, "sizes", len(sizes)):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows.append(pool.submit(measure_size, path, *size, threads).result())
+            except (BrokenProcessPool, RuntimeError) as error:  # the system ends what takes too much
+                if not isinstance(error, BrokenProcessPool) and not files.lacks_memory(error):
+                    raise
+                rows.append({"width_px": size[0], "height_px": size[1]})
+    return rows
+
+
+def format_sizes(rows: list[dict]) -> str:
+    """The table of `measure_sizes` to read."""
+    lines = [f"{'picture':<14}{'ms':>10}{'MiB':>8}{'images/s':>10}{'Mpixel/s':>10}"]
+    for row in rows:
+        name, pixels = "{width_px}x{height_px}".format(**row), row["width_px"] * row["height_px"]
+        lines.append(f"{name:<14}" + ("  not enough memory" if "ms" not in row else
+            f"{row['ms']:>10.2f}{row['memory_mib'] or float('nan'):>8.0f}{1e3 / row['ms']:>10.1f}"
+            f"{pixels / row['ms'] / 1e3:>10.2f}{'  in tiles' if row['tiled'] else ''}"))
     return "\n".join(lines)
 
 
@@ -423,6 +601,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of the files (default: %(default)s)")
     add("--images", metavar="NAME", help="pictures to check with: a folder, or digits (default: those of the "
         "training where they are here, else digits)")
+    add("--forms", nargs="+", choices=FORMS, default=[], help="smaller ONNX files: int8, convolutions in 8 "
+        "bit, calibrated on the val images of --images; half, weights in 16 bit (default: none)")
+    add("--sizes", nargs="*", type=picture_size, metavar="SIZE", help="also time pictures of these sizes "
+        f"through network.onnx, 640 or 640x480; without a size {' '.join(SIZES)} (default: not)")
     add("--threads", type=whole(1, 4096), default=1, metavar="N", help="threads to time with (default: 1)")
     return parser
 
@@ -439,18 +621,34 @@ def main(argv: list[str] | None = None) -> None:
         files.check_folder(folder / "network.onnx")
         images = args.images or (known if known in data.SCENES or Path(known).is_dir() else "digits")
         size, about = checkpoint["size"] // models.scale_of(network), describe(network, checkpoint)
+        quality = Quality(network, checkpoint, images) if args.forms else None
         run.say(f"Exporting {about['model']}; checked on random images and on pictures of {images} ...")
         paths = {"torch.export": folder / "network.pt2", "onnxruntime": folder / "network.onnx"}
         program = export_program(network)
         write_program(program, paths["torch.export"])
         write_onnx(program, paths["onnxruntime"], output_names(network), about)
-        rows = compare(network, paths, images, size, args.threads)
-        files.write_json(folder / "export.json", {
-            "format": "joint-export", "version": 1, "network": about, "threads": args.threads,
-            "size_px": size, "images": images, "forms": rows})
+        for form in dict.fromkeys(args.forms):
+            paths[form] = folder / f"network.{form}.onnx"
+            write_form(form, paths["onnxruntime"], paths[form], quality)
+        rows = compare(network, paths, images, size, args.threads, quality)
         run.say(f"one image of {size}x{size} px, threads: {args.threads}, {latency.device_name('cpu')}\n"
                 + format_rows(rows))
-        if wrong := [row["form"] for row in rows if not row.get("difference", 0) <= LARGEST_DIFFERENCE]:
+        if quality:
+            levels = ", ".join(data.format_sigmas(quality.protocol.sigmas))
+            run.say(f"PSNR and accuracy: means over sigma {levels} of {len(quality.test)} test images, of at "
+                    f"most {quality.test.most} px a side")
+        sizes = None if args.sizes is None else measure_sizes(
+            paths["onnxruntime"], args.sizes or [picture_size(size) for size in SIZES], args.threads)
+        if sizes:
+            run.say(format_sizes(sizes))
+        files.write_json(folder / "export.json", {
+            "format": "joint-export", "version": 1, "network": about, "threads": args.threads,
+            "size_px": size, "images": images, "forms": rows, "sizes": sizes})
+        differences = {row["form"]: row["difference"] for row in rows if "file" in row}
+        if broken := [form for form, difference in differences.items() if difference is None]:
+            sys.exit(f"export.py: outputs of {' and '.join(broken)} are not finite: do not use the file.")
+        if wrong := [form for form, difference in differences.items()
+                     if form not in FORMS and difference > LARGEST_DIFFERENCE]:
             sys.exit(f"export.py: the outputs of {' and '.join(wrong)} differ from PyTorch's by more than "
                      f"{LARGEST_DIFFERENCE:g}: do not use the file.")
 

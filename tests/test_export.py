@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,27 @@ def test_tiles_of_an_onnx_file_compute_what_the_whole_picture_does(squeezed):
     assert (denoise.denoise_tiled(read, picture, core=64, margin=32) - whole).abs().max() > 5  # it can fail
 
 
+@pytest.mark.parametrize("form, most", [("half", 0.01), ("int8", 0.3)])
+def test_smaller_forms_compute_nearly_the_same(squeezed, tmp_path, form, most):
+    made, path = squeezed
+    noisy = [export.example_inputs(made, 1, 64, 64, seed) for seed in range(6)]
+    export.write_form(form, path, tmp_path / "small.onnx", types.SimpleNamespace(calibration=lambda: noisy))
+    small = export.OnnxNetwork(tmp_path / "small.onnx")
+    assert small.about == {**export.OnnxNetwork(path).about, "form": form}
+    assert 0 < export.largest_difference(made, small, noisy) < most
+    picture = uneven_picture()
+    with torch.inference_mode():
+        whole = small(picture / 255).image * 255
+    tiled = denoise.denoise_tiled(small, picture, core=64, margin=32).float()
+    assert (tiled - whole).abs().max() < (0.51 if form == "half" else 8)  # a mean may fall on another step
+
+
+def test_what_is_not_finite_has_no_difference():
+    made = Squeezed().eval()
+    broken = lambda x: made(x)._replace(image=x * float("nan"))
+    assert export.largest_difference(made, broken, [(torch.rand(1, 3, 8, 8),)]) is None
+
+
 def save_checkpoint(path):
     record, made = registry.named_record("unet-s", 5, {}), network("unet-s")
     files.save_checkpoint(path, {
@@ -156,8 +178,11 @@ def exported(tmp_path_factory):
     pytest.importorskip("onnxscript")
     folder, out = tmp_path_factory.mktemp("exported"), io.StringIO()
     save_checkpoint(folder / "best.pt")
-    with contextlib.redirect_stdout(out):
-        assert run("--checkpoint", folder / "best.pt", "--output-dir", folder) == 0
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "CALIBRATION_IMAGES", 6)
+        patch.setattr(export, "TEST_IMAGES", 4)
+        assert run("--checkpoint", folder / "best.pt", "--output-dir", folder, "--forms", "int8", "half",
+                   "--sizes", "48x32") == 0
     return folder, out.getvalue()
 
 
@@ -165,20 +190,27 @@ def test_the_command_writes_checks_and_times_all_files(exported):
     folder, out = exported
     report = files.read_json(folder / "export.json", "joint-export", 1, "")
     forms = {row["form"]: row for row in report["forms"]}
-    assert list(forms) == ["eager", "folded", "torch.export", "onnxruntime"]
+    assert list(forms) == ["eager", "folded", "torch.export", "onnxruntime", "int8", "half"]
     assert all(row["ms"] > 0 and row["form"] in out for row in report["forms"])
     assert all(0 <= forms[name]["difference"] < 1e-4 for name in ("torch.export", "onnxruntime"))
+    assert 1e-5 < forms["half"]["difference"] < 0.1 < forms["eager"]["psnr_db"]
+    assert forms["eager"]["psnr_db"] == pytest.approx(forms["onnxruntime"]["psnr_db"], abs=1e-3)
+    assert forms["eager"]["psnr_db"] != forms["int8"]["psnr_db"]
+    assert forms["int8"]["bytes"] < forms["onnxruntime"]["bytes"] > 1.5 * forms["half"]["bytes"]
     about = export.OnnxNetwork(folder / "network.onnx").about
     assert (about["classes"], about["size"], about["sigma"], about["multiple"]) == (None, 32, 0.5, 16)
+    size, = report["sizes"]
+    assert (size["width_px"], size["height_px"], size["tiled"]) == (48, 32, False) and "48x32" in out
+    assert size["ms"] > 0 and (size["memory_mib"] is None or 0 < size["memory_mib"] < 500)
 
 
 def test_the_command_fails_where_a_file_computes_something_else(exported, tmp_path, monkeypatch):
     for name in ("export_program", "write_program", "write_onnx"):
         monkeypatch.setattr(export, name, lambda *_: None)
     row = {"form": "onnxruntime", "ms": 1.0, "bytes": 1, "file": "f"}
-    monkeypatch.setattr(export, "compare", lambda *_: [{**row, "difference": 0.1}])
-    command = ("--checkpoint", exported[0] / "best.pt", "--output-dir", tmp_path)
-    assert "differ from PyTorch's by more than 0.0001" in str(run(*command))
+    for wrong, words in ((0.1, "differ from PyTorch's by more than 0.0001"), (None, "are not finite")):
+        monkeypatch.setattr(export, "compare", lambda *_: [{**row, "difference": wrong}])
+        assert words in str(run("--checkpoint", exported[0] / "best.pt", "--output-dir", tmp_path))
 
 
 def test_eval_uses_an_onnx_file_as_the_checkpoint(exported, tmp_path, capsys):
