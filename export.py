@@ -619,7 +619,11 @@ def main(argv: list[str] | None = None) -> None:
         network, checkpoint = files.load_checkpoint(args.checkpoint, device)
         folder, known = Path(args.output_dir), checkpoint.get("data") or "digits"
         files.check_folder(folder / "network.onnx")
-        images = args.images or (known if known in data.SCENES or Path(known).is_dir() else "digits")
+        here = known in data.SCENES or Path(known).is_dir()
+        if args.forms and not (args.images or here):
+            raise ValueError(f"--forms needs pictures as in the training, and {known} is not here: name a "
+                             "folder with --images.")
+        images = args.images or (known if here else "digits")
         size, about = checkpoint["size"] // models.scale_of(network), describe(network, checkpoint)
         quality = Quality(network, checkpoint, images) if args.forms else None
         run.say(f"Exporting {about['model']}; checked on random images and on pictures of {images} ...")

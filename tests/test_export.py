@@ -151,11 +151,11 @@ def test_what_is_not_finite_has_no_difference():
     assert export.largest_difference(made, broken, [(torch.rand(1, 3, 8, 8),)]) is None
 
 
-def save_checkpoint(path):
+def save_checkpoint(path, data="digits"):
     record, made = registry.named_record("unet-s", 5, {}), network("unet-s")
     files.save_checkpoint(path, {
         "record": record, "network": made.state_dict(), "classes": None, "size": 32, "seed": 0,
-        "data": "digits", "loss": "den", "epoch": 1, "flags": {"sigma": 0.5}})
+        "data": data, "loss": "den", "epoch": 1, "flags": {"sigma": 0.5}})
     return path
 
 
@@ -234,6 +234,14 @@ def test_eval_uses_an_onnx_file_as_the_checkpoint(exported, tmp_path, capsys):
     assert metrics["latency"]["mode"] == "onnx" and metrics["checkpoint"].endswith("network.onnx")
     assert run("--onnx", folder / "best.pt", "--input", pictures, script=evaluation) == 2
     assert "is not an ONNX file of export.py" in capsys.readouterr().err
+
+
+def test_smaller_forms_are_not_calibrated_on_other_pictures_unless_told(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = save_checkpoint(tmp_path / "best.pt", data=str(tmp_path / "nowhere"))
+    assert run("--checkpoint", path, "--output-dir", tmp_path / "out", "--forms", "int8") == 2
+    assert "nowhere is not here: name a folder with --images." in capsys.readouterr().err
 
 
 def test_an_older_torch_is_named_in_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
