@@ -309,6 +309,10 @@ class Traced(nn.Module):
     def session(self):
         return timing.start_session(self.content, self.threads)
 
+    def restart(self) -> None:
+        """Let the next call begin a new session."""
+        self.__dict__.pop("session", None)
+
     def forward(self, noisy: Tensor) -> list:
         return self.session.run(None, {"noisy": noisy.numpy()})
 

@@ -299,6 +299,9 @@ def test_every_part_of_a_network_has_a_time_in_onnxruntime(name):
         parts, modules = zip(*space.parts(traced.network))
         times = latency.time_parts(traced, modules, images, torch.device("cpu"), runs=5)
         whole = latency.measure(lambda: traced(images), "cpu").median_ms
+        before = traced.session
+        traced.restart()
+        assert traced.session is not before
     assert len(times) == len(parts) and min(times) > 0
     assert sum(times) < 2 * whole  # no node counts twice; other work may run here
 
