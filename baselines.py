@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -79,9 +80,45 @@ class Classifier(nn.Module):
         return Output(None, self.network((x - self.mean) / self.std))
 
 
-def from_torchvision(name: str, num_classes: int) -> Classifier:
-    """A classifier of torchvision with fresh weights, by its name there."""
-    return Classifier(torchvision.models.get_model(name, num_classes=num_classes))
+def from_torchvision(name: str, num_classes: int, factor: float = 1.0) -> Classifier:
+    """A classifier of torchvision with fresh weights, by its name there; a MobileNet also with its channels
+    times a factor."""
+    how = {} if factor == 1 else {"width_mult": factor}
+    return Classifier(torchvision.models.get_model(name, num_classes=num_classes, **how))
+
+
+class MobileNetWithDecoder(nn.Module):
+    """A MobileNet of torchvision that also denoises, by the decoder of DC-NAS on its features of the sizes
+    1/2 to 1/16: what someone would build who takes a known classifier. (B, 3, H, W) of any size."""
+
+    denoises, classifies = True, True
+
+    def __init__(self, name: str, num_classes: int, factor: float = 1.0):
+        super().__init__()
+        network = torchvision.models.get_model(name, num_classes=num_classes, width_mult=factor)
+        self.features, self.classifier = network.features, network.classifier
+        models.add_normalisation(self)
+        with torch.no_grad():  # the last layer of each size goes to the decoder
+            x, shapes = torch.zeros(2, 3, 64, 64), []
+            for layer in self.features:
+                x = layer(x)
+                shapes.append(tuple(x.shape[1:3]))
+        self.taken = [index for index, (_, side) in enumerate(shapes[:-1])
+                      if side >= 4 and shapes[index + 1][1] < side]
+        s2, s3, s4, s5 = (shapes[index][0] for index in self.taken)
+        self.decoder = models.Decoder([s2, s3, s4, s5, s5], kind="sharp")
+        models.begin_smooth(self.decoder.levels)
+
+    def forward(self, x: Tensor) -> Output:
+        height, width = x.shape[-2:]
+        noisy, features = models.pad_to_multiple(x, models.ENCODER_STRIDE), []
+        x = (noisy - self.mean) / self.std
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.taken:
+                features.append(x)
+        image = self.decoder([*features, features[-1]], noisy)[..., :height, :width]
+        return Output(image, self.classifier(x.mean((2, 3))))
 
 
 def efficientnet_v2(depth: float, num_classes: int) -> Classifier:
@@ -220,8 +257,19 @@ def _classifier(first: int, second: int, expansion: float | None, flops: float) 
     return Named(partial(StudyClassifier, first, second, expansion), DIGIT, flops)
 
 
+def dcnet_with_tail(num_classes: int, factor: float = 1.0) -> nn.Module:
+    """DC-Net S with the tail of DC-NAS as its classifier (thesis, table 5:5); `factor`: of the UNet's b."""
+    b, *others = UNET_S
+    unet = UNet(max(1, round(b * factor)), *others)
+    return DCNet(unet, branch=dcnas_tail(unet.widths[-1], num_classes))
+
+
 def _dcnet_sequential(unet: tuple, num_classes: int) -> nn.Module:
     return SequentialNetwork(UNet(*unet), StudyClassifier(10, 30, 2.5, num_classes))
+
+
+def _widened(build: Callable) -> Named:
+    return Named(build, widen=build)
 
 
 registry.NAMED.update({
@@ -235,10 +283,12 @@ registry.NAMED.update({
     "mb4-s": _classifier(5, 19, 4, 188e3),
     "dcnet-seq": Named(partial(_dcnet_sequential, UNET), 96, 1302.1e6),
     "dcnet-s-seq": Named(partial(_dcnet_sequential, UNET_S), 96, 51.5e6),
-    "dcnet-s-tail": Named(lambda num_classes: DCNet(UNet(*UNET_S), branch=dcnas_tail(27, num_classes))),
+    "dcnet-s-tail": _widened(dcnet_with_tail),
     "resnet18": Named(partial(from_torchvision, "resnet18")),
-    "mobilenet-v2": Named(partial(from_torchvision, "mobilenet_v2")),
-    "mobilenet-v3-small": Named(partial(from_torchvision, "mobilenet_v3_small")),
+    "mobilenet-v2": _widened(partial(from_torchvision, "mobilenet_v2")),
+    "mobilenet-v2-decoder": _widened(partial(MobileNetWithDecoder, "mobilenet_v2")),
+    "mobilenet-v3-small": _widened(partial(from_torchvision, "mobilenet_v3_small")),
+    "mobilenet-v3-small-decoder": _widened(partial(MobileNetWithDecoder, "mobilenet_v3_small")),
     "efficientnet-v2-b0": Named(partial(efficientnet_v2, 1.0)),
     "efficientnet-v2-b1": Named(partial(efficientnet_v2, 1.1)),
     "lpienet-0.25x": Named(lambda _: LPIENet((4, 8, 16), (8, 4))),

@@ -44,10 +44,12 @@ def method_module(method: str):
 
 @dataclass(frozen=True)
 class Named:
-    """A network made by hand; `flops`: those of its paper, counted as in baselines.paper_flops, or None."""
+    """A network made by hand; `flops`: those of its paper, counted as in baselines.paper_flops, or None.
+    `widen`: with its channels times a factor, (num_classes, factor) -> network, where that can be built."""
     build: Callable[[int], nn.Module]  # num_classes -> network
     size: int = PAPER_SIZE  # pixels, the input in its paper
     flops: float | None = None
+    widen: Callable[[int, float], nn.Module] | None = None
 
 
 UNET, UNET_M, UNET_S = (32, 4, 2, 2), (16, 4, 2, 2), (8, 4, 1.5, 2)  # b, d, m, c
@@ -77,7 +79,9 @@ def find_named(name: str) -> Named:
     if not numbers:
         return all_named()[name]
     b, d, m, c, mb, res = numbers.groups()  # the paper states 2.5, the expansion, of a classifier only
-    return Named(lambda _: UNet(int(b), int(d), float(m), int(c), 2.5 if mb else None, bool(res)), 96)
+    make = lambda _, factor=1.0: UNet(max(1, round(int(b) * factor)), int(d), float(m), int(c),
+                                      2.5 if mb else None, bool(res))
+    return Named(make, 96, widen=make)
 
 
 def named_record(name: str, num_classes: int, made: dict) -> dict:
@@ -103,13 +107,18 @@ def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0)
     if method != "named":
         module = method_module(str(method))
         return module.build(module.design_of(record))
-    name, num_classes = record.get("model"), record.get("num_classes")
+    name, num_classes, factor = record.get("model"), record.get("num_classes"), record.get("widen", 1.0)
     if type(name) is not str or type(num_classes) is not int or num_classes not in COUNTS:
         raise ValueError("The record of a named model needs a model and num_classes.")
     try:
-        return find_named(name).build(num_classes)
+        named = find_named(name)
     except KeyError:
         raise ValueError(f"There is no model named {name!r}; python registry.py lists them.") from None
+    if factor == 1:
+        return named.build(num_classes)
+    if named.widen is None or type(factor) is not float or not 0.1 <= factor <= 16:
+        raise ValueError(f"The model {name} cannot be built with its channels times {factor!r:.20}.")
+    return named.widen(num_classes, factor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -372,9 +372,11 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
                   widen: float | None = None) -> dict:
     """The record, without its latency, of the same encoder as another model, with another decoder or wider
-    channels; ValueError where it is not of C-NAS, D-NAS or DC-NAS."""
+    channels; ValueError where it is not of C-NAS, D-NAS or DC-NAS, of which the first two are."""
     if model is None and decoder is None and widen is None:
         return record
+    if record["method"] == "named" and model is decoder is None:
+        return {**record, "widen": widen}
     if record["method"] != "tfnas":
         raise ValueError("--train-as, --decoder and --widen are for C-NAS, D-NAS and DC-NAS, not for "
                          f"{record['model']}.")

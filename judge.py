@@ -1,0 +1,363 @@
+"""Is it worth searching on your data, at your latency? Found networks beside random ones and known ones.
+
+    python judge.py --target 4 --data photos --size 64
+    python judge.py --target 4,8 --found 3 --random 3 --search "--epochs 6" --train "--epochs 8"
+
+For each target: N searches with N seeds, N random networks of the same space within 3 % of the same latency,
+and networks made by hand, widened until they have it too. All are trained alike and evaluated on test images.
+Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front. Runs that are there
+are not repeated, stopped ones go on. Start the same command again beside it, on as many cores as you like:
+each takes runs that no other one has. Sources: Yang et al. 2020, "NAS evaluation is frustratingly hard"
+(relative improvement over random); Efron 1979 (bootstrap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import random
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data as data_module
+import files
+import latency
+import models
+import registry
+import train
+from data import Parser, whole
+from reproduce import HERE, run_script
+from run import Command, check_device, default_device, lock_folder, say
+from search import milliseconds
+
+FORMAT, VERSION = "joint-judge", 1
+WITHIN = 0.03  # of the target, the latency of a random network and of one made by hand
+HAND = {  # made by hand: named models, and the share of the target that each of them gets
+    "one block a stage": {"dcnas-k3-e6-shallow": 1.0},
+    "DC-Net with a tail": {"dcnet-s-tail": 1.0},
+    "MobileNetV2 and decoder": {"mobilenet-v2-decoder": 1.0},
+    "MobileNetV3 and decoder": {"mobilenet-v3-small-decoder": 1.0},
+    "MobileNetV3 and UNet": {"mobilenet-v3-small": 0.25, "unet-b16-d4-m2-c2": 0.75}}  # one task each
+MEASURES = {  # column -> (more is better, how it is written)
+    "accuracy %": (True, "{:.2f}"), "PSNR dB": (True, "{:.2f}"), "SSIM": (True, "{:.4f}"),
+    "joint loss": (False, "{:.4f}")}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row's network of one seed: `group` is "found", "random" or a key of HAND."""
+
+    group: str
+    target: float
+    seed: int
+
+
+# --- Statistics --------------------------------------------------------------------------------------------
+
+def interval(values: list[float], others: list[float] | None = None, draws: int = 10_000) -> tuple:
+    """The 95 % bootstrap interval of a mean, or of the mean of `values` minus that of `others`."""
+    rng = random.Random(0)
+    def mean(sample: list[float]) -> float:
+        return statistics.fmean(rng.choices(sample, k=len(sample)))
+    means = sorted(mean(values) - (mean(others) if others else 0.0) for _ in range(draws))
+    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+
+
+def summarise(values: list[float]) -> dict:
+    """Mean, standard deviation, 95 % interval and number of some values."""
+    low, high = interval(values)
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "low": low, "high": high, "count": len(values), "values": values}
+
+
+def better_by(ours: list[float], theirs: list[float], more_is_better: bool) -> dict:
+    """By how much ours are better: the difference of the means with its interval, and the relative one."""
+    sign = 1 if more_is_better else -1
+    low, high = interval([sign * value for value in ours], [sign * value for value in theirs])
+    difference = sign * (statistics.fmean(ours) - statistics.fmean(theirs))
+    return {"difference": difference, "low": low, "high": high,
+            "relative_percent": 100 * difference / abs(statistics.fmean(theirs))}
+
+
+def kendall_tau(first: list[float], second: list[float]) -> float:
+    """Kendall's tau-a of two orders of the same things: 1 the same, 0 unrelated, -1 reversed."""
+    pairs = [(a, b) for a in range(len(first)) for b in range(a)]
+    sign = lambda x: (x > 0) - (x < 0)
+    agree = [sign(first[a] - first[b]) * sign(second[a] - second[b]) for a, b in pairs]
+    return sum(agree) / len(pairs)
+
+
+# --- Runs --------------------------------------------------------------------------------------------------
+
+class Judge:
+    """Makes the runs by the flags of this command."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.folder = args, Path(args.output_dir)
+        self.data = ["--data", args.data, "--data-root", args.data_root, "--size", str(args.size),
+                     *(["--train-images", str(args.train_images)] if args.train_images else [])]
+        self.search, self.train = shlex.split(args.search), shlex.split(args.train)
+        what = data_module.load_data(args.data, root=args.data_root, size=8, train_images=1, val_images=1,
+                                     test_images=1)
+        self.classes = len(what.classes or []) or 10
+        if what.classes is None:
+            raise ValueError(f"{args.data} has no labels, and all networks here classify: give a folder with "
+                             "a folder per class.")
+
+    def command(self, script: str, *flags: str) -> None:
+        """Run a script of this project; OSError names the command where it fails."""
+        line = [*flags, "--device", self.args.device]
+        line += ["--threads", str(self.args.threads)] if self.args.threads and script != "latency.py" else []
+        text = shlex.join(["python", script, *line])
+        say(f"$ {text}")
+        if run_script([sys.executable, str(HERE / script), *line]):
+            raise OSError("This command failed; mend what it says and start again, what was done is kept: "
+                          f"{text}")
+
+    @functools.cached_property
+    def table(self) -> latency.Table:
+        """The latency table, made where it is missing."""
+        path = self.folder / "latency.json"
+        if not path.exists():
+            lock_folder(self.folder)
+            self.command("latency.py", "--size", str(self.args.size), "--classes", str(self.classes),
+                         "--mode", self.args.mode, "--output", str(path))
+        return latency.load_table(path)
+
+    def where(self, contender: Contender) -> Path:
+        return self.folder / f"target_{contender.target:g}" / contender.group.replace(" ", "-") \
+            / f"seed_{contender.seed}"
+
+    def milliseconds(self, network: nn.Module) -> float:
+        """The latency of a network at the speed of the table: in turn with the table's reference."""
+        table = self.table
+        with latency.prepared(table.reference_network(), table.setting) as (reference, images), \
+                latency.prepared(network, table.setting) as (timed, _):
+            times = latency.interleave([lambda: reference(images), lambda: timed(images)],
+                                       table.setting.device_type, min_rounds=9, seconds=2.0)
+        return times.ratios[1] * table.reference_ms
+
+    def widened(self, name: str, target: float) -> float:
+        """The factor for a named model's channels that brings it nearest to a latency."""
+        path = self.folder / f"target_{target:g}" / "widen.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            factor, tried = 1.0, {}
+            while factor not in tried and len(tried) < 8:
+                record = train.modify_record(registry.named_record(name, self.classes, {}), widen=factor)
+                tried[factor] = self.milliseconds(registry.build_network(record))
+                if abs(tried[factor] / target - 1) < WITHIN / 3:
+                    break
+                # Between 1, where most time does not depend on the channels, and 2, their square.
+                factor = round(min(max(factor * (target / tried[factor]) ** (1 / 1.5), 0.1), 16.0), 3)
+            factor = min(tried, key=lambda each: abs(tried[each] - target))
+            if abs(tried[factor] / target - 1) > WITHIN:
+                say(f"note: {name} comes no nearer to {target:g} ms than {tried[factor]:.3f} ms.")
+            known[name] = factor
+            files.write_json(path, known)
+        return known[name]
+
+    def record(self, contender: Contender) -> Path:
+        """The record of a found or a random network, made where it is missing."""
+        folder = self.where(contender) / "search"
+        if not (folder / "arch.json").exists():
+            how = ["--strategy", "random"] if contender.group == "random" else self.search
+            again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
+            self.command("search.py", *self.data, "--target", f"{contender.target:g}", "--mode",
+                         self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
+                         str(contender.seed), "--output-dir", str(folder), *how, *again)
+        return folder / "arch.json"
+
+    def networks(self, contender: Contender) -> list[list[str]]:
+        """The flags of train.py that name the networks of a contender: one, or one for each task."""
+        if contender.group not in HAND:
+            return [["--arch", str(self.record(contender))]]
+        return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}"]
+                for name, share in HAND[contender.group].items()]
+
+    def measure(self, contender: Contender) -> None:
+        """Train and evaluate a contender, as far as that was not done, and write its numbers."""
+        result, total = {}, 0.0
+        for number_, which in enumerate(self.networks(contender)):
+            folder = self.where(contender) / f"network_{number_}"
+            best, metrics = folder / "best.pt", folder / "eval" / "metrics.json"
+            if not metrics.exists():
+                again = ["--resume", str(folder)] if (folder / "last.pt").exists() else []
+                self.command("train.py", *which, *self.data, "--seed", str(contender.seed), "--output-dir",
+                             str(folder), *self.train, *again)
+                self.command("eval.py", "--checkpoint", str(best), "--output-dir", str(metrics.parent),
+                             "--test-images", str(self.args.test_images), "--no-latency")
+            network, checkpoint = files.load_checkpoint(best, self.args.device)
+            means = json.loads(metrics.read_text())["means"]
+            result["MACs M"] = result.get("MACs M", 0.0) + models.count_macs(network, self.args.size) / 1e6
+            result["ms"] = result.get("ms", 0.0) + self.milliseconds(network)
+            if network.classifies:
+                result["accuracy %"] = 100 * means["all_levels"]["accuracy"]
+                total += 0.1 * self.loss(network, checkpoint, "cls")
+            if network.denoises:
+                result |= {"PSNR dB": means["noisy_levels"]["psnr_db"], "SSIM": means["noisy_levels"]["ssim"]}
+                total += 0.9 * self.loss(network, checkpoint, "den")
+        files.write_json(self.where(contender) / "result.json", result | {"joint loss": total})
+
+    def loss(self, network: nn.Module, checkpoint: dict, which: str) -> float:
+        """A part of the loss of training (Markhorst 2024, eq. 1) of the test images, with its noise."""
+        flags = {**checkpoint["flags"], "seed": checkpoint["seed"], "train_images": 1, "val_images": 1,
+                 "test_images": self.args.test_images, "data": self.args.data,
+                 "data_root": self.args.data_root}
+        loader = data_module.make_loader(data_module.data_from(flags).test, 50, shuffle=False)
+        return train.validate(network, loader, loss=which, device=torch.device(self.args.device),
+                              noise=data_module.noise_from(flags), seed=2)["loss"]
+
+    def contenders(self) -> list[Contender]:
+        """All contenders, one seed of each group after the other."""
+        counts = {"found": self.args.found, "random": self.args.random,
+                  **{name: self.args.hand for name in HAND if name not in self.args.skip}}
+        return [Contender(group, target, seed) for seed in range(max(counts.values()))
+                for target in self.args.target for group, count in counts.items() if seed < count]
+
+    def run_all(self) -> None:
+        """Make all runs that no other process has made or is making; wait for those."""
+        _ = self.table
+        while left := [one for one in self.contenders() if not (self.where(one) / "result.json").exists()]:
+            done = 0
+            for contender in left:
+                try:
+                    lock_folder(self.where(contender))
+                except ValueError:  # another process makes it
+                    continue
+                if not (self.where(contender) / "result.json").exists():
+                    self.measure(contender)
+                done += 1
+            if not done:
+                time.sleep(10)
+
+
+# --- The verdict -------------------------------------------------------------------------------------------
+
+def judge(results: dict[tuple[float, str], list[dict]]) -> dict:
+    """Rows for each target and group, and by how much the found networks are better than each other group."""
+    rows, comparisons = [], []
+    for (target, group), runs in results.items():
+        columns = {name: summarise([run[name] for run in runs]) for name in runs[0]}
+        rows.append({"target_ms": target, "group": group, "columns": columns})
+        ours = results.get((target, "found"))
+        for name, (more, _) in MEASURES.items() if ours and group != "found" else ():
+            gain = better_by([run[name] for run in ours], [run[name] for run in runs], more)
+            comparisons.append({"target_ms": target, "group": group, "column": name, **gain})
+    return {"rows": rows, "found_minus": comparisons}
+
+
+def format_verdict(verdict: dict) -> str:
+    """What `judge` returns, to read."""
+    names = ["ms", "MACs M", *MEASURES]
+    lines = [f"{'target':>8}  {'networks':<26}{'n':>3}" + "".join(f"{name:>24}" for name in names)]
+    for row in verdict["rows"]:
+        cells = []
+        for name in names:
+            cell, form = row["columns"][name], MEASURES.get(name, (0, "{:.2f}"))[1]
+            text = form.format(cell["mean"])
+            if cell["count"] > 1 and name in MEASURES:
+                text += f" ({form.format(cell['low'])} to {form.format(cell['high'])})"
+            cells.append(f"{text:>24}")
+        count = row["columns"]["ms"]["count"]
+        lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{count:>3}" + "".join(cells))
+    lines.append("\nFound networks are better by (95 % bootstrap interval; % of the others' mean):")
+    for row in verdict["found_minus"]:
+        form = MEASURES[row["column"]][1].replace("{:", "{:+")
+        low, high = form.format(row["low"]), form.format(row["high"])
+        lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{row['column']:<12}"
+                     f"{form.format(row['difference']):>10} ({low} to {high}), "
+                     f"{row['relative_percent']:+.1f} %")
+    return "\n".join(lines)
+
+
+def plot(path: Path, verdict: dict, results: dict) -> bool:
+    """Draw the front: PSNR and accuracy over ms, a point for each network; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(12, 4.5), layout="tight")
+    for axis, name in zip(figure.subplots(1, 2), ("PSNR dB", "accuracy %")):
+        for group in dict.fromkeys(group for _, group in results):
+            runs = [run for (_, other), made in results.items() if other == group for run in made]
+            marker = {"found": "*", "random": "."}.get(group, "o")
+            axis.scatter([run["ms"] for run in runs], [run[name] for run in runs], label=group, marker=marker,
+                         s=110 if marker == "*" else 40, alpha=0.7, zorder=3 if marker == "*" else 2)
+        axis.set(xlabel="ms", ylabel=name)
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+    return True
+
+
+# --- The command -------------------------------------------------------------------------------------------
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="judge.py", usage="python judge.py --target MS [options]  (--help lists them)",
+                    description="Compare found networks with random ones and with known ones of the same "
+                                "latency, trained alike, on test images.",
+                    epilog="examples: python judge.py --target 4 --data photos; python judge.py --target 4,8 "
+                           "--found 3 --random 3; python judge.py --target 4 --search '--epochs 6'")
+    add = parser.add_argument
+    add("--target", type=milliseconds, required=True, metavar="MS", help="latency, or several: 4,8")
+    add("--found", type=whole(1, 1000), default=8, metavar="N", help="searches (default: %(default)s)")
+    add("--random", type=whole(1, 1000), default=8, metavar="N",
+        help="random networks (default: %(default)s)")
+    add("--hand", type=whole(1, 1000), default=2, metavar="N",
+        help="seeds of each network made by hand (default: %(default)s)")
+    add("--skip", nargs="+", choices=HAND, default=[], metavar="NAME",
+        help=f"leave out: {', '.join(HAND)} (default: none)")
+    add("--search", default="", metavar="FLAGS", help="more flags of search.py, in quotes (default: none)")
+    add("--train", default="", metavar="FLAGS", help="more flags of train.py, in quotes (default: none)")
+    add("--mode", choices=latency.MODES, help="form of the network that is timed (default: onnx where "
+        "onnxruntime is installed and the device is a CPU, else folded)")
+    add("--data", default="digits", metavar="NAME", help="as in search.py (default: %(default)s)")
+    add("--data-root", default="data", metavar="DIR", help="as in search.py (default: %(default)s)")
+    add("--size", type=whole(16, 65536), default=64, metavar="N", help="pixels (default: %(default)s)")
+    add("--train-images", type=whole(2), metavar="N", help="of search and training (default: all)")
+    add("--test-images", type=whole(1), default=1000, metavar="N", help="at most (default: %(default)s)")
+    add("--threads", type=whole(1, 4096), metavar="N", help="torch's threads (default: torch's own)")
+    add("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
+    add("--output-dir", default="runs/judge", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with Command(parser, stopped="the same command goes on"):
+        check_device(args.device)
+        if args.mode is None:
+            installed = args.device == "cpu" and importlib.util.find_spec("onnxruntime")
+            args.mode = "onnx" if installed else "folded"
+        runs = Judge(args)
+        runs.run_all()
+        results: dict = {}
+        for one in sorted(runs.contenders(), key=lambda one: one.target):
+            content = json.loads((runs.where(one) / "result.json").read_text())
+            results.setdefault((one.target, one.group), []).append(content)
+        verdict, made = judge(results), files.provenance(latency.device_name(args.device))
+        text = (f"{args.data}, {args.size} px; latency: {args.mode}; {made['device']}, torch "
+                f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
+                f"{format_verdict(verdict)}\n")
+        path = runs.folder / "judge.txt"
+        files.write_file(path, lambda temporary: temporary.write_text(text))
+        files.write_json(path.with_suffix(".json"), {
+            "format": FORMAT, "version": VERSION, "made": made, "flags": vars(args), **verdict})
+        drawn = plot(path.with_suffix(".png"), verdict, results)
+        say(f"\n{text}\nwrote {path}, {path.with_suffix('.json')}"
+            + (f", {path.with_suffix('.png')}" if drawn else ""))
+
+
+if __name__ == "__main__":
+    main()

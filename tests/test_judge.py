@@ -1,0 +1,99 @@
+"""judge.py: its statistics against values by hand, equal latencies, and the smallest whole comparison."""
+
+import importlib
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import files
+import judge
+import models
+from fake_table import fake_table, quick_compare
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_where_that_holds():
+    values = [statistics.NormalDist(10, 2).inv_cdf((i + 0.5) / 400) for i in range(400)]
+    low, high = judge.interval(values)
+    assert (high - low) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.05)  # 1.96 sd / sqrt(n)
+    assert (low + high) / 2 == pytest.approx(10, abs=0.02)
+
+
+def test_an_interval_of_few_values_by_hand():
+    """The means of two draws from (0, 1) are 0, 0.5, 1 with probabilities 1/4, 1/2, 1/4."""
+    assert judge.interval([0.0, 1.0]) == (0.0, 1.0)
+    assert judge.interval([3.0]) == (3.0, 3.0)
+    assert judge.interval([5.0, 5.0], [2.0, 2.0]) == (3.0, 3.0)
+
+
+def test_better_is_more_accuracy_and_less_loss():
+    gain = judge.better_by([80.0, 84.0], [78.0, 82.0], more_is_better=True)
+    assert gain["difference"] == pytest.approx(2.0)
+    assert gain["relative_percent"] == pytest.approx(2.5)
+    assert gain["low"] < 0 < gain["high"]
+    gain = judge.better_by([0.1, 0.1], [0.2, 0.2], more_is_better=False)
+    assert (gain["low"], gain["difference"], gain["high"]) == pytest.approx((0.1, 0.1, 0.1))
+    assert gain["relative_percent"] == pytest.approx(50.0)
+
+
+def test_kendalls_tau_by_hand():
+    assert judge.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1.0
+    assert judge.kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1.0
+    assert judge.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)  # one of six pairs turned
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Commands run in this process, and a network takes a millisecond for every million MACs."""
+    def run_here(line):
+        importlib.import_module(Path(line[1]).stem).main(line[2:])
+        return 0
+
+    monkeypatch.setattr(judge, "run_script", run_here)
+    monkeypatch.setattr(judge.Judge, "milliseconds",
+                        lambda self, network: models.count_macs(network, self.args.size) / 1e6)
+    quick_compare(monkeypatch)
+
+
+def arguments(folder, *flags):
+    return ["--target", "10", "--data", "digits", "--size", "32", "--train-images", "40", "--test-images",
+            "10", "--threads", "1", "--device", "cpu", "--mode", "eager", "--output-dir", str(folder), *flags]
+
+
+@pytest.mark.parametrize("group", ("MobileNetV2 and decoder", "MobileNetV3 and UNet"))
+def test_networks_made_by_hand_get_the_same_latency(group, tmp_path, quick):
+    files.write_json(tmp_path / "latency.json", fake_table())
+    runs, total = judge.Judge(judge.build_parser().parse_args(arguments(tmp_path))), 0.0
+    for flags in runs.networks(judge.Contender(group, 12.0, 0)):
+        name, factor = flags[1], float(flags[3])
+        record = judge.train.modify_record(judge.registry.named_record(name, 10, {}), widen=factor)
+        total += models.count_macs(judge.registry.build_network(record), 32) / 1e6
+    assert total == pytest.approx(12.0, rel=0.08)
+
+
+def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, capsys, monkeypatch):
+    files.write_json(tmp_path / "latency.json", fake_table())
+    skip = [name for name in judge.HAND if name != "MobileNetV3 and UNet"]
+    flags = arguments(tmp_path, "--found", "1", "--random", "1", "--hand", "1", "--skip", *skip, "--search",
+                      "--epochs 1 --batch-size 8", "--train", "--epochs 1 --batch-size 20 --val-images 10")
+    judge.main(flags)
+    assert "Found networks are better by" in capsys.readouterr().out
+    content = json.loads((tmp_path / "judge.json").read_text())
+    assert [row["group"] for row in content["rows"]] == ["found", "random", "MobileNetV3 and UNet"]
+    pair = content["rows"][2]["columns"]
+    assert set(pair) == {"ms", "MACs M", *judge.MEASURES}  # of both networks
+    assert pair["joint loss"]["mean"] > 0
+    monkeypatch.setattr(judge, "run_script", lambda line: pytest.fail("a run was repeated"))
+    judge.main(flags)
+
+
+def test_images_without_labels_are_refused(tmp_path, capsys):
+    from PIL import Image
+    for index in range(4):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / f"{index}.png")
+    with pytest.raises(SystemExit) as stop:
+        judge.main(["--target", "4", "--data", str(tmp_path / "photos"), "--output-dir", str(tmp_path / "j")])
+    assert stop.value.code == 2
+    assert "has no labels" in capsys.readouterr().err
