@@ -34,8 +34,15 @@ from fake_table import fake_table, quick_compare
 TFNAS = tfnas.Space(8, num_classes=5)
 KINDS = {"hinas": ("denoise", 1, 1), "hinas, twice as large": ("sr", 2, 3)}  # task, scale, channels
 CELLS = {name: hinas.Space(*kind, layers=1, nodes=2, base_width=3) for name, kind in KINDS.items()}
+
+
+def short(arch):
+    """The first block of each stage: exporting takes as long as there are layers."""
+    return replace(arch, blocks=tuple(b for b in arch.blocks if b.in_channels != b.out_channels))
+
+
 NETWORKS = {  # name -> function that makes one
-    "tfnas": lambda: TFNAS.network(TFNAS.random_design(random.Random(0))),
+    "tfnas": lambda: TFNAS.network(short(TFNAS.random_design(random.Random(0)))),
     **{name: lambda space=space: space.network(space.random_design(random.Random(0)))
        for name, space in {"superkernel": superkernel.Space("skipinit", 3, 1), **CELLS}.items()},
     **{name: lambda name=name: registry.build_network(registry.named_record(name, 5, {}))
