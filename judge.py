@@ -125,10 +125,14 @@ class Judge:
 
     @functools.cached_property
     def table(self) -> latency.Table:
-        """The latency table, made where it is missing."""
+        """The latency table, made where it is missing; while another process makes it, this one waits."""
         path = self.folder / "latency.json"
-        if not path.exists():
-            lock_folder(self.folder)
+        while not path.exists():
+            try:
+                lock_folder(self.folder)
+            except ValueError:
+                time.sleep(5)
+                continue
             self.command("latency.py", "--size", str(self.args.size), "--classes", str(self.classes),
                          "--mode", self.args.mode, "--output", str(path))
         return latency.load_table(path)
@@ -148,9 +152,8 @@ class Judge:
 
     def widened(self, name: str, target: float) -> float:
         """The factor for a named model's channels that brings it nearest to a latency."""
-        path = self.folder / f"target_{target:g}" / "widen.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if name not in known:
+        path = self.folder / f"target_{target:g}" / f"{name}.json"
+        if not path.exists():
             factor, tried = 1.0, {}
             while factor not in tried and len(tried) < 8:
                 record = train.modify_record(registry.named_record(name, self.classes, {}), widen=factor)
@@ -162,9 +165,9 @@ class Judge:
             factor = min(tried, key=lambda each: abs(tried[each] - target))
             if abs(tried[factor] / target - 1) > WITHIN:
                 say(f"note: {name} comes no nearer to {target:g} ms than {tried[factor]:.3f} ms.")
-            known[name] = factor
-            files.write_json(path, known)
-        return known[name]
+            if not path.exists():  # of another process, which took its first run
+                files.write_json(path, {"widen": factor, "ms": tried[factor]})
+        return json.loads(path.read_text())["widen"]
 
     def record(self, contender: Contender) -> Path:
         """The record of a found or a random network, made where it is missing."""

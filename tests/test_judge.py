@@ -88,6 +88,33 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, cap
     judge.main(flags)
 
 
+def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
+    """Another one makes the table, and holds the first run; when both are there, nothing is left to do."""
+    runs = judge.Judge(judge.build_parser().parse_args(arguments(tmp_path, "--found", "1", "--random", "1",
+                                                                 "--skip", *judge.HAND)))
+    taken, made = runs.where(judge.Contender("found", 10.0, 0)), []
+
+    def lock(folder):
+        if folder in (tmp_path, taken):
+            raise ValueError("Another run is writing.")
+
+    def wait(_):  # what the other process has done meanwhile
+        if not (tmp_path / "latency.json").exists():
+            files.write_json(tmp_path / "latency.json", fake_table())
+        else:
+            files.write_json(taken / "result.json", {})
+
+    def measure(self, contender):
+        made.append(contender.group)
+        files.write_json(self.where(contender) / "result.json", {})
+
+    monkeypatch.setattr(judge, "lock_folder", lock)
+    monkeypatch.setattr(judge.time, "sleep", wait)
+    monkeypatch.setattr(judge.Judge, "measure", measure)
+    runs.run_all()
+    assert made == ["random"]
+
+
 def test_images_without_labels_are_refused(tmp_path, capsys):
     from PIL import Image
     for index in range(4):
