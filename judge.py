@@ -3,7 +3,7 @@
     python judge.py --target 4 --data photos --size 64
     python judge.py --target 4,8 --found 3 --random 3 --search "--epochs 6" --train "--epochs 8"
 
-For each target: N searches with N seeds, N random networks of the same space within 3 % of the same latency,
+For each target: N searches with N seeds, N random networks of the same space fitted to the same latency,
 and networks made by hand, widened until they have it too. All are trained alike and evaluated on test images.
 Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front. Runs that are there
 are not repeated, stopped ones go on. Start the same command again beside it, on as many cores as you like:
@@ -20,7 +20,6 @@ import json
 import random
 import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +34,12 @@ import models
 import registry
 import train
 from data import Parser, whole
-from reproduce import HERE, run_script
+from reproduce import run_command
 from run import Command, check_device, default_device, lock_folder, say
 from search import milliseconds
 
 FORMAT, VERSION = "joint-judge", 1
-WITHIN = 0.03  # of the target, the latency of a random network and of one made by hand
+WITHIN = 0.03  # of the target, the latency of a network made by hand
 HAND = {  # made by hand: named models, and the share of the target that each of them gets
     "one block a stage": {"dcnas-k3-e6-shallow": 1.0},
     "DC-Net with a tail": {"dcnet-s-tail": 1.0},
@@ -114,14 +113,7 @@ class Judge:
                              "a folder per class.")
 
     def command(self, script: str, *flags: str) -> None:
-        """Run a script of this project; OSError names the command where it fails."""
-        line = [*flags, "--device", self.args.device]
-        line += ["--threads", str(self.args.threads)] if self.args.threads and script != "latency.py" else []
-        text = shlex.join(["python", script, *line])
-        say(f"$ {text}")
-        if run_script([sys.executable, str(HERE / script), *line]):
-            raise OSError("This command failed; mend what it says and start again, what was done is kept: "
-                          f"{text}")
+        run_command(script, *flags, device=self.args.device, threads=self.args.threads)
 
     @functools.cached_property
     def table(self) -> latency.Table:
@@ -205,14 +197,14 @@ class Judge:
             result["ms"] = result.get("ms", 0.0) + self.milliseconds(network)
             if network.classifies:
                 result["accuracy %"] = 100 * means["all_levels"]["accuracy"]
-                total += 0.1 * self.loss(network, checkpoint, "cls")
             if network.denoises:
                 result |= {"PSNR dB": means["noisy_levels"]["psnr_db"], "SSIM": means["noisy_levels"]["ssim"]}
-                total += 0.9 * self.loss(network, checkpoint, "den")
+            which = train.choose_loss(network, labelled=True)
+            total += {"both": 1.0, "cls": 0.1, "den": 0.9}[which] * self.loss(network, checkpoint, which)
         files.write_json(self.where(contender) / "result.json", result | {"joint loss": total})
 
     def loss(self, network: nn.Module, checkpoint: dict, which: str) -> float:
-        """A part of the loss of training (Markhorst 2024, eq. 1) of the test images, with its noise."""
+        """The loss of training (Markhorst 2024, eq. 1), or a part of it, of the noisy test images."""
         flags = {**checkpoint["flags"], "seed": checkpoint["seed"], "train_images": 1, "val_images": 1,
                  "test_images": self.args.test_images, "data": self.args.data,
                  "data_root": self.args.data_root}
@@ -283,7 +275,7 @@ def format_verdict(verdict: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, verdict: dict, results: dict) -> bool:
+def plot(path: Path, results: dict) -> bool:
     """Draw the front: PSNR and accuracy over ms, a point for each network; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -357,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
         files.write_file(path, lambda temporary: temporary.write_text(text))
         files.write_json(path.with_suffix(".json"), {
             "format": FORMAT, "version": VERSION, "made": made, "flags": vars(args), **verdict})
-        drawn = plot(path.with_suffix(".png"), verdict, results)
+        drawn = plot(path.with_suffix(".png"), results)
         say(f"\n{text}\nwrote {path}, {path.with_suffix('.json')}"
             + (f", {path.with_suffix('.png')}" if drawn else ""))
 

@@ -285,6 +285,18 @@ def run_script(line: list[str]) -> int:
         raise
 
 
+def run_command(script: str, *flags: str, device: str, threads: int | None) -> None:
+    """Run a script of this project; OSError names the command where it fails."""
+    line = [*flags, "--device", device]
+    if threads and script != "latency.py":  # a table has one thread on a CPU
+        line += ["--threads", str(threads)]
+    text = shlex.join(["python", script, *line])
+    print(f"$ {text}", flush=True)
+    if run_script([sys.executable, str(HERE / script), *line]):
+        raise OSError("This command failed; mend what it says and start again, what was done is kept: "
+                      f"{text}")
+
+
 class Runner:
     """Makes the runs of tables, by the flags of this command."""
 
@@ -293,15 +305,7 @@ class Runner:
         self.folder = Path(args.output_dir) / args.scale
 
     def command(self, script: str, *flags: str) -> None:
-        """Run a script of this project; OSError names the command where it fails."""
-        line = [*flags, "--device", self.args.device]
-        if self.args.threads and script != "latency.py":  # a table has one thread on a CPU
-            line += ["--threads", str(self.args.threads)]
-        text = shlex.join(["python", script, *line])
-        print(f"$ {text}", flush=True)
-        if run_script([sys.executable, str(HERE / script), *line]):
-            raise OSError("This command failed; mend what it says and start again, what was done is kept: "
-                          f"{text}")
+        run_command(script, *flags, device=self.args.device, threads=self.args.threads)
 
     def data_flags(self, kind: str) -> list[str]:
         if kind == "natural" and self.args.data is None:

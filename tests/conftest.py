@@ -1,3 +1,4 @@
+import importlib
 import os
 import random
 import subprocess
@@ -25,6 +26,18 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The commands of reproduce.py and judge.py run without a process of their own, which takes seconds."""
+    import reproduce
+
+    def run_here(line):
+        importlib.import_module(Path(line[1]).stem).main(line[2:])
+        return 0
+
+    monkeypatch.setattr(reproduce, "run_script", run_here)
 
 
 def pytest_addoption(parser):

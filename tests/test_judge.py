@@ -1,15 +1,14 @@
 """judge.py: its statistics against values by hand, equal latencies, and the smallest whole comparison."""
 
-import importlib
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 
 import files
 import judge
 import models
+import reproduce
 from fake_table import fake_table, quick_compare
 
 
@@ -44,13 +43,8 @@ def test_kendalls_tau_by_hand():
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Commands run in this process, and a network takes a millisecond for every million MACs."""
-    def run_here(line):
-        importlib.import_module(Path(line[1]).stem).main(line[2:])
-        return 0
-
-    monkeypatch.setattr(judge, "run_script", run_here)
+def quick(monkeypatch, in_this_process):
+    """A network takes a millisecond for every million MACs."""
     monkeypatch.setattr(judge.Judge, "milliseconds",
                         lambda self, network: models.count_macs(network, self.args.size) / 1e6)
     quick_compare(monkeypatch)
@@ -84,7 +78,7 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, cap
     pair = content["rows"][2]["columns"]
     assert set(pair) == {"ms", "MACs M", *judge.MEASURES}  # of both networks
     assert pair["joint loss"]["mean"] > 0
-    monkeypatch.setattr(judge, "run_script", lambda line: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(reproduce, "run_script", lambda line: pytest.fail("a run was repeated"))
     judge.main(flags)
 
 

@@ -1,8 +1,6 @@
 """reproduce.py: the tables fit together, and the smallest of each kind runs, goes on, and says what holds."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,16 +12,6 @@ from fake_table import fake_table
 
 PAPER = [f"table-{number}" for number in range(1, 11)] + ["figure-5", "figure-6", "figure-9"]
 TINY = ["--scale", "tiny", "--threads", "1", "--device", "cpu"]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Commands run without a process of their own, which takes seconds to start."""
-    def run_here(line):
-        importlib.import_module(Path(line[1]).stem).main(line[2:])
-        return 0
-
-    monkeypatch.setattr(reproduce, "run_script", run_here)
 
 
 def test_every_table_and_figure_of_the_papers_is_there_and_fits():
