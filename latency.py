@@ -510,7 +510,7 @@ def time_here(plan: Plan) -> dict:
         for index, design in enumerate(designs):
             network, whole, parts = space.network(design), None, None
             for reference in references if setting.mode == "onnx" else ():
-                reference.restart()  # with memory as fragmented as the network's, else it is 3 % faster
+                reference.restart()  # an old session is faster than the network's new one
             with contextlib.ExitStack() as stack:
                 if index < plan.wholes or index >= last:
                     as_set, _ = stack.enter_context(prepared(network, setting))
