@@ -303,7 +303,8 @@ class Traced(nn.Module):
         nodes = onnx.load_model_from_string(self.content).graph.node
         convolutions = {node.output[0]: node.name for node in nodes if node.op_type == "Conv"}
         self.fused = {node.name: convolutions[node.input[0]]  # activation -> convolution that takes it in
-                      for node in nodes if node.input and node.input[0] in convolutions}
+                      for node in nodes if node.input and node.input[0] in convolutions
+                      and node.op_type not in ("Conv", "Add")}
 
     @functools.cached_property
     def session(self):

@@ -5,6 +5,7 @@
 
 For each target: N searches with N seeds, N random networks of the same space fitted to the same latency,
 and networks made by hand, widened until they have it too. All are trained alike and evaluated on test images.
+Networks from all over the space are trained as well: does the first supernet put them in the right order?
 Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front. Runs that are there
 are not repeated, stopped ones go on. Start the same command again beside it, on as many cores as you like:
 each takes runs that no other one has. Sources: Yang et al. 2020, "NAS evaluation is frustratingly hard"
@@ -51,9 +52,12 @@ MEASURES = {  # column -> (more is better, how it is written)
     "joint loss": (False, "{:.4f}")}
 
 
+RANKED = "ranked"  # networks that the search of seed 0 compared, from all over the space
+
+
 @dataclass(frozen=True)
 class Contender:
-    """One row's network of one seed: `group` is "found", "random" or a key of HAND."""
+    """One row's network of one seed: `group` is "found", "random", a key of HAND, or RANKED."""
 
     group: str
     target: float
@@ -125,8 +129,9 @@ class Judge:
             except ValueError:
                 time.sleep(5)
                 continue
-            self.command("latency.py", "--size", str(self.args.size), "--classes", str(self.classes),
-                         "--mode", self.args.mode, "--output", str(path))
+            method = ["elastic"] if self.args.space == "wide" else ["tfnas", "--space", self.args.space]
+            self.command("latency.py", "--method", *method, "--size", str(self.args.size), "--classes",
+                         str(self.classes), "--mode", self.args.mode, "--output", str(path))
         return latency.load_table(path)
 
     def where(self, contender: Contender) -> Path:
@@ -164,13 +169,53 @@ class Judge:
     def record(self, contender: Contender) -> Path:
         """The record of a found or a random network, made where it is missing."""
         folder = self.where(contender) / "search"
-        if not (folder / "arch.json").exists():
-            how = ["--strategy", "random"] if contender.group == "random" else self.search
-            again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
-            self.command("search.py", *self.data, "--target", f"{contender.target:g}", "--mode",
-                         self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
-                         str(contender.seed), "--output-dir", str(folder), *how, *again)
-        return folder / "arch.json"
+        if contender.group == RANKED and not (folder / "arch.json").exists():
+            row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
+            made = files.provenance(latency.device_name(self.args.device), 0)
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(folder / "arch.json", files.make_record("elastic", row, made))
+        path, targets, how = folder / "arch.json", [contender.target], self.search
+        if contender.group == "random":
+            how = ["--strategy", "random"]
+        elif contender.group == "found" and self.args.space == "wide" and len(self.args.target) > 1:
+            # One supernet serves all targets.
+            folder, targets = self.folder / "searches" / f"seed_{contender.seed}", self.args.target
+            path = folder / f"target_{contender.target:g}" / "arch.json"
+        while not path.exists():
+            try:
+                lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
+            except ValueError:  # another process searches
+                time.sleep(10)
+                continue
+            if not path.exists():
+                again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
+                self.command("search.py", *self.data, "--target", ",".join(f"{one:g}" for one in targets),
+                             "--mode", self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
+                             str(contender.seed), "--space", self.args.space, "--output-dir", str(folder),
+                             *how, *again)
+        return path
+
+    def compared(self, target: float) -> list[dict]:
+        """The networks that the search of seed 0 compared, with the losses that its supernet has for them."""
+        first = Contender("found", target, 0)
+        while not (path := self.record(first).with_name("compared.json")).exists():
+            time.sleep(10)  # another process searches
+        return json.loads(path.read_text())["networks"]
+
+    def order(self, target: float, groups: dict[str, list[dict]]) -> dict[str, dict]:
+        """Kendall's tau between the joint losses in the supernet of seed 0 and after training: of networks
+        from all over the space, and of the random ones, which have one latency."""
+        key = lambda row: json.dumps([row[name] for name in ("blocks", "levels", "decoder", "branch")])
+        known = {key(row): 0.1 * row["ce"] + 0.9 * row["den"] for row in self.compared(target)}
+        result = {}
+        for group in (RANKED, "random"):
+            records = [json.loads(self.record(Contender(group, target, seed)).read_text())
+                       for seed in range(len(groups.get(group, [])))]
+            pairs = [(known[key(record)], run["joint loss"])
+                     for record, run in zip(records, groups.get(group, [])) if key(record) in known]
+            if len(pairs) > 1:
+                result[group] = {"tau": kendall_tau(*zip(*pairs)), "networks": len(pairs)}
+        return result
 
     def networks(self, contender: Contender) -> list[list[str]]:
         """The flags of train.py that name the networks of a contender: one, or one for each task."""
@@ -216,8 +261,10 @@ class Judge:
         """All contenders, one seed of each group after the other."""
         counts = {"found": self.args.found, "random": self.args.random,
                   **{name: self.args.hand for name in HAND if name not in self.args.skip}}
-        return [Contender(group, target, seed) for seed in range(max(counts.values()))
+        rows = [Contender(group, target, seed) for seed in range(max(counts.values()))
                 for target in self.args.target for group, count in counts.items() if seed < count]
+        ranked = self.args.ranked if self.args.space == "wide" else 0
+        return rows + [Contender(RANKED, self.args.target[0], seed) for seed in range(ranked)]
 
     def run_all(self) -> None:
         """Make all runs that no other process has made or is making; wait for those."""
@@ -242,6 +289,8 @@ def judge(results: dict[tuple[float, str], list[dict]]) -> dict:
     """Rows for each target and group, and by how much the found networks are better than each other group."""
     rows, comparisons = [], []
     for (target, group), runs in results.items():
+        if group == RANKED:
+            continue
         columns = {name: summarise([run[name] for run in runs]) for name in runs[0]}
         rows.append({"target_ms": target, "group": group, "columns": columns})
         ours = results.get((target, "found"))
@@ -272,6 +321,11 @@ def format_verdict(verdict: dict) -> str:
         lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{row['column']:<12}"
                      f"{form.format(row['difference']):>10} ({low} to {high}), "
                      f"{row['relative_percent']:+.1f} %")
+    for target, order in verdict.get("order", {}).items():
+        for group, found in order.items():
+            where = "all over the space" if group == RANKED else f"of {target:g} ms"
+            lines.append(f"Kendall's tau between supernet and training, {found['networks']} networks "
+                         f"{where}: {found['tau']:.2f}")
     return "\n".join(lines)
 
 
@@ -283,7 +337,7 @@ def plot(path: Path, results: dict) -> bool:
         return False
     figure = Figure(figsize=(12, 4.5), layout="tight")
     for axis, name in zip(figure.subplots(1, 2), ("PSNR dB", "accuracy %")):
-        for group in dict.fromkeys(group for _, group in results):
+        for group in dict.fromkeys(group for _, group in results if group != RANKED):
             runs = [run for (_, other), made in results.items() if other == group for run in made]
             marker = {"found": "*", "random": "."}.get(group, "o")
             axis.scatter([run["ms"] for run in runs], [run[name] for run in runs], label=group, marker=marker,
@@ -308,10 +362,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--found", type=whole(1, 1000), default=8, metavar="N", help="searches (default: %(default)s)")
     add("--random", type=whole(1, 1000), default=8, metavar="N",
         help="random networks (default: %(default)s)")
+    add("--ranked", type=whole(0, 24), default=20, metavar="N",
+        help="networks from all over the space, for the order in the supernet (default: %(default)s)")
     add("--hand", type=whole(1, 1000), default=2, metavar="N",
         help="seeds of each network made by hand (default: %(default)s)")
     add("--skip", nargs="+", choices=HAND, default=[], metavar="NAME",
         help=f"leave out: {', '.join(HAND)} (default: none)")
+    add("--space", choices=("wide", "4", "6", "8"), default="wide", help="as in search.py (default: wide)")
     add("--search", default="", metavar="FLAGS", help="more flags of search.py, in quotes (default: none)")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, in quotes (default: none)")
     add("--mode", choices=latency.MODES, help="form of the network that is timed (default: onnx where "
@@ -341,7 +398,11 @@ def main(argv: list[str] | None = None) -> None:
         for one in sorted(runs.contenders(), key=lambda one: one.target):
             content = json.loads((runs.where(one) / "result.json").read_text())
             results.setdefault((one.target, one.group), []).append(content)
-        verdict, made = judge(results), files.provenance(latency.device_name(args.device))
+        orders = {target: runs.order(target, {group: rows for (other, group), rows in results.items()
+                                              if other == target}) for target in args.target
+                  } if args.space == "wide" else {}
+        verdict = {**judge(results), "order": orders}
+        made = files.provenance(latency.device_name(args.device))
         text = (f"{args.data}, {args.size} px; latency: {args.mode}; {made['device']}, torch "
                 f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
                 f"{format_verdict(verdict)}\n")

@@ -549,13 +549,18 @@ def table_from(plan: Plan, times: dict, **more) -> dict:
     for _, parts, _ in carriers:
         for part, _, share in parts:
             samples[part].append(share * reference_ms * factors.get(part[0], 1.0))
-    timings = {part: Timing.of(values) for part, values in sorted(samples.items())}
-    costs = {part: found.median_ms for part, found in timings.items()}
-    costs = space.smooth(costs) if hasattr(space, "smooth") else costs
-    spill, rest = _shared_costs(wholes, costs, reference_ms)
-    parts = [{**part._asdict(), "ms": round(costs[part] + spill * sizes[part], 6),
-              "p10_ms": round(found.p10_ms, 6), "p90_ms": round(found.p90_ms, 6)}
-             for part, found in timings.items()]
+    if hasattr(space, "fit_costs"):  # parts are pieces of networks, which costs of units add up to
+        whole = [(design, share * reference_ms) for design, (_, _, share) in zip(plan.carriers, wholes)]
+        costs, rest = space.fit_costs(samples, whole)
+        parts = [{**part._asdict(), "ms": float(f"{ms:.6g}")} for part, ms in costs.items()]
+    else:
+        timings = {part: Timing.of(values) for part, values in sorted(samples.items())}
+        costs = {part: found.median_ms for part, found in timings.items()}
+        costs = space.smooth(costs) if hasattr(space, "smooth") else costs
+        spill, rest = _shared_costs(wholes, costs, reference_ms)
+        parts = [{**part._asdict(), "ms": round(costs[part] + spill * sizes[part], 6),
+                  "p10_ms": round(found.p10_ms, 6), "p90_ms": round(found.p90_ms, 6)}
+                 for part, found in timings.items()]
     content = {"format": FORMAT, "version": VERSION, "made": files.provenance(setting.device, plan.seed),
                **more, "setting": asdict(setting), "space": space.identity(), "networks_timed": len(carriers),
                "conditions": times["conditions"], "reference": plan.record_content(space.reference_design()),

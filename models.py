@@ -56,19 +56,25 @@ class MBConv(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation (SE), 1x1 projection.
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), sizes rounded up. No expansion where
     mid_channels equals in_channels; a residual where the shape stays, and training then drops the block for
-    a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero). A residual
+    a sample with probability `drop_connect`. `fused`: one k x k convolution does the work of the expansion
+    and the depthwise one (Tan and Le 2021). Only SE has biases, random at first (TF-NAS: zero). A residual
     block begins as the identity, since depth then costs no learning: its last norm has weight 0 (TF-NAS: 1,
     see `begin_as_papers`)."""
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size=3, stride=1,
-                 se_channels=0, activation="relu", drop_connect=0.0, norm_layer=nn.BatchNorm2d):
+                 se_channels=0, activation="relu", fused=False, drop_connect=0.0, norm_layer=nn.BatchNorm2d):
         super().__init__()
         if mid_channels < in_channels:
             raise ValueError(f"mid_channels ({mid_channels}) must be at least in_channels ({in_channels}).")
         act = ACTIVATIONS[activation]
         layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=act)
-        self.expand = layer(in_channels, mid_channels, 1) if mid_channels > in_channels else nn.Identity()
-        depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
-        self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
+        self.expand, self.depthwise = nn.Identity(), nn.Identity()
+        if fused:
+            self.expand = layer(in_channels, mid_channels, kernel_size, stride)
+        elif mid_channels > in_channels:
+            self.expand = layer(in_channels, mid_channels, 1)
+        if not fused:
+            depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
+            self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
         self.se = SqueezeExcitation(mid_channels, se_channels, act) if se_channels else nn.Identity()
         self.project = layer(mid_channels, out_channels, 1, activation_layer=None)
         self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
@@ -133,17 +139,17 @@ class FullResolution(nn.Module):
     features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each scale,
     keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask parts two, as
     strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at
-    0 and is weak where there is little noise."""
-    FEATURES, HIDDEN = 10, 12  # 16 channels go into the first convolution, the step of vector units
+    0 and is weak where there is little noise. `hidden`: channels between these convolutions."""
+    FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self):
+    def __init__(self, hidden: int):
         super().__init__()
         self.noise_level = NoiseLevel()
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
-        self.fade = nn.Parameter(torch.full((self.HIDDEN, 1, 1), 6.0))  # 1 at sigma 0.05, up to 2
-        self.mix = nn.Conv2d(6 + self.FEATURES, self.HIDDEN, 3, padding=1)
-        self.rest = nn.Conv2d(self.HIDDEN, 3, 3, padding=1)
+        self.fade = nn.Parameter(torch.full((hidden, 1, 1), 6.0))  # 1 at sigma 0.05, up to 2
+        self.mix = nn.Conv2d(6 + self.FEATURES, hidden, 3, padding=1)
+        self.rest = nn.Conv2d(hidden, 3, 3, padding=1)
         nn.init.zeros_(self.rest.weight)
         nn.init.zeros_(self.rest.bias)
 
@@ -177,13 +183,15 @@ class FullResolution(nn.Module):
         return mixed + self.rest(hidden)
 
 class Decoder(nn.Module):
-    """The decoder of D-NAS and DC-NAS, which is not searched: levels 4 to 1, then a 1x1 convolution.
+    """The decoder of D-NAS and DC-NAS: levels 4 to 1, then a 1x1 convolution.
     forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
     "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels, and `FullResolution`
     follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
     papers do not state widths and activation; here a level has the width of the encoder stage of its size,
-    and ReLU."""
-    def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv"):
+    and ReLU. `levels`: of 4 to 1 (channels, convolutions), where they are searched. `branch`: channels of
+    FullResolution."""
+    def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
+                 branch: int = 12):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, count: int) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
@@ -193,11 +201,12 @@ class Decoder(nn.Module):
             return nn.ModuleDict({"convs": nn.Sequential(*convs), "up": up})
         s2, s3, s4, s5, s6 = stage_channels
         pixels = 3 * 2 * 2 if kind == "sharp" else 0
-        widths = ((s6, s5, s4), (2 * s4, s4, s3), (2 * s3, s3, s2), (2 * s2 + pixels, s2, s2))
         counts = {"mb-1": (1, 1, 1, 1), "mb-3level": (0, 2, 2, 2)}.get(kind, (2, 2, 2, 2))
+        (l4, l3, l2, l1), counts = zip(*(levels or zip((s5, s4, s3, s2), counts)))
+        widths = ((s6, l4, l3), (l3 + s4, l3, l2), (l2 + s3, l2, l1), (l1 + s2 + pixels, l1, l1))
         self.levels = nn.ModuleList(level(*width, count) for width, count in zip(widths, counts))
-        self.full = FullResolution() if kind == "sharp" else None
-        self.image = nn.Conv2d(s2, 3 + (FullResolution.FEATURES if self.full else 0), 1)
+        self.full = FullResolution(branch) if kind == "sharp" else None
+        self.image = nn.Conv2d(l1, 3 + (FullResolution.FEATURES if self.full else 0), 1)
 
     def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
         s2, s3, s4, _, x = features
@@ -269,7 +278,8 @@ class Network(nn.Module):
         self.decoder = self.head = None
         if arch.denoises:
             widths = {block.stage: block.out_channels for block in arch.blocks}
-            self.decoder = Decoder([*widths.values()][:len(self.encoder)], norm_layer, arch.decoder)
+            outputs = [*widths.values()][:len(self.encoder)]
+            self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
@@ -465,11 +475,12 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 
 COUNTS = range(1, 65537)
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
-           "stride": (1, 2), "se_channels": range(65537), "num_classes": range(65537)}  # else: COUNTS
+           "stride": (1, 2), "fused": (False, True), "se_channels": range(65537),
+           "num_classes": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
-    """One MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation."""
+    """An MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation."""
     stage: int
     in_channels: int
     mid_channels: int
@@ -478,18 +489,21 @@ class Block:
     stride: int
     se_channels: int
     activation: str
+    fused: bool = False
 
 @dataclass(frozen=True)
 class Arch:
     """A complete C-NAS, D-NAS, DC-NAS or sequential DC-NAS network: the content of `arch.json`.
     `blocks` are in order from stage 2; those after stage 6 exist only in a classifier, and a "dcnas-seq" has
-    the others twice. ValueError where the blocks do not fit together."""
+    the others twice. `levels`, `branch`: see Decoder. ValueError where the blocks do not fit together."""
     model: str
     blocks: tuple[Block, ...]
     num_classes: int = 0
     stem_channels: int = STEM_CHANNELS
     head_channels: int = HEAD_CHANNELS
     decoder: str = DECODERS[0]
+    levels: tuple[tuple[int, int], ...] = ()
+    branch: int = 12
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -502,9 +516,12 @@ class Arch:
                 allowed = ALLOWED.get(name, COUNTS)
                 words = (f"a whole number from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range)
                          else f"one of {', '.join(map(str, allowed))}")
-                valid = name == "blocks" or type(value) is type(allowed[0]) and value in allowed
+                valid = name in ("blocks", "levels") or type(value) is type(allowed[0]) and value in allowed
                 require(valid, f"{where}{name} must be {words}, not {value!r:.40}")
         require_allowed(self)
+        require(not self.levels or len(self.levels) == 4 and
+                all(type(count) is int and count in COUNTS for level in self.levels for count in level)
+                and {*map(len, self.levels)} == {2}, "levels must be 4 pairs of channels and convolutions")
         require((self.num_classes > 0) == self.classifies, f"its num_classes does not fit a {self.model}")
         require(0 < len(self.blocks) <= 256, "it needs 1 to 256 blocks")
         channels, stage = self.stem_channels, 2
@@ -532,7 +549,8 @@ class Arch:
         try:
             blocks = tuple(Block(**block) for block in content["blocks"])
             return cls(content["model"], blocks, content["num_classes"], content["stem_channels"],
-                       content["head_channels"], content.get("decoder", "conv"))  # the oldest have none
+                       content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
+                       tuple(map(tuple, content.get("levels", ()))), content.get("branch", 12))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 
@@ -546,7 +564,9 @@ class Arch:
         def wider(part: Arch | Block) -> dict[str, int]:
             return {name: round_width(factor * value) for name, value in vars(part).items()
                     if name.endswith("_channels") and value}
-        return replace(self, blocks=tuple(replace(b, **wider(b)) for b in self.blocks), **wider(self))
+        levels = tuple((round_width(factor * channels), count) for channels, count in self.levels)
+        blocks = tuple(replace(block, **wider(block)) for block in self.blocks)
+        return replace(self, blocks=blocks, levels=levels, **wider(self))
 
 STAGE_2 = Block(2, STEM_CHANNELS, STEM_CHANNELS, 16, 3, 1, 8, "relu")
 

@@ -27,7 +27,9 @@ from models import (COUNTS, MODELS, UNIFORM, Arch, DCNet, UNet, count_macs, coun
 
 RECORD = {"format": "joint-arch", "version": 1}  # how every record begins; files.py reads and writes them
 PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
-METHODS = {"tfnas": MODELS, "superkernel": ("superkernel",), "hinas": ("hinas",)}  # file: names for --model
+JOINT = ("tfnas", "elastic")  # methods whose records hold an Arch
+METHODS = {"elastic": MODELS[:3], "tfnas": MODELS, "superkernel": ("superkernel",),
+           "hinas": ("hinas",)}  # file: names for --model; of two files the later one is the default
 
 
 def method_module(method: str):
@@ -102,7 +104,7 @@ def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0)
     """The network of a record, with fresh weights; ValueError in one sentence where it cannot be built.
     `dropout` and `drop_connect` are for networks of the joint method; others have their own or none."""
     method = record.get("method") if isinstance(record, dict) else None
-    if method == "tfnas":
+    if method in JOINT:
         return make_network(Arch.from_dict(record), dropout, drop_connect)
     if method != "named":
         module = method_module(str(method))

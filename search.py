@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,8 +102,10 @@ def fit_and_measure(supernet: nn.Module, space, costs: Costs, within_reach: bool
     table gives the same network. Returns (design, latencies, costs).
     """
     for attempt in range(3):
-        design = (latency.fit(supernet, costs.parts, costs.rest, costs.target) if within_reach
-                  else supernet.likeliest())
+        design = supernet.likeliest()
+        if within_reach:
+            fit = getattr(supernet, "fit", None) or partial(latency.fit, supernet)
+            design = fit(costs.parts, costs.rest, costs.target)
         if costs.table is None:
             return design, {}, costs
         if costs.table.elsewhere:
@@ -368,6 +371,11 @@ class Job(NamedTuple):
         return self.plan["space"]
 
     @property
+    def one_for_all(self) -> bool:
+        """Whether one supernet serves every target."""
+        return "target" in getattr(self.method, "FREE_FLAGS", ())
+
+    @property
     def input_size(self) -> int:
         """Pixels, the side of what the network takes."""
         return self.data.size // models.scale_of(self.space)
@@ -420,10 +428,15 @@ def search_targets(job: Job, argv: list[str]) -> None:
     if flags["range"]:
         return
     found, targets = [], flags["target"] or [flags.get("target_macs")]
+    if hasattr(job.space, "scaled_to") and flags["scale"] is None:
+        space = job.space.scaled_to(costs.parts, costs.rest, targets)
+        job = job._replace(plan={**job.plan, "space": space}, flags={**flags, "scale": space.scale})
     folders = [output_dir / f"target_{target:g}" if len(targets) > 1 else output_dir for target in targets]
     run.lock_folder(output_dir)
-    for folder in folders:  # all before the first search: what lies there later is of this run
+    for folder in {output_dir, *folders} if job.one_for_all else folders:
+        # All before the first search: what lies there later is of this run.
         run.begin_folder(folder, RESULTS, job.state and flags["resume"])
+    supernet = None
     for target, folder in zip(targets, folders):
         costs = costs._replace(target=target)
         within_reach = target is not None and target < high
@@ -431,10 +444,15 @@ def search_targets(job: Job, argv: list[str]) -> None:
             run.say(f"The target of {target:g} {costs.unit} is above that: every network meets it, and the "
                     "cost has no influence on the search.")
         try:
-            record, costs = search_one(job, costs, folder, within_reach)
+            if not job.one_for_all or supernet is None:
+                home = output_dir if job.one_for_all else folder
+                supernet, rows = trained_supernet(job, costs, home, within_reach)
+            record, costs = find_network(job, supernet, rows, costs, folder, within_reach)
         except (KeyboardInterrupt, run.Stopped) as stop:
             stop.folder, rest = folder, targets[len(found) + 1:]  # the one to go on with, and what is left
-            if rest:
+            if job.one_for_all:
+                stop.folder = output_dir
+            elif rest:
                 where = output_dir if len(rest) > 1 else folders[-1]
                 command = _command_with(argv, {"--target": ",".join(f"{one:g}" for one in rest), "--table":
                                                flags["table"] or str(output_dir / "latency.json"),
@@ -453,23 +471,28 @@ def search_targets(job: Job, argv: list[str]) -> None:
                 f"{record['parameters']:>12,} {record['macs'] / 1e6:>7.1f} M  {path}")
 
 
-def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tuple[dict, Costs]:
-    """One search from its images to its files. Returns (record, costs as corrected)."""
-    flags, state, is_first, rows = job.flags, job.state, run.rank_and_world()[0] == 0, []
-    start, supernet = time.perf_counter(), job.supernet()
-    if state is not None:  # with the time before the run was stopped
-        start -= sum(row["seconds"] for row in state["rows"]) + (state.get("seconds") or 0.0)
+def trained_supernet(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tuple:
+    """A supernet after its search, or as the strategy wants it, and a row per epoch."""
+    flags, supernet = job.flags, job.supernet()
     if flags["strategy"] == "random":
         supernet.draw_random(flags["seed"])
     elif flags["strategy"] == "plain":
         supernet.set_design(job.space.plain_design())
     else:
         rows, best = train_supernet(job, supernet, costs, folder, within_reach)
-        if best is not None and is_first:
+        if best is not None and run.rank_and_world()[0] == 0:
             with files.reading(folder / "supernet.pt"):
                 kept = files.read_checkpoint(folder / "supernet.pt", job.device)
                 supernet.load_state_dict(kept["supernet"])
                 run.say(f"The supernet was best after epoch {kept['epoch']}.")
+        return supernet, rows
+    return supernet, []
+
+
+def find_network(job: Job, supernet: nn.Module, rows: list[dict], costs: Costs, folder: Path,
+                 within_reach: bool) -> tuple[dict, Costs]:
+    """The network of a target, from a supernet to its files. Returns (record, costs as corrected)."""
+    flags, is_first, start = job.flags, run.rank_and_world()[0] == 0, time.perf_counter()
     supernet.cpu()
 
     def on_first() -> tuple:
@@ -486,21 +509,26 @@ def search_one(job: Job, costs: Costs, folder: Path, within_reach: bool) -> tupl
         trained = supernet.export(design) if rows else None
         if trained is not None:
             files.save_checkpoint(folder / "distilled.pt", {
-                "record": record, "classes": None, "size": job.data.size, "data": flags["data"],
-                "seed": flags["seed"], "loss": "den", "made": record["made"], "flags": run.run_flags(flags),
+                "record": record, "classes": job.data.classes if trained.classifies else None,
+                "size": job.data.size, "data": flags["data"], "seed": flags["seed"],
+                "loss": job.plan["loss"], "made": record["made"], "flags": run.run_flags(flags),
                 "epoch": len(rows), "splits": splits_of(job.state), "images": job.data.files,
                 "network": trained.state_dict(), "ema": None})
         more = []
         if costs.table and costs.table.elsewhere:
             more.append(str(folder / "network.onnx"))
             latency.write_network(job.space.network(design), costs.table.setting, more[0])
+        if getattr(supernet, "compare", None):
+            more.append(str(folder / "compared.json"))
+            files.write_json(more[-1], {"networks": supernet.compare.rows(costs.parts, costs.rest)})
         if rows and hasattr(job.method, "write_picture"):
             more += job.method.write_picture(folder, design, supernet, rows)
         report(job, supernet, design, record, costs, within_reach)
         for note in job.method.explain_choice(supernet, design, rows) if rows else ():
             run.say(note)
         memory, names = latency.peak_memory_mib(flags["device"]), [str(folder / "arch.json"), *more]
-        run.say(f"found in {run.format_duration(time.perf_counter() - start)}"
+        seconds = time.perf_counter() - start + sum(row["seconds"] for row in rows)
+        run.say(f"found in {run.format_duration(seconds)}"
                 + (f", peak memory {memory:,.0f} MiB" if memory else "") + f": {', '.join(names)}\nnext:"
                 + (f"\n  python eval.py --checkpoint {shlex.quote(str(folder / 'distilled.pt'))}" if trained
                    else "") + f"\n  python train.py --arch {shlex.quote(names[0])}")
@@ -543,12 +571,16 @@ def train_supernet(job: Job, supernet: nn.Module, costs: Costs, folder: Path, wi
             f"{schedule.EXPLANATION}")
     batches = [data_module.NoisyBatches(loader, device, noise, flags["seed"] + part, rank)
                for part, loader in enumerate(loaders)]
-    about = {"flags": run.run_flags(flags) | ({"target": [costs.target]} if costs.table else {}),
+    own = {"target": [costs.target]} if costs.table and not job.one_for_all else {}
+    about = {"flags": run.run_flags(flags) | own,
              "table": costs.table and costs.table.content, "images": data.files,
              "splits": splits_of(job.state), "classes": data.classes}
-    return search_epochs(schedule, *batches, epochs=flags["epochs"], output_dir=folder, about=about,
-                         nonfinite=flags["nonfinite"], save_minutes=flags["save_minutes"],
-                         patience=flags.get("patience", 0), state=job.state)
+    result = search_epochs(schedule, *batches, epochs=flags["epochs"], output_dir=folder, about=about,
+                           nonfinite=flags["nonfinite"], save_minutes=flags["save_minutes"],
+                           patience=flags.get("patience", 0), state=job.state)
+    if hasattr(schedule, "end"):
+        schedule.end(batches[1])
+    return result
 
 
 def splits_of(state: dict | None) -> int:
@@ -559,6 +591,8 @@ def splits_of(state: dict | None) -> int:
 def make_record(job: Job, supernet: nn.Module, design, result: dict, costs: Costs) -> dict:
     """The content of arch.json: the network, how it was found, and what its training needs to know."""
     flags, network, more = job.flags, job.space.network(design), {}
+    if job.one_for_all and getattr(supernet, "compare", None):
+        more["weights"] = "distilled.pt"  # train.py begins with them
     if result:
         more["latency"] = {**result, "table_hash": costs.table.hash, "setting": asdict(costs.table.setting)}
     return files.make_record(
@@ -615,9 +649,19 @@ def milliseconds(text: str) -> list[float]:
 MODELS = {model: method for method, names in registry.METHODS.items() for model in names}  # --model -> method
 
 
-def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
-    """The parser of the flags that all methods share, and of those of this model's method."""
-    method = registry.method_module(MODELS[model])
+def method_of(model: str, values: dict):
+    """The module of the method that searches a model, by the `values` of --space and --strategy."""
+    if MODELS[model] in registry.JOINT:
+        space, strategy = (str(values.get(name)) for name in ("space", "strategy"))
+        papers = model == "dcnas-seq" or space in "468" or strategy == "gradient"
+        wide = space == "wide" or strategy == "evolution"
+        return registry.method_module("tfnas" if papers else "elastic" if wide else MODELS[model])
+    return registry.method_module(MODELS[model])
+
+
+def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:
+    """The parser of the flags that all methods share, and of those of a method, or of this model's own."""
+    method = method or method_of(model, {})
     others = ", ".join(name for name, other in MODELS.items() if other != MODELS[model])
     parser = Parser(
         prog="search.py", allow_abbrev=False,
@@ -638,10 +682,11 @@ def build_parser(model: str = "dcnas") -> argparse.ArgumentParser:
     what.add_argument("--model", choices=MODELS, default=model,
                       help="cnas classifies, dnas denoises, dcnas does both, dcnas-seq one after the other; "
                            "the other names are files of this project (default: dcnas)")
-    what.add_argument("--strategy", default="gradient",
-                      choices=("gradient", "random", *getattr(method, "STRATEGIES", ())),
-                      help="gradient: search; random: draw a network within the target, what a search must "
-                           "beat; plain: the network without a search (default: %(default)s)")
+    strategies = getattr(method, "STRATEGIES", ("gradient", "random"))
+    what.add_argument("--strategy", default=strategies[0], choices=strategies,
+                      help="gradient: train a supernet and its structure; evolution: train a supernet, then "
+                           "compare its networks; random: draw a network within the target, what a search "
+                           "must beat; plain: the network without a search (default: %(default)s)")
     cost = parser.add_argument_group("latency", "the setting that --target is for")
     cost.add_argument("--table", metavar="FILE", help="latency table of this device, or of another one by "
                       "latency.py --read-times (default: one of this device is made)")
@@ -678,8 +723,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     Values: default < method < stopped run < command line. ValueError in one sentence where they do not fit.
     """
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model")
-    early.add_argument("--resume")
+    for flag in ("--model", "--resume", "--space", "--strategy"):
+        early.add_argument(flag)
     named, _ = early.parse_known_args(argv)
     state, before = None, {}
     if named.resume is not None:
@@ -690,15 +735,18 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         if state["splits"] < data_module.VERSION:
             run.say("note: this run began with an older version; it keeps the splits of its data.")
     model = before.get("model", "dcnas") if named.model is None else named.model
-    parser = build_parser(model if model in MODELS else "dcnas")
+    chosen = {**before, **{name: value for name, value in vars(named).items() if value is not None}}
+    method = method_of(model, chosen) if model in MODELS else None
+    parser = build_parser(model if model in MODELS else "dcnas", method)
     for word in parser.parse_known_args(argv)[1]:
         has = [name for name in MODELS if word.split("=")[0] in build_parser(name)._option_string_actions]
         if has:
             raise ValueError(f"{word} is for --model {', '.join(has)}, not for {model}; leave it out.")
     checked = vars(run.resolve(parser, [], before))  # a value of a wrong type is refused here
     given = {**{name: checked[name] for name in before if name in checked}, **run.given_flags(parser, argv)}
-    args = run.resolve(parser, argv, registry.method_module(MODELS[model]).search_defaults(given), before)
-    run.check_resumed(before, vars(args))
+    args = run.resolve(parser, argv, method.search_defaults(given), before)
+    free = getattr(method, "FREE_FLAGS", ())
+    run.check_resumed({name: value for name, value in before.items() if name not in free}, vars(args))
     if args.table and not (args.target or args.range):
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
     if args.target and getattr(args, "target_macs", None):
@@ -707,7 +755,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
 
 
 RESULTS = ("search.pt", "supernet.pt", "arch.json", "distilled.pt", "network.onnx", "log.jsonl", "alpha.png",
-           "network.svg")
+           "compared.json", "network.svg")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -724,7 +772,7 @@ def main(argv: list[str] | None = None) -> None:
         data = run.in_turn(lambda: data_module.data_from({**flags, **unused}, kept))
         run.check_images(data, state, args.accept_changes)
         run.fill_sigma(flags, data)
-        method = registry.method_module(MODELS[args.model])
+        method = method_of(args.model, vars(args))
         plan = method.plan(data, **flags)
         check_images(data, plan["loss"], plan["space"].channels, models.scale_of(plan["space"]))
         search_targets(Job(method, plan, flags, data, device, state), argv)

@@ -786,7 +786,7 @@ class SuperNet(nn.Module):
 # --- How search.py searches ---------------------------------------------------------------------------------
 
 MODELS = ("superkernel",)  # of --model
-STRATEGIES = ("plain",)  # of --strategy: the network without superkernels
+STRATEGIES = ("gradient", "random", "plain")  # plain: the network without superkernels
 TRAIN_DEFAULTS = {"epochs": 20, "batch_size": 4, "optimizer": "adam", "lr": 1e-3,
                   "denoising_loss": "charbonnier"}
 

@@ -210,7 +210,7 @@ class Space:
         return ["dnas", "cnas"] if design.model == "dcnas-seq" else [design.model]
 
     def holds(self, design: Arch) -> bool:
-        return True  # `cost` says what a table does not cover
+        return not design.levels  # else of elastic.py; `cost` says what a table does not cover
 
     def cost(self, design: Arch, costs: dict[Part, float], rest: float) -> float:
         """The cost of a network from those of its parts; ValueError where the costs do not cover it."""
@@ -227,7 +227,7 @@ def table_of_version_1(content: dict) -> dict:
     parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts() - space.newer_parts)
              if not part.is_searched]
     for row in content["operations"]:
-        fields = {name: row[name] for name in Block.__dataclass_fields__}
+        fields = {name: row[name] for name in Block.__dataclass_fields__ if name != "fused"}
         for width, ms in zip(row["mid_channels"], row["ms"], strict=True):
             block = Block(**fields | {"mid_channels": width})
             parts.append({**part_of(block)._asdict(), "ms": ms})

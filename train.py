@@ -377,7 +377,7 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
         return record
     if record["method"] == "named" and model is decoder is None:
         return {**record, "widen": widen}
-    if record["method"] != "tfnas":
+    if record["method"] not in registry.JOINT:
         raise ValueError("--train-as, --decoder and --widen are for C-NAS, D-NAS and DC-NAS, not for "
                          f"{record['model']}.")
     arch = models.Arch.from_dict(record)
@@ -386,7 +386,8 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     arch = arch if model is None else arch.with_model(model)
     arch = arch if decoder is None else replace(arch, decoder=decoder)
     arch = arch if widen is None else arch.widened(widen)
-    return {**{name: value for name, value in record.items() if name != "latency"}, **arch.to_dict()}
+    kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
+    return {**kept, **arch.to_dict()}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -407,6 +408,8 @@ def build_parser() -> argparse.ArgumentParser:
         "with the noisy image and a branch at full resolution; mb: two MBConvs a level; mb-1: one; "
         "mb-3level: two, none at level 4 (default: as found; with --recipe paper conv)")
     add("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels by X (default: 1)")
+    add("--from-scratch", action="store_true", help="begin with random weights (default: with those that the "
+        "search has for the network, where it has some)")
     add("--loss", choices=LOSSES,
         help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one (default: what the network can)")
     add("--dropout", type=number(0, 0.9), default=0.0, metavar="P", help="probability of dropout before the "
@@ -510,6 +513,17 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
     return network, loss
 
 
+def begin_as_found(network: nn.Module, record: dict, arch: str) -> None:
+    """Give a fresh network the weights that its search had for it, where the record names their file."""
+    path = Path(arch).with_name(Path(str(record["weights"])).name)
+    if not path.is_file():
+        run.say(f"note: {path} is not there, so that the training begins from scratch.")
+        return
+    with files.reading(path):
+        network.load_state_dict(files.read_checkpoint(path)["network"])
+    run.say(f"It begins with the weights of the search, {path}; --from-scratch: without.")
+
+
 def say_plan(network: nn.Module, record: dict, data: data_module.Data, noise, loss: str) -> None:
     """Print what is trained, and on which images."""
     size, paired = data.size // models.scale_of(network), data_module.is_paired(data.train)
@@ -547,10 +561,12 @@ def main(argv: list[str] | None = None) -> None:
         if not record:  # without labels choose_loss says what to do
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
-            if args.recipe == "paper" and record["method"] == "tfnas" and record["model"] != "cnas":
+            if args.recipe == "paper" and record["method"] in registry.JOINT and record["model"] != "cnas":
                 args.decoder = args.decoder or "conv"
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
+        if state is None and record.get("weights") and not args.from_scratch:
+            begin_as_found(network, record, args.arch)
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         teacher = None
         if args.teacher:

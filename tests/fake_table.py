@@ -6,6 +6,7 @@ from dataclasses import asdict
 import latency
 import models
 import registry
+import run
 import timing
 
 
@@ -54,3 +55,15 @@ def quick_compare(monkeypatch):
     monkeypatch.setattr(latency, "measure", lambda *args, **how: measure(*args, **how | {"seconds": 0.0}))
     monkeypatch.setattr(timing, "interleave", lambda bursts, **how: interleave(
         bursts, **how | {"min_rounds": min(5, how.get("min_rounds", 5)), "seconds": 0.0}))
+
+
+def stopped_after(monkeypatch, steps):
+    """Let a run be asked to stop at the end of a step, as by a signal."""
+    real, seen = run.Guard.end_of_step, []
+
+    def end_of_step(self, save):
+        seen.append(1)
+        self.stop = len(seen) == steps
+        real(self, save)
+
+    monkeypatch.setattr(run.Guard, "end_of_step", end_of_step)

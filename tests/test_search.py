@@ -29,7 +29,7 @@ import search
 import superkernel
 import tfnas
 import train
-from fake_table import fake_parts, fake_table, quick_compare
+from fake_table import fake_parts, fake_table, quick_compare, stopped_after
 
 ROOT = Path(search.__file__).parent
 CPU = torch.device("cpu")
@@ -313,18 +313,6 @@ def test_the_search_ends_when_nothing_gets_better(photos, tmp_path, monkeypatch,
 
 
 # --- Going on ----------------------------------------------------------------------------------------------
-
-
-def stopped_after(monkeypatch, steps):
-    """Let a run be asked to stop at the end of a step, as by a signal."""
-    real, seen = run.Guard.end_of_step, []
-
-    def end_of_step(self, save):
-        seen.append(1)
-        self.stop = len(seen) == steps
-        real(self, save)
-
-    monkeypatch.setattr(run.Guard, "end_of_step", end_of_step)
 
 
 @pytest.mark.parametrize(
