@@ -8,8 +8,8 @@ and convolutions of the decoder, its branch at full resolution, the stem and the
 weights of the largest network; every other network uses slices of them (slimmable networks, Yu et al. 2019;
 once-for-all, Cai et al. 2020). First the largest is trained. Then each step trains it and some random
 networks, which also learn what it answers (sandwich rule and in-place distillation, Yu and Huang 2019;
-BigNAS, Yu et al. 2020). At the end networks within the latency are compared on held-out images, by evolution (Real et
-al. 2019) whose candidates a linear model of the choices proposes. That model is ours, as is the space.
+BigNAS, Yu et al. 2020). At the end networks within the latency are compared on held-out images, by evolution
+(Real et al. 2019) whose candidates a linear model of the choices proposes. That model is ours, and the space.
 """
 
 from __future__ import annotations
@@ -53,13 +53,11 @@ class Stage(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """The form of a block; `expansions`: of its input's channels, from the smallest to the largest."""
+    """The form of a block."""
 
     name: str
     kernel_size: int
     se: bool
-    fused: bool
-    expansions: tuple[float, ...]
 
 
 class Piece(NamedTuple):
@@ -83,10 +81,10 @@ WEIGHTS = Part("network", "million weights")  # those that have left the cache w
 STAGES = (Stage(2, 16, 1, 1, "relu"), Stage(3, 24, 2, 2, "relu"), Stage(4, 40, 2, 2, "silu"),
           Stage(5, 80, 3, 2, "silu"), Stage(6, 112, 3, 1, "silu"), Stage(7, 192, 2, 2, "silu"),
           Stage(8, 320, 1, 1, "silu"))
-OPERATIONS = (Operation("k3", 3, False, False, (2, 4, 6)), Operation("k5", 5, False, False, (2, 4, 6)),
-              Operation("k3-se", 3, True, False, (2, 4, 6)), Operation("k5-se", 5, True, False, (2, 4, 6)),
-              Operation("fused", 3, False, True, (1, 2, 4)))
-LAST_FUSED_STAGE = 6  # beyond it maps are small, and such blocks are mostly weights
+OPERATIONS = (Operation("k3", 3, False), Operation("k5", 5, False), Operation("k3-se", 3, True),
+              Operation("k5-se", 5, True))
+EXPANSIONS = (2, 4, 6)
+KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
 STEM, HEAD, LEVELS = 32, 1280, (80, 40, 24, 16)  # widest at scale 1; levels 4 to 1 of the decoder
 HEADS, BRANCHES = (0.25, 0.5, 1.0), (0, 12, 24)  # channels of the branch at full resolution; 0: no branch
@@ -143,12 +141,10 @@ class Space:
         for stage in self.stages():
             for index in range(values[f"stage {stage.number} depth"]):
                 operation = values[f"stage {stage.number} block {index + 1} operation"]
-                expansion = operation.expansions[values[f"stage {stage.number} block {index + 1} expansion"]]
-                mid = max(channels, channels_of(expansion * channels))
+                mid = channels_of(values[f"stage {stage.number} block {index + 1} expansion"] * channels)
                 blocks.append(Block(stage.number, channels, mid, values[f"stage {stage.number} width"],
                                     operation.kernel_size, 1 if index else stage.stride,
-                                    channels_of(mid / 8) if operation.se else 0, stage.activation,
-                                    operation.fused))
+                                    channels_of(mid / 8) if operation.se else 0, stage.activation))
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
             return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"])
@@ -163,9 +159,9 @@ class Space:
 
     def uniform(self, width: int, depth: int, operation: str, expansion: int, branch: int = 1) -> tuple:
         """The choices of a plain network: everywhere the same operation and the indices of the same options,
-        or of the last where there are fewer; two convolutions a level."""
+        or of the last where there are fewer; two 3x3 convolutions a level."""
         wanted = {"width": width, "depth": depth, "expansion": expansion, "branch": branch, "head": width,
-                  "stem": width, "convolutions": 1}
+                  "stem": width, "convolutions": 2}
         choices = []
         for name, options in self.decisions:
             kind = name.split()[-1]
@@ -206,8 +202,9 @@ class Space:
 
     def possible_parts(self) -> set[Part]:
         """Every unit of cost that a network of any scale can have."""
-        pieces = {piece for name in ("k5-se", "k3", "fused") for branch in (0, 1)
-                  for piece in pieces_of(replace(self, scale=1.0).arch(self.uniform(1, 1, name, 1, branch)))}
+        space = replace(self, scale=1.0)
+        plain = [space.uniform(1, 1, name, 1) for name in ("k5-se", "k3")]
+        pieces = {piece for choices in (space.smallest(), *plain) for piece in pieces_of(space.arch(choices))}
         residual = {Part(f"stage {stage.number}", "residual") for stage in self.stages() if stage.stride == 1}
         return residual | {part for piece in pieces for part in amounts(piece)}
 
@@ -283,9 +280,8 @@ class Space:
     def cost_range(self, costs: dict[Part, float], rest: float) -> tuple[float, float]:
         """The costs of the fastest network of the smallest scale and the slowest of the largest."""
         small, large = (replace(self, scale=scale) for scale in SCALES)
-        dearest = max(large.cost(large.arch(large.largest(operation)), costs, rest)
-                      for operation in ("k5-se", "fused"))
-        return small.cost(small.arch(small.smallest()), costs, rest), dearest
+        return tuple(space.cost(space.arch(choices), costs, rest)
+                     for space, choices in ((small, small.smallest()), (large, large.largest())))
 
 
 @lru_cache(64)
@@ -295,13 +291,12 @@ def _decisions(space: Space) -> tuple[Decision, ...]:
         name = f"stage {stage.number}"
         rows += [Decision(f"{name} width", space.widths(stage.channels)),
                  Decision(f"{name} depth", tuple(range(1, stage.blocks + 1)))]
-        operations = OPERATIONS if stage.number <= LAST_FUSED_STAGE else OPERATIONS[:-1]
         for block in range(1, stage.blocks + 1):
-            rows += [Decision(f"{name} block {block} operation", operations),
-                     Decision(f"{name} block {block} expansion", (0, 1, 2))]
+            rows += [Decision(f"{name} block {block} operation", OPERATIONS),
+                     Decision(f"{name} block {block} expansion", EXPANSIONS)]
     for level, widest in zip((4, 3, 2, 1), LEVELS) if space.model != "cnas" else ():
         rows += [Decision(f"level {level} width", space.widths(widest)),
-                 Decision(f"level {level} convolutions", (1, 2))]
+                 Decision(f"level {level} convolutions", KERNELS)]
     rows += [Decision("branch", BRANCHES)] if space.model != "cnas" else []
     rows += [Decision("head", space.widths(HEAD, HEADS))] if space.model != "dnas" else []
     return tuple(rows)
@@ -326,15 +321,11 @@ def amounts(piece: Piece) -> dict[Part, float]:
         stride = strides[of.stage]
         after, before = 1 / stride**2, of.stride**2 / stride**2  # maps' sizes, in pixels of the input
         inner, mid, outer = of.in_channels, of.mid_channels, of.out_channels
-        units = {"block": 1.0, "projection": mid * outer * after / 1e3}
-        weights = mid * (inner * (of.kernel_size**2 if of.fused else 1) + 2 * of.se_channels + outer)
-        if of.fused:
-            units["convolution"] = of.kernel_size**2 * inner * mid * after / 1e3
-            units["values"] = mid * after
-        else:
-            units[f"depthwise {of.kernel_size}x{of.kernel_size}"] = mid * after
-            if mid > inner:
-                units |= {"expansion": inner * mid * before / 1e3, "expanded values": mid * before}
+        units = {"block": 1.0, "projection": mid * outer * after / 1e3,
+                 f"depthwise {of.kernel_size}x{of.kernel_size}": mid * after}
+        weights = mid * (inner + 2 * of.se_channels + outer)
+        if mid > inner:
+            units |= {"expansion": inner * mid * before / 1e3, "expanded values": mid * before}
         if of.se_channels:
             units |= {"SE": 1.0, "SE values": mid * after, "SE weights": mid * of.se_channels / 1e6}
         if of.stride == 1 and inner == outer:
@@ -350,12 +341,13 @@ def amounts(piece: Piece) -> dict[Part, float]:
         below, units, sharp, weights = outputs[6], {"decoder": 1.0}, of.decoder == "sharp", 0
         skips = {4: 0, 3: outputs[4], 2: outputs[3], 1: outputs[2] + 12 * sharp}
         widths = [width for width, _ in of.levels] + [16 if sharp else 3]
-        for level, (width, count), then in zip((4, 3, 2, 1), of.levels, widths[1:]):
+        for level, (width, kernels), then in zip((4, 3, 2, 1), of.levels, widths[1:]):
             area, source = 1 / 4**level, below + skips[level]
-            own = 9 * (source * width + (count - 1) * width**2)
-            units[f"convolution {level}"], weights = own * area / 1e3, weights + own
-            units[f"values {level}"] = (source + count * width + 4 * then) * area
-            units[f"second convolution {level}"] = float(count == 2)
+            for kernel, taken in zip(kernels, (source, width)):
+                unit, own = f"convolution {kernel}x{kernel} {level}", kernel**2 * taken * width
+                units[unit], weights = units.get(unit, 0.0) + own * area / 1e3, weights + own
+            units[f"values {level}"] = (source + len(kernels) * width + 4 * then) * area
+            units[f"second convolution {level}"] = float(len(kernels) == 2)
             units[f"up {level}"] = width * then * area * 4 / 1e3
             below = then
         if sharp:
@@ -406,21 +398,20 @@ class SuperNet(nn.Module):
     """The weights of the largest network of a space; every other network uses slices of them.
 
     Of channels the first are used, of kernels the centre, of stages the first blocks, and of what the decoder
-    concatenates the first channels of each source. A block has two sets of weights, one for its fused form.
-    forward: images (B, 3, H, W) and an Arch of the space. Batch norms use the statistics of the batch.
+    concatenates the first channels of each source. forward: images (B, 3, H, W) and an Arch of the space. Batch
+    norms use the statistics of the batch.
     """
 
     def __init__(self, space: Space):
         super().__init__()
         self.space, self.weights = space, nn.ParameterDict()
-        for operation in ("k5-se", "fused"):
-            arch = space.arch(space.largest(operation))
-            make = partial(models.build_block, norm_layer=Norm)
-            network = models.Network(arch, make_block=lambda block, _: make(block), norm_layer=Norm)
-            for name, weight in network.named_parameters():
-                self.weights.setdefault(_key(arch, name), nn.Parameter(weight.detach().clone()))
-            for name, buffer in network.named_buffers():
-                self.register_buffer(name.replace(".", "/"), buffer, persistent=False)
+        arch = space.arch(space.largest())
+        make = partial(models.build_block, norm_layer=Norm)
+        network = models.Network(arch, make_block=lambda block, _: make(block), norm_layer=Norm)
+        for name, weight in network.named_parameters():
+            self.weights[_key(name)] = nn.Parameter(weight.detach().clone())
+        for name, buffer in network.named_buffers():
+            self.register_buffer(_key(name), buffer, persistent=False)
         self.sources = _sources(arch)
         self.compare: Comparison | None = None  # what networks are compared by, once the weights are trained
         self.seed, self.is_random = 0, False
@@ -429,7 +420,7 @@ class SuperNet(nn.Module):
         """The weights of a network, by its names."""
         sources, result = _sources(arch), {}
         for name, bare in _bare_network(arch).named_parameters():
-            weight = self.weights[_key(arch, name)]
+            weight = self.weights[_key(name)]
             if name in sources:
                 parts = weight[:len(bare)].split(self.sources[name], 1)
                 weight = torch.cat([part[:, :count] for part, count in zip(parts, sources[name])], 1)
@@ -442,7 +433,7 @@ class SuperNet(nn.Module):
 
     def forward(self, x: Tensor, arch: Arch) -> models.Output:
         bare = _bare_network(arch)
-        buffers = {name: getattr(self, name.replace(".", "/")) for name, _ in bare.named_buffers()}
+        buffers = {name: getattr(self, _key(name)) for name, _ in bare.named_buffers()}
         return functional_call(bare, self.slices(arch) | buffers, (x,))
 
     def weight_parameters(self) -> list[nn.Parameter]:
@@ -485,21 +476,22 @@ class SuperNet(nn.Module):
 
     def describe(self, design: Arch, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
         """A network as a table to read, with the ms of each piece where costs are given."""
-        lines = [f"{'part':>8} {'kernel':>7} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} "
+        lines = [f"{'part':>8} {'kernel':>6} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} "
                  f"{'ms':>7}"]
         for piece in pieces_of(design):
             (place, of), cells = piece, ["-"] * 6
             if isinstance(of, Block):
-                cells = [f"{of.kernel_size}{' fused' * of.fused}", of.in_channels, of.mid_channels,
-                         of.out_channels, of.stride, of.se_channels or "-"]
+                cells = [of.kernel_size, of.in_channels, of.mid_channels, of.out_channels, of.stride,
+                         of.se_channels or "-"]
             ms = f"{self.space.piece_cost(piece, costs):>7.3f}" if costs else ""
             lines.append(f"{place:>8} " + " ".join(f"{cell:>{width}}" for cell, width
-                                                   in zip(cells, (7, 4, 5, 4, 6, 4))) + f" {ms}")
+                                                   in zip(cells, (6, 4, 5, 4, 6, 4))) + f" {ms}")
         if design.denoises:
-            levels = ", ".join(f"{count} x {width}" for width, count in design.levels)
+            levels = ", ".join(" and ".join(f"{kernel}x{kernel}" for kernel in kernels) + f" to {width}"
+                               for width, kernels in design.levels)
             lines.append(f"decoder levels 4 to 1: {levels} channels; branch at full resolution: "
                          + (f"{design.branch} channels" if design.decoder == "sharp" else "none"))
-        return "\n".join([*lines, *([f"{'the rest':>8} {'':<35} {rest:>7.3f}"] if costs else [])])
+        return "\n".join([*lines, *([f"{'the rest':>8} {'':<34} {rest:>7.3f}"] if costs else [])])
 
     def decisions(self) -> list[dict]:
         """Of each loss by which networks were compared: of how many networks, the least, the median."""
@@ -512,14 +504,9 @@ class SuperNet(nn.Module):
                 for name, values in columns.items()]
 
 
-def _key(arch: Arch, name: str) -> str:
-    """The supernet's name of a weight."""
-    words = name.split(".")
-    if words[0] not in ("encoder", "tail"):
-        return name.replace(".", "/")
-    stage = int(words[1]) + (2 if words[0] == "encoder" else models.LAST_ENCODER_STAGE + 1)
-    block = [block for block in arch.blocks if block.stage == stage][int(words[2])]
-    return ("fused/" if block.fused else "") + name.replace(".", "/")
+def _key(name: str) -> str:
+    """The supernet's name of a weight or buffer: torch allows no dots in it."""
+    return name.replace(".", "/")
 
 
 def _sources(arch: Arch) -> dict[str, tuple[int, ...]]:
@@ -686,8 +673,8 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
 
     It begins with random networks, near the target and all over the space, and with plain ones. In each
     round the best ones are mutated and crossed. Of many children those are compared that a linear model of
-    all known networks prefers, and some others. The best by the mean of its own score and the model's is taken: each
-    alone is noisy.
+    all known networks prefers, and some others. The best by the mean of its own score and the model's is
+    taken: each alone is noisy.
     """
     space, compare, rng = supernet.space, supernet.compare, random.Random(supernet.seed)
     again = len(compare.losses) > 0  # for another target: much is known

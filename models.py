@@ -56,25 +56,19 @@ class MBConv(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation (SE), 1x1 projection.
     (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), sizes rounded up. No expansion where
     mid_channels equals in_channels; a residual where the shape stays, and training then drops the block for
-    a sample with probability `drop_connect`. `fused`: one k x k convolution does the work of the expansion
-    and the depthwise one (Tan and Le 2021). Only SE has biases, random at first (TF-NAS: zero). A residual
+    a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero). A residual
     block begins as the identity, since depth then costs no learning: its last norm has weight 0 (TF-NAS: 1,
     see `begin_as_papers`)."""
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size=3, stride=1,
-                 se_channels=0, activation="relu", fused=False, drop_connect=0.0, norm_layer=nn.BatchNorm2d):
+                 se_channels=0, activation="relu", drop_connect=0.0, norm_layer=nn.BatchNorm2d):
         super().__init__()
         if mid_channels < in_channels:
             raise ValueError(f"mid_channels ({mid_channels}) must be at least in_channels ({in_channels}).")
         act = ACTIVATIONS[activation]
         layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=act)
-        self.expand, self.depthwise = nn.Identity(), nn.Identity()
-        if fused:
-            self.expand = layer(in_channels, mid_channels, kernel_size, stride)
-        elif mid_channels > in_channels:
-            self.expand = layer(in_channels, mid_channels, 1)
-        if not fused:
-            depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
-            self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
+        self.expand = layer(in_channels, mid_channels, 1) if mid_channels > in_channels else nn.Identity()
+        depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
+        self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
         self.se = SqueezeExcitation(mid_channels, se_channels, act) if se_channels else nn.Identity()
         self.project = layer(mid_channels, out_channels, 1, activation_layer=None)
         self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
@@ -188,23 +182,23 @@ class Decoder(nn.Module):
     "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels, and `FullResolution`
     follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
     papers do not state widths and activation; here a level has the width of the encoder stage of its size,
-    and ReLU. `levels`: of 4 to 1 (channels, convolutions), where they are searched. `branch`: channels of
+    and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched. `branch`: channels of
     FullResolution."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
                  branch: int = 12):
         super().__init__()
-        def level(in_channels: int, channels: int, out_channels: int, count: int) -> nn.ModuleDict:
+        def level(in_channels: int, channels: int, out_channels: int, kernels: tuple) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
-                     else Conv2dNormActivation(source, channels, 3, norm_layer=norm_layer)
-                     for source in (in_channels, channels)[:count]]
-            up = UpConv(channels if count else in_channels, out_channels)
+                     else Conv2dNormActivation(source, channels, kernel, norm_layer=norm_layer)
+                     for source, kernel in zip((in_channels, channels), kernels)]
+            up = UpConv(channels if kernels else in_channels, out_channels)
             return nn.ModuleDict({"convs": nn.Sequential(*convs), "up": up})
         s2, s3, s4, s5, s6 = stage_channels
         pixels = 3 * 2 * 2 if kind == "sharp" else 0
-        counts = {"mb-1": (1, 1, 1, 1), "mb-3level": (0, 2, 2, 2)}.get(kind, (2, 2, 2, 2))
-        (l4, l3, l2, l1), counts = zip(*(levels or zip((s5, s4, s3, s2), counts)))
+        kernels = {"mb-1": [(3,)] * 4, "mb-3level": [(), *[(3, 3)] * 3]}.get(kind, [(3, 3)] * 4)
+        (l4, l3, l2, l1), kernels = zip(*(levels or zip((s5, s4, s3, s2), kernels)))
         widths = ((s6, l4, l3), (l3 + s4, l3, l2), (l2 + s3, l2, l1), (l1 + s2 + pixels, l1, l1))
-        self.levels = nn.ModuleList(level(*width, count) for width, count in zip(widths, counts))
+        self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
         self.full = FullResolution(branch) if kind == "sharp" else None
         self.image = nn.Conv2d(l1, 3 + (FullResolution.FEATURES if self.full else 0), 1)
 
@@ -474,13 +468,13 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
     return steps * WIDTH_STEP, max(steps * WIDTH_STEP, round_width(operation.max_width(in_channels)))
 
 COUNTS = range(1, 65537)
+LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
-           "stride": (1, 2), "fused": (False, True), "se_channels": range(65537),
-           "num_classes": range(65537)}  # else: COUNTS
+           "stride": (1, 2), "se_channels": range(65537), "num_classes": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
-    """An MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation."""
+    """One MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation."""
     stage: int
     in_channels: int
     mid_channels: int
@@ -489,7 +483,6 @@ class Block:
     stride: int
     se_channels: int
     activation: str
-    fused: bool = False
 
 @dataclass(frozen=True)
 class Arch:
@@ -502,7 +495,7 @@ class Arch:
     stem_channels: int = STEM_CHANNELS
     head_channels: int = HEAD_CHANNELS
     decoder: str = DECODERS[0]
-    levels: tuple[tuple[int, int], ...] = ()
+    levels: tuple[tuple[int, tuple[int, ...]], ...] = ()
     branch: int = 12
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
@@ -519,9 +512,9 @@ class Arch:
                 valid = name in ("blocks", "levels") or type(value) is type(allowed[0]) and value in allowed
                 require(valid, f"{where}{name} must be {words}, not {value!r:.40}")
         require_allowed(self)
-        require(not self.levels or len(self.levels) == 4 and
-                all(type(count) is int and count in COUNTS for level in self.levels for count in level)
-                and {*map(len, self.levels)} == {2}, "levels must be 4 pairs of channels and convolutions")
+        fine = all(type(width) is int and width in COUNTS and kernels in LEVEL_KERNELS
+                   for width, kernels in self.levels)
+        require(fine and len(self.levels) in (0, 4), "levels must be 4 pairs of channels and kernel sizes")
         require((self.num_classes > 0) == self.classifies, f"its num_classes does not fit a {self.model}")
         require(0 < len(self.blocks) <= 256, "it needs 1 to 256 blocks")
         channels, stage = self.stem_channels, 2
@@ -550,7 +543,8 @@ class Arch:
             blocks = tuple(Block(**block) for block in content["blocks"])
             return cls(content["model"], blocks, content["num_classes"], content["stem_channels"],
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
-                       tuple(map(tuple, content.get("levels", ()))), content.get("branch", 12))
+                       tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
+                       content.get("branch", 12))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 
@@ -564,7 +558,7 @@ class Arch:
         def wider(part: Arch | Block) -> dict[str, int]:
             return {name: round_width(factor * value) for name, value in vars(part).items()
                     if name.endswith("_channels") and value}
-        levels = tuple((round_width(factor * channels), count) for channels, count in self.levels)
+        levels = tuple((round_width(factor * channels), kernels) for channels, kernels in self.levels)
         blocks = tuple(replace(block, **wider(block)) for block in self.blocks)
         return replace(self, blocks=blocks, levels=levels, **wider(self))
 

@@ -125,7 +125,7 @@ def test_every_sub_network_equals_the_exported_one_with_its_weights(model):
     with torch.no_grad():  # also what is 0 or 1 in a fresh network
         for weight in supernet.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
-    ends = [space.smallest(), space.largest(), space.largest("fused")]
+    ends = [space.smallest(), space.largest(), space.largest("k3")]
     for choices in ends + [space.random_choices(rng) for _ in range(8)]:
         arch = space.arch(choices)
         network = models.make_network(arch)
