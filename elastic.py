@@ -398,8 +398,8 @@ class SuperNet(nn.Module):
     """The weights of the largest network of a space; every other network uses slices of them.
 
     Of channels the first are used, of kernels the centre, of stages the first blocks, and of what the decoder
-    concatenates the first channels of each source. forward: images (B, 3, H, W) and an Arch of the space. Batch
-    norms use the statistics of the batch.
+    concatenates the first channels of each source. forward: images (B, 3, H, W) and an Arch of the space.
+    Batch norms use the statistics of the batch.
     """
 
     def __init__(self, space: Space):

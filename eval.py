@@ -24,13 +24,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, distributed, nn
 
 import data
+import registry
 import timing
 from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
 from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, ms_at_table, this_setting
 from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
-from models import apply_network, channels_of, check_fits, count_macs, count_parameters, scale_of
+from models import apply_network, channels_of, count_macs, count_parameters, scale_of
 from run import (Command, check_value, default_device, given_flags, in_turn, make_folder, prepare_device,
                  rank_and_world, say, track)
 
@@ -473,13 +474,13 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
     if known:
         device = next(network.parameters(), torch.empty(0)).device
         boxes = split_labels(torch.as_tensor(dataset[0][1])[None], device)[1]
-        check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
+        registry.check_fits(network, checkpoint["record"]["model"], source.size // scale, boxes)
     if getattr(dataset, "whole", False):
         side, file = data.smallest(dataset)
         if side < scale:
             raise ValueError(f"{file} has a side of {side} pixels, and the network enlarges {scale} times.")
         if side < 64:  # larger ones fit all networks
-            check_fits(network, f"{checkpoint['record']['model']} on {file}", side // scale)
+            registry.check_fits(network, f"{checkpoint['record']['model']} on {file}", side // scale)
     if split == "test" and (checkpoint.get("splits") or 1) == 1:
         say("note: the checkpoint is of an older version; these images also chose its epoch.", err=True)
     say(f"{split}: {source.sources[part]}")

@@ -35,7 +35,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 MISSING = None
 try:
     import files
-    import models
     import registry
     import timing
     from data import Parser, number, whole
@@ -860,7 +859,7 @@ def main(argv: list[str] | None = None) -> None:
             elif args.model:
                 record = registry.named_record(registry.model_name(args.model), args.classes, {})
                 network = registry.build_network(record)
-                models.check_fits(network, args.model, args.size)
+                registry.check_fits(network, args.model, args.size)
                 time_ms = measure_network(network, setting)
                 result = {"model": args.model, **asdict(time_ms), "setting": asdict(setting)}
                 text = "\n".join([f"{args.model}: {time_ms.median_ms:.3f} ms per batch of {setting.batch} at "

@@ -882,24 +882,6 @@ def apply_network(network: nn.Module, images: Tensor, boxes: Tensor | None = Non
     takes_boxes = boxes is not None and getattr(network, "takes_boxes", False)
     return network(images, boxes) if takes_boxes else network(images)
 
-@torch.no_grad()
-def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
-    """ValueError in one sentence where a network cannot take (channels, size, size) images or their boxes."""
-    was_training, device = network.training, next(network.parameters(), torch.empty(0)).device
-    try:
-        images = torch.zeros(1, channels_of(network), size, size, device=device)
-        logits = apply_network(network.eval(), images, boxes).logits
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(f"The model {name} cannot take images of {size}x{size} pixels ({reason}); "
-                         "try another --size.") from None
-    finally:
-        network.train(was_training)
-    digits = 1 if boxes is None else boxes.shape[1]
-    if logits is not None and len(logits) != digits:
-        raise ValueError(f"The model {name} classifies whole images, but these have {digits} digits each; "
-                         "take one that looks at boxes, such as dcnet-s, or other --data.")
-
 def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 

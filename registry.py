@@ -20,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from models import (COUNTS, MODELS, UNIFORM, Arch, DCNet, UNet, count_macs, count_parameters, make_network,
-                    named_arch)
+from models import (COUNTS, MODELS, UNIFORM, Arch, DCNet, UNet, apply_network, channels_of, count_macs,
+                    count_parameters, make_network, named_arch)
 
 RECORD = {"format": "joint-arch", "version": 1}  # how every record begins; files.py reads and writes them
 PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
@@ -121,6 +122,25 @@ def build_network(record: dict, dropout: float = 0.0, drop_connect: float = 0.0)
     if named.widen is None or type(factor) is not float or not 0.1 <= factor <= 16:
         raise ValueError(f"The model {name} cannot be built with its channels times {factor!r:.20}.")
     return named.widen(num_classes, factor)
+
+
+@torch.no_grad()
+def check_fits(network: nn.Module, name: str, size: int, boxes: Tensor | None = None) -> None:
+    """ValueError in one sentence where a network cannot take (channels, size, size) images or their boxes."""
+    was_training, device = network.training, next(network.parameters(), torch.empty(0)).device
+    try:
+        images = torch.zeros(1, channels_of(network), size, size, device=device)
+        logits = apply_network(network.eval(), images, boxes).logits
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ValueError(f"The model {name} cannot take images of {size}x{size} pixels ({reason}); "
+                         "try another --size.") from None
+    finally:
+        network.train(was_training)
+    digits = 1 if boxes is None else boxes.shape[1]
+    if logits is not None and len(logits) != digits:
+        raise ValueError(f"The model {name} classifies whole images, but these have {digits} digits each; "
+                         "take one that looks at boxes, such as dcnet-s, or other --data.")
 
 
 def build_parser() -> argparse.ArgumentParser:

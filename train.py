@@ -509,7 +509,7 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
     loss, scale = choose_loss(network, data.classes is not None, args.loss), models.scale_of(network)
     check_images(data, loss, models.channels_of(network), scale)
     boxes = data_module.split_labels(torch.as_tensor(data.train[0][1])[None], "cpu")[1]
-    models.check_fits(network, record["model"], data.size // scale, boxes)
+    registry.check_fits(network, record["model"], data.size // scale, boxes)
     return network, loss
 
 

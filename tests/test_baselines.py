@@ -187,7 +187,7 @@ def test_a_network_that_cannot_take_the_size_says_so():
     network = nn.Sequential(nn.Conv2d(3, 4, 7))
     message = r"The model tiny cannot take images of 5x5 pixels \(.*\); try another --size"
     with pytest.raises(ValueError, match=message):
-        models.check_fits(network, "tiny", 5)
+        registry.check_fits(network, "tiny", 5)
 
 
 def test_the_study_recipe_sets_its_flags_and_each_can_be_given(tmp_path, capsys):
