@@ -164,7 +164,8 @@ def test_the_largest_learns_first_then_the_others_with_it():
     assert schedule.step(batch, 0, None, "").keys() == {"weight_loss"}
     schedule.begin_epoch(1, 0)
     assert schedule.step(batch, 0, None, "").keys() == {"weight_loss", "others_loss"}
-    assert schedule._others(3)[1] == SMALL.arch(SMALL.smallest())
+    assert schedule.step(batch, 1, None, "").keys() == {"others_loss"}
+    assert schedule.networks(3)[1] == (SMALL.arch(SMALL.smallest()), False)
     drawn = {tuple(block.kernel_size for block in schedule._largest().blocks) for _ in range(5)}
     assert len(drawn) > 1 and schedule._largest().levels == SMALL.arch(SMALL.largest()).levels
 
