@@ -38,6 +38,24 @@ def fake_parts(space, size=16):
     return content_of(space, times, {"network": rest}, space.random_design(random.Random(0)), size)
 
 
+def fake_wide(num_classes=10, size=32, dear=""):
+    """The content of a table of the wide space, in which units whose names have `dear` in them cost 1,000
+    times as much as the others."""
+    import elastic
+
+    space, rest_ms = elastic.Space(num_classes), {"cnas": 0.05, "dnas": 0.05, "dcnas": 0.05}
+    times = {part: 20.0 if dear and dear in " ".join(part) else 0.02
+             for part in sorted(space.possible_parts())}
+    return content_of(space, times, rest_ms, space.reference_design(), size)
+
+
+def quick_elastic(monkeypatch):
+    """Let a search of the wide space compare few networks."""
+    import elastic
+    for name, value in {"ROUNDS": 2, "CHILDREN": 3, "DRAWN": 4, "PLAIN": 2, "SPREAD": 3}.items():
+        monkeypatch.setattr(elastic, name, value)
+
+
 def content_of(space, times, rest_ms, reference, size):
     """The content of a table of a space with these times of its parts."""
     module = registry.method_module(space.identity()["method"])

@@ -3,7 +3,6 @@
 import json
 import random
 import statistics
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,24 +13,16 @@ import latency
 import models
 import search
 import train
-from fake_table import content_of, quick_compare, stopped_after
+from fake_table import fake_wide, quick_compare, quick_elastic, stopped_after
 
 CPU = torch.device("cpu")
 SMALL = elastic.Space(3, scale=0.5)
 SEARCH = ["--strategy", "evolution", "--size", "32", "--epochs", "2", "--device", "cpu", "--threads", "1",
           "--train-images", "40", "--batch-size", "8"]
-REST = {"cnas": 0.05, "dnas": 0.05, "dcnas": 0.05}
-
-
-def made_up(space=SMALL, dear="", size=32):
-    """The content of a table in which units whose names have `dear` in them cost 1,000 times as much."""
-    times = {part: 0.02 * (1000 if dear and dear in " ".join(part) else 1)
-             for part in sorted(space.possible_parts())}
-    return content_of(replace(space, model="dcnas"), times, REST, space.reference_design(), size)
 
 
 def costs_of(space=SMALL, dear=""):
-    table = latency.Table(made_up(space, dear))
+    table = latency.Table(fake_wide(space.num_classes, dear=dear))
     return table.costs, table.rest([space.model])
 
 
@@ -42,14 +33,13 @@ def command(*arguments):
 @pytest.fixture
 def quick(monkeypatch):
     """Few networks are compared, and a measurement takes few runs."""
-    for name, value in {"ROUNDS": 2, "CHILDREN": 3, "DRAWN": 4, "SPREAD": 2}.items():
-        monkeypatch.setattr(elastic, name, value)
+    quick_elastic(monkeypatch)
     quick_compare(monkeypatch)
 
 
 @pytest.fixture
 def table(tmp_path):
-    files.write_json(tmp_path / "table.json", made_up(elastic.Space(10)))
+    files.write_json(tmp_path / "table.json", fake_wide())
     return tmp_path / "table.json"
 
 
@@ -321,7 +311,7 @@ def test_one_supernet_serves_all_targets_and_is_asked_again(quick, table, tmp_pa
     for record, target in zip(records, (2, 3)):
         assert record["method"] == "elastic" and 0.9 * target < record["latency"]["predicted_ms"] <= target
     compared = json.loads((tmp_path / "s/target_2/compared.json").read_text())["networks"]
-    assert sum(row["spread"] for row in compared) == 2 and {"ce", "den", "ms", "blocks"} <= compared[0].keys()
+    assert sum(row["spread"] for row in compared) == 3 and {"ce", "den", "ms", "blocks"} <= compared[0].keys()
     before = (tmp_path / "s/log.jsonl").read_text()
     command("--resume", tmp_path / "s", "--target", "2.5", "--prefer", "denoising")
     assert 2.2 < files.load_record(tmp_path / "s/arch.json")["latency"]["predicted_ms"] <= 2.5

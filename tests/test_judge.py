@@ -9,7 +9,7 @@ import files
 import judge
 import models
 import reproduce
-from fake_table import fake_table, quick_compare
+from fake_table import fake_table, fake_wide, quick_compare, quick_elastic
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_where_that_holds():
@@ -58,7 +58,8 @@ def arguments(folder, *flags):
 @pytest.mark.parametrize("group", ("MobileNetV2 and decoder", "MobileNetV3 and UNet"))
 def test_networks_made_by_hand_get_the_same_latency(group, tmp_path, quick):
     files.write_json(tmp_path / "latency.json", fake_table())
-    runs, total = judge.Judge(judge.build_parser().parse_args(arguments(tmp_path))), 0.0
+    flags = arguments(tmp_path, "--space", "4")
+    runs, total = judge.Judge(judge.build_parser().parse_args(flags)), 0.0
     for flags in runs.networks(judge.Contender(group, 12.0, 0)):
         name, factor = flags[1], float(flags[3])
         record = judge.train.modify_record(judge.registry.named_record(name, 10, {}), widen=factor)
@@ -66,15 +67,25 @@ def test_networks_made_by_hand_get_the_same_latency(group, tmp_path, quick):
     assert total == pytest.approx(12.0, rel=0.08)
 
 
-def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, capsys, monkeypatch):
-    files.write_json(tmp_path / "latency.json", fake_table())
+@pytest.mark.parametrize("space", ("4", "wide"))
+def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, quick, capsys, monkeypatch):
+    files.write_json(tmp_path / "latency.json", fake_table() if space == "4" else fake_wide())
+    quick_elastic(monkeypatch)
     skip = [name for name in judge.HAND if name != "MobileNetV3 and UNet"]
-    flags = arguments(tmp_path, "--found", "1", "--random", "1", "--hand", "1", "--skip", *skip, "--search",
-                      "--epochs 1 --batch-size 8", "--train", "--epochs 1 --batch-size 20 --val-images 10")
+    flags = arguments(tmp_path, "--space", space, "--found", "1", "--random", "2", "--ranked", "3", "--hand",
+                      "1", "--skip", *skip, "--search", "--epochs 1 --batch-size 8", "--train",
+                      "--epochs 1 --batch-size 20 --val-images 10")
     judge.main(flags)
-    assert "Found networks are better by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Found networks are better by" in printed
     content = json.loads((tmp_path / "judge.json").read_text())
     assert [row["group"] for row in content["rows"]] == ["found", "random", "MobileNetV3 and UNet"]
+    if space == "wide":
+        assert content["order"]["10.0"]["ranked"]["networks"] == 3
+        assert content["order"]["10.0"]["random"]["networks"] == 2
+        assert "Kendall's tau between supernet and training, 3 networks all over the space" in printed
+    else:
+        assert content["order"] == {}
     pair = content["rows"][2]["columns"]
     assert set(pair) == {"ms", "MACs M", *judge.MEASURES}  # of both networks
     assert pair["joint loss"]["mean"] > 0
@@ -84,8 +95,8 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, cap
 
 def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
     """Another one makes the table, and holds the first run; when both are there, nothing is left to do."""
-    runs = judge.Judge(judge.build_parser().parse_args(arguments(tmp_path, "--found", "1", "--random", "1",
-                                                                 "--skip", *judge.HAND)))
+    flags = arguments(tmp_path, "--space", "4", "--found", "1", "--random", "1", "--skip", *judge.HAND)
+    runs = judge.Judge(judge.build_parser().parse_args(flags))
     taken, made = runs.where(judge.Contender("found", 10.0, 0)), []
 
     def lock(folder):
