@@ -66,6 +66,7 @@ class Piece(NamedTuple):
 
     place: str
     of: Block | Arch
+    stride: int = 1  # of its output, a pixel of which covers stride x stride pixels of the image
 
 
 class Part(NamedTuple):
@@ -86,6 +87,7 @@ OPERATIONS = (Operation("k3", 3, False), Operation("k5", 5, False), Operation("k
 EXPANSIONS = (2, 4, 6)
 KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
+TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the classifier keeps larger maps
 STEM, HEAD, LEVELS = 32, 1280, (80, 40, 24, 16)  # widest at scale 1; levels 4 to 1 of the decoder
 HEADS, BRANCHES = (0.25, 0.5, 1.0), (0, 12, 24)  # channels of the branch at full resolution; 0: no branch
 SCALES = (0.25, 8.0)  # the smallest and the largest space
@@ -142,8 +144,9 @@ class Space:
             for index in range(values[f"stage {stage.number} depth"]):
                 operation = values[f"stage {stage.number} block {index + 1} operation"]
                 mid = channels_of(values[f"stage {stage.number} block {index + 1} expansion"] * channels)
+                stride = values.get(f"stage {stage.number} stride", stage.stride)
                 blocks.append(Block(stage.number, channels, mid, values[f"stage {stage.number} width"],
-                                    operation.kernel_size, 1 if index else stage.stride,
+                                    operation.kernel_size, 1 if index else stride,
                                     channels_of(mid / 8) if operation.se else 0, stage.activation))
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
@@ -161,7 +164,7 @@ class Space:
         """The choices of a plain network: everywhere the same operation and the indices of the same options,
         or of the last where there are fewer; two 3x3 convolutions a level."""
         wanted = {"width": width, "depth": depth, "expansion": expansion, "branch": branch, "head": width,
-                  "stem": width, "convolutions": 2}
+                  "stem": width, "convolutions": 2, "stride": 0}
         choices = []
         for name, options in self.decisions:
             kind = name.split()[-1]
@@ -291,6 +294,7 @@ def _decisions(space: Space) -> tuple[Decision, ...]:
         name = f"stage {stage.number}"
         rows += [Decision(f"{name} width", space.widths(stage.channels)),
                  Decision(f"{name} depth", tuple(range(1, stage.blocks + 1)))]
+        rows += [Decision(f"{name} stride", TAIL_STRIDES)] if stage.number == TAIL else []
         for block in range(1, stage.blocks + 1):
             rows += [Decision(f"{name} block {block} operation", OPERATIONS),
                      Decision(f"{name} block {block} expansion", EXPANSIONS)]
@@ -304,9 +308,12 @@ def _decisions(space: Space) -> tuple[Decision, ...]:
 
 def pieces_of(arch: Arch) -> list[Piece]:
     """What an image goes through, in order: what is timed."""
-    return [Piece("stem", arch), *(Piece(f"stage {block.stage}", block) for block in arch.blocks),
-            *([Piece("decoder", arch)] if arch.denoises else []),
-            *([Piece("head", arch)] if arch.classifies else [])]
+    stride, pieces = 2, [Piece("stem", arch, 2)]
+    for block in arch.blocks:
+        stride *= block.stride
+        pieces.append(Piece(f"stage {block.stage}", block, stride))
+    return [*pieces, *([Piece("decoder", arch)] if arch.denoises else []),
+            *([Piece("head", arch, stride)] if arch.classifies else [])]
 
 
 @lru_cache(4096)
@@ -316,9 +323,8 @@ def amounts(piece: Piece) -> dict[Part, float]:
     Convolutions count in thousands of multiply-accumulates, and activations ("values") in numbers, for each
     pixel of the input; what takes its time at any width counts once; weights count without small layers.
     """
-    (place, of), strides = piece, {2: 2, 3: 4, 4: 8, 5: 16, 6: 16, 7: 32, 8: 32}  # of the stages' outputs
+    place, of, stride = piece
     if isinstance(of, Block):
-        stride = strides[of.stage]
         after, before = 1 / stride**2, of.stride**2 / stride**2  # maps' sizes, in pixels of the input
         inner, mid, outer = of.in_channels, of.mid_channels, of.out_channels
         units = {"block": 1.0, "projection": mid * outer * after / 1e3,
@@ -333,7 +339,7 @@ def amounts(piece: Piece) -> dict[Part, float]:
     elif place == "stem":
         units, weights = {"stem": 1.0, "values": of.stem_channels / 4}, 0
     elif place == "head":
-        area, weights = 1 / strides[8]**2, of.blocks[-1].out_channels * of.head_channels
+        area, weights = 1 / stride**2, of.blocks[-1].out_channels * of.head_channels
         units = {"head": 1.0, "pointwise": weights * area / 1e3,
                  "values": of.head_channels * area}
     else:
@@ -479,7 +485,7 @@ class SuperNet(nn.Module):
         lines = [f"{'part':>8} {'kernel':>6} {'in':>4} {'mid':>5} {'out':>4} {'stride':>6} {'SE':>4} "
                  f"{'ms':>7}"]
         for piece in pieces_of(design):
-            (place, of), cells = piece, ["-"] * 6
+            (place, of, _), cells = piece, ["-"] * 6
             if isinstance(of, Block):
                 cells = [of.kernel_size, of.in_channels, of.mid_channels, of.out_channels, of.stride,
                          of.se_channels or "-"]
@@ -733,16 +739,15 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
 class Schedule:
     """The weights of the supernet; what is chosen is chosen after the last epoch, by `search`.
 
-    The first epochs train networks that are almost the largest: from random ones a supernet learns its first
-    features many times slower. Then every other step trains the largest and a random one, the steps between
-    two random ones, the smallest among them every fourth time. Beside the largest the others learn its images
-    and logits as well. (In the papers every step trains the largest, the smallest and two random ones, which
-    is 1.8 times as much work.) AdamW, weight decay 0.01, clip 5; the learning rate is constant, then a cosine
-    to 0.
+    The first epochs train the widest and deepest network, with operations and expansions drawn for each
+    block: from random networks a supernet learns its first features many times slower. Then every other step
+    trains that and a random network, the steps between two random ones, the smallest among them every fourth
+    time. Beside the largest the others learn its images and logits as well. (In the papers every step trains
+    the largest, the smallest and two random ones, which is 1.8 times as much work.) AdamW, weight decay 0.01,
+    clip 5; the learning rate is constant, then a cosine to 0.
     """
 
     GRAD_CLIP, LABEL_SMOOTHING, TAUGHT, WARM_STEPS = 5.0, 0.1, 0.5, 100
-    LARGE = 0.75  # at first, the probability of the dearest option of a decision about size
     EXPLANATION = ("All networks share the weights of the largest. After the last epoch networks within the "
                    "latency are compared on the held-out images.")
 
@@ -783,9 +788,6 @@ class Schedule:
         drawn = "operation", "expansion"
         choices = [self.rng.randrange(len(options)) if name.endswith(drawn) else index
                    for (name, options), index in zip(space.decisions, space.largest())]
-        if self.warm:
-            choices = [index if self.rng.random() < self.LARGE else self.rng.randrange(len(options))
-                       for (_, options), index in zip(space.decisions, choices)]
         return space.arch(tuple(choices))
 
     def networks(self, step: int) -> list[tuple[Arch, bool]]:
