@@ -520,7 +520,8 @@ def find_network(job: Job, supernet: nn.Module, rows: list[dict], costs: Costs, 
             latency.write_network(job.space.network(design), costs.table.setting, more[0])
         if getattr(supernet, "compare", None):
             more.append(str(folder / "compared.json"))
-            files.write_json(more[-1], {"networks": supernet.compare.rows(costs.parts, costs.rest)})
+            files.write_json(more[-1], {"format": "joint-compared", "version": 1,
+                                        "networks": supernet.compare.rows(costs.parts, costs.rest)})
         if rows and hasattr(job.method, "write_picture"):
             more += job.method.write_picture(folder, design, supernet, rows)
         report(job, supernet, design, record, costs, within_reach)
