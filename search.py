@@ -747,7 +747,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     given = {**{name: checked[name] for name in before if name in checked}, **run.given_flags(parser, argv)}
     args = run.resolve(parser, argv, method.search_defaults(given), before)
     free = getattr(method, "FREE_FLAGS", ())
-    run.check_resumed({name: value for name, value in before.items() if name not in free}, vars(args))
+    if state is not None:
+        run.check_resumed({name: value for name, value in before.items() if name not in free}, vars(args))
     if args.table and not (args.target or args.range):
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
     if args.target and getattr(args, "target_macs", None):
