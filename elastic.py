@@ -34,7 +34,7 @@ from train import task_loss
 Design = Arch
 design_of, record_content, build = Arch.from_dict, Arch.to_dict, models.make_network
 TRAIN_DEFAULTS: dict = {}
-STRATEGIES = ("evolution", "random")
+SPACES, STRATEGIES = ("wide",), ("evolution", "random")  # names for --space and --strategy
 FREE_FLAGS = ("target", "prefer")  # those that a resumed search may change: one supernet serves all
 
 
@@ -883,7 +883,7 @@ def preference(text: str) -> float:
 def add_arguments(parser, model: str) -> None:
     """The flags of this method."""
     group = parser.add_argument_group("search")
-    group.add_argument("--space", choices=("wide",), default="wide",
+    group.add_argument("--space", choices=SPACES, default=SPACES[0],
                        help="wide: this method; 4, 6 or 8 operations per block: the papers' spaces, whose "
                             "flags --space 4 --help lists (default: %(default)s)")
     group.add_argument("--prefer", type=preference, default=0.5, metavar="WHAT",

@@ -37,7 +37,7 @@ import train
 from data import Parser, whole
 from reproduce import run_command
 from run import Command, check_device, default_device, lock_folder, say
-from search import milliseconds
+from search import method_of, milliseconds
 
 FORMAT, VERSION = "joint-judge", 1
 WITHIN = 0.03  # of the target, the latency of a network made by hand
@@ -106,6 +106,7 @@ class Judge:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.output_dir)
+        self.method = method_of("dcnas", {"space": args.space}).__name__
         self.data = ["--data", args.data, "--data-root", args.data_root, "--size", str(args.size),
                      *(["--train-images", str(args.train_images)] if args.train_images else [])]
         self.search, self.train = shlex.split(args.search), shlex.split(args.train)
@@ -129,9 +130,9 @@ class Judge:
             except ValueError:
                 time.sleep(5)
                 continue
-            method = ["elastic"] if self.args.space == "wide" else ["tfnas", "--space", self.args.space]
-            self.command("latency.py", "--method", *method, "--size", str(self.args.size), "--classes",
-                         str(self.classes), "--mode", self.args.mode, "--output", str(path))
+            space = [] if self.args.space == "wide" else ["--space", self.args.space]
+            self.command("latency.py", "--method", self.method, *space, "--size", str(self.args.size),
+                         "--classes", str(self.classes), "--mode", self.args.mode, "--output", str(path))
         return latency.load_table(path)
 
     def where(self, contender: Contender) -> Path:
@@ -173,7 +174,7 @@ class Judge:
             row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
             made = files.provenance(latency.device_name(self.args.device), 0)
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_json(folder / "arch.json", files.make_record("elastic", row, made))
+            files.write_json(folder / "arch.json", files.make_record(self.method, row, made))
         path, targets, how = folder / "arch.json", [contender.target], self.search
         if contender.group == "random":
             how = ["--strategy", "random"]

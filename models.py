@@ -137,7 +137,7 @@ class FullResolution(nn.Module):
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int = 12):
         super().__init__()
         self.noise_level = NoiseLevel()
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))

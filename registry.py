@@ -28,9 +28,9 @@ from models import (COUNTS, MODELS, UNIFORM, Arch, DCNet, UNet, apply_network, c
 
 RECORD = {"format": "joint-arch", "version": 1}  # how every record begins; files.py reads and writes them
 PAPER_SIZE = 224  # pixels, the input of Markhorst 2024, section 4
-JOINT = ("tfnas", "elastic")  # methods whose records hold an Arch
-METHODS = {"elastic": MODELS[:3], "tfnas": MODELS, "superkernel": ("superkernel",),
-           "hinas": ("hinas",)}  # file: names for --model; of two files the later one is the default
+# File of a search method: its names for --model. Where two files have a name, the later one is the default.
+METHODS = {"elastic": MODELS[:3], "tfnas": MODELS, "superkernel": ("superkernel",), "hinas": ("hinas",)}
+JOINT = [method for method, names in METHODS.items() if {*names} <= {*MODELS}]  # their records hold an Arch
 
 
 def method_module(method: str):

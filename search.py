@@ -652,12 +652,11 @@ MODELS = {model: method for method, names in registry.METHODS.items() for model 
 
 def method_of(model: str, values: dict):
     """The module of the method that searches a model, by the `values` of --space and --strategy."""
-    if MODELS[model] in registry.JOINT:
-        space, strategy = (str(values.get(name)) for name in ("space", "strategy"))
-        papers = model == "dcnas-seq" or space in "468" or strategy == "gradient"
-        wide = space == "wide" or strategy == "evolution"
-        return registry.method_module("tfnas" if papers else "elastic" if wide else MODELS[model])
-    return registry.method_module(MODELS[model])
+    modules = [registry.method_module(method) for method, names in registry.METHODS.items() if model in names]
+    for flag, names in (("space", "SPACES"), ("strategy", "STRATEGIES")):
+        fitting = [one for one in modules if str(values.get(flag)) in getattr(one, names, ())]
+        modules = fitting or modules
+    return modules[-1]
 
 
 def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ from train import task_loss
 Design = Arch
 TABLE_DECODERS = ("sharp", "conv")  # those that a latency table holds
 TRAIN_DEFAULTS: dict = {}
+SPACES, STRATEGIES = ("4", "6", "8"), ("gradient", "random")  # names for --space and --strategy
 LATENCY_LOSSES = {  # name: (function of latency / target, default weight)
     "hinge": (lambda ratio: (ratio - 1).clamp(min=0), 0.5),  # thesis, eq. 3.11
     "absolute": (lambda ratio: (ratio - 1).abs(), 0.1),  # TF-NAS
@@ -210,7 +211,7 @@ class Space:
         return ["dnas", "cnas"] if design.model == "dcnas-seq" else [design.model]
 
     def holds(self, design: Arch) -> bool:
-        return not design.levels  # else of elastic.py; `cost` says what a table does not cover
+        return not design.levels  # else of the wide space; `cost` says what a table does not cover
 
     def cost(self, design: Arch, costs: dict[Part, float], rest: float) -> float:
         """The cost of a network from those of its parts; ValueError where the costs do not cover it."""
