@@ -52,7 +52,7 @@ def _draw_digit(label, height, limit, rng):
     ways = STROKES[label].split("/")
     strokes = [_trace_stroke(stroke) for stroke in ways[rng.integers(len(ways))].split("+")]
     points = np.concatenate(strokes)  # bent all together, so that they stay joined
-    waves = rng.uniform(-1, 1, (2, 3)) * 1.2  # the deformation: three sine waves, each about one period per digit
+    waves = rng.uniform(-1, 1, (2, 3)) * 1.2  # bent by three sine waves, each about one period per digit
     shift = np.sin(2 * np.pi * (points @ waves + rng.random(3)))  # (n, 3)
     points = points - (0.35, 0.5) + shift @ rng.normal(0, 0.025, (3, 2))
     angle, shear, stretch = rng.uniform((-15, -0.25, 0.85), (15, 0.25, 1.2))  # affine
