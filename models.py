@@ -533,7 +533,7 @@ class Arch:
             require(stride == wanted, f"the strides of stage {number} must multiply to {wanted}")
 
     def to_dict(self) -> dict:
-        content = asdict(self)
+        content = asdict(self) | {"levels": [[width, [*kernels]] for width, kernels in self.levels]}
         return content | {"blocks": list(content.pop("blocks"))}  # the longest field comes last
 
     @classmethod

@@ -598,7 +598,7 @@ def test_a_table_made_before_or_not_the_weights_start_the_same(
 def test_the_range_is_printed_and_nothing_searched(model, table, tmp_path, capsys, monkeypatch):
     flags = {"superkernel": SUPERKERNEL, "hinas": HINAS}.get(model, ["--model", model, *JOINT])
     flags = [*flags, "--train-images", "8", "--range", "--output-dir", tmp_path / "out"]
-    monkeypatch.setattr(search, "search_one", None)
+    monkeypatch.setattr(search, "trained_supernet", None)
     if model in SPACES:  # without --table one is made, and kept
         content = fake_parts(SPACES[model])
         monkeypatch.setattr(latency, "build_table", lambda *_, **__: content)
