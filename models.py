@@ -507,10 +507,11 @@ class Arch:
         def require_allowed(part: Arch | Block, where: str = "") -> None:
             for name, value in vars(part).items():
                 allowed = ALLOWED.get(name, COUNTS)
+                if name in ("blocks", "levels") or type(value) is type(allowed[0]) and value in allowed:
+                    continue
                 words = (f"a whole number from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range)
                          else f"one of {', '.join(map(str, allowed))}")
-                valid = name in ("blocks", "levels") or type(value) is type(allowed[0]) and value in allowed
-                require(valid, f"{where}{name} must be {words}, not {value!r:.40}")
+                require(False, f"{where}{name} must be {words}, not {value!r:.40}")
         require_allowed(self)
         fine = all(type(width) is int and width in COUNTS and kernels in LEVEL_KERNELS
                    for width, kernels in self.levels)

@@ -219,8 +219,10 @@ class Taste(elastic.Comparison):
 @pytest.mark.parametrize("dear, decision", (
     ("stage 5 block", "stage 5 depth"), ("stage 7 block", "stage 7 depth"), ("head values", "head"),
     ("stem values", "stem"), ("convolution 3x3 1", "level 1 convolutions"), ("decoder branch", "branch")))
-def test_a_table_steers_depth_widths_decoder_and_branch(dear, decision):
+def test_a_table_steers_depth_widths_decoder_and_branch(dear, decision, monkeypatch):
     """Where a unit of cost is dear, the cheapest option of what needs it is taken; else not."""
+    for name, value in {"ROUNDS": 3, "DRAWN": 12, "SPREAD": 0}.items():
+        monkeypatch.setattr(elastic, name, value)
     space = elastic.Space(3)
     supernet = elastic.SuperNet.__new__(elastic.SuperNet)
     torch.nn.Module.__init__(supernet)
@@ -315,7 +317,7 @@ def test_one_supernet_serves_all_targets_and_is_asked_again(quick, table, tmp_pa
     assert "--lr differ" in capsys.readouterr().err
 
 
-def test_the_same_seed_and_table_find_the_same_and_the_found_weights_are_trained_on(quick, table, tmp_path):
+def test_the_same_seed_and_table_find_the_same_and_its_weights_are_trained_on(quick, table, tmp_path, capsys):
     for name in ("a", "b"):
         command(*SEARCH, "--target", "2", "--table", table, "--output-dir", tmp_path / name)
     one, other = (files.load_record(tmp_path / name / "arch.json") for name in ("a", "b"))
@@ -323,6 +325,19 @@ def test_the_same_seed_and_table_find_the_same_and_the_found_weights_are_trained
     network, content = files.load_checkpoint(tmp_path / "a/distilled.pt", CPU)
     assert content["loss"] == "both" and len(content["classes"]) == 10
     assert network(torch.rand(1, 3, 32, 32)).logits.shape == (1, 10)
+    flags = ["--arch", str(tmp_path / "a/arch.json"), "--train-images", "8", "--val-images", "8",
+             "--batch-size", "4", "--epochs", "1", "--lr", "1e-8", "--weight-decay", "0", "--device", "cpu", "--threads", "1",
+             "--output-dir", str(tmp_path / "t")]
+    for more, begins_there in (([], True), (["--from-scratch"], False)):
+        train.main([*flags, *more])
+        trained, _ = files.load_checkpoint(tmp_path / "t/best.pt", CPU)
+        same = [torch.allclose(one, other, atol=1e-5)
+                for one, other in zip(trained.parameters(), network.parameters()) if one.ndim == 4]
+        assert all(same) == begins_there
+        assert ("begins with the weights of the search" in capsys.readouterr().out) == begins_there
+    (tmp_path / "a/distilled.pt").unlink()
+    train.main(flags)
+    assert "is not there, so that the training begins from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", (2, 5))
