@@ -326,8 +326,8 @@ def test_the_same_seed_and_table_find_the_same_and_its_weights_are_trained_on(qu
     assert content["loss"] == "both" and len(content["classes"]) == 10
     assert network(torch.rand(1, 3, 32, 32)).logits.shape == (1, 10)
     flags = ["--arch", str(tmp_path / "a/arch.json"), "--train-images", "8", "--val-images", "8",
-             "--batch-size", "4", "--epochs", "1", "--lr", "1e-8", "--weight-decay", "0", "--device", "cpu", "--threads", "1",
-             "--output-dir", str(tmp_path / "t")]
+             "--batch-size", "4", "--epochs", "1", "--lr", "1e-8", "--weight-decay", "0", "--device", "cpu",
+             "--threads", "1", "--output-dir", str(tmp_path / "t")]
     for more, begins_there in (([], True), (["--from-scratch"], False)):
         train.main([*flags, *more])
         trained, _ = files.load_checkpoint(tmp_path / "t/best.pt", CPU)
