@@ -520,11 +520,11 @@ def _sources(arch: Arch) -> dict[str, tuple[int, ...]]:
     the name of the weight that they meet."""
     if not arch.denoises:
         return {}
-    outputs, widths = {block.stage: block.out_channels for block in arch.blocks}, dict(arch.levels and zip(
-        (4, 3, 2, 1), (width for width, _ in arch.levels)))
+    outputs = {block.stage: block.out_channels for block in arch.blocks}
+    _, level_3, level_2, level_1 = (width for width, _ in arch.levels)
     noisy = 12 if arch.decoder == "sharp" else 0
-    return {f"decoder.levels.{place}.convs.0.0.weight": source for place, source in (
-        (1, (widths[3], outputs[4])), (2, (widths[2], outputs[3])), (3, (widths[1], outputs[2], noisy)))}
+    sources = (level_3, outputs[4]), (level_2, outputs[3]), (level_1, outputs[2], noisy)
+    return {f"decoder.levels.{place}.convs.0.0.weight": source for place, source in enumerate(sources, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -683,19 +683,19 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
     taken: each alone is noisy.
     """
     space, compare, rng = supernet.space, supernet.compare, random.Random(supernet.seed)
-    again = len(compare.losses) > 0  # for another target: much is known
+    again = len(compare.losses) > 0  # for another target: much is known, and a third of the work is enough
+    drawn, plain_ones, rounds = (DRAWN // 4, PLAIN // 3, ROUNDS // 3) if again else (DRAWN, PLAIN, ROUNDS)
     plain = [space.uniform(width, depth, operation.name, expansion) for operation in OPERATIONS
              for width in range(3) for depth in range(2) for expansion in range(1, 3)]
     # Those of --strategy random with the first seeds, whose order judge.py looks at.
-    first = [within.draw(random.Random(seed)) for seed in range(DRAWN // 4 if again else DRAWN)]
-    first += [within.adjust(choices, rng) for choices in rng.sample(plain, PLAIN)]
+    first = [within.draw(random.Random(seed)) for seed in range(drawn)]
+    first += [within.adjust(choices, rng) for choices in rng.sample(plain, plain_ones)]
     if again:
-        known = sorted(compare.scores().items(), key=lambda pair: pair[1])[:2 * PARENTS]
+        known = sorted(compare.scores().items(), key=lambda pair: pair[1])[:PARENTS]
         first += [within.adjust(choices, rng) for choices, _ in known]
     spread = [] if again else spread_over(space)
     supernet.to(compare.device)
-    rounds, pool = ROUNDS // 2 if again else ROUNDS, []
-    total = len(spread) + len(first) + rounds * CHILDREN
+    pool, total = [], len(spread) + len(first) + rounds * CHILDREN
     progress = run.track(range(total), "comparison", total, unit="network")
     steps = iter(progress)
 
