@@ -297,7 +297,7 @@ def test_networks_to_compare_with(strategy, photos, tmp_path):
 
 def test_random_networks_follow_their_seed_and_have_random_depths(table, tmp_path, quick_measurement):
     drawn = {}
-    for name, seed in (("a", 1), ("again", 1), ("b", 2), ("c", 3), ("d", 4)):
+    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
         command("--target", 2.5, "--table", table, "--output-dir", tmp_path / name, "--strategy", "random",
                 "--depth", "learned", *JOINT, "--seed", seed)
         drawn[name] = models.Arch.from_dict(record_of(tmp_path / name))
@@ -548,7 +548,7 @@ def test_a_learned_depth_that_is_too_small_for_the_target_is_said(table, tmp_pat
 
 
 def test_several_targets_are_searched_with_one_table_and_compared(table, tmp_path, capsys, quick_measurement):
-    command("--target", "2.6,3", "--table", table, "--output-dir", tmp_path / "family", *JOINT)
+    command("--target", "2.6,3", "--table", table, "--output-dir", tmp_path / "family", *JOINT, "--epochs", 1)
     records = [record_of(tmp_path / "family" / f"target_{name}") for name in ("2.6", "3")]
     for record, target in zip(records, (2.6, 3.0)):
         assert (
@@ -561,7 +561,7 @@ def test_several_targets_are_searched_with_one_table_and_compared(table, tmp_pat
         and "target_2.6/arch.json" in out[-2]
         and "target_3/arch.json" in out[-1]
     )
-    command("--target", "3", "--table", table, "--output-dir", tmp_path / "alone", *JOINT)
+    command("--target", "3", "--table", table, "--output-dir", tmp_path / "alone", *JOINT, "--epochs", 1)
     assert record_of(tmp_path / "alone")["blocks"] == records[1]["blocks"]
     message = sentence(
         ["--target", "2,0.001", "--table", table, "--output-dir", tmp_path / "none", *JOINT], capsys
