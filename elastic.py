@@ -18,20 +18,21 @@ import math
 import random
 import statistics
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
 
 import models
 import run
-from data import Pairs, number, whole
+import tfnas
+from data import number, whole
 from models import Arch, Block
-from train import task_loss
+from train import task_loss, taught_loss
 
-Design = Arch
 design_of, record_content, build = Arch.from_dict, Arch.to_dict, models.make_network
 TRAIN_DEFAULTS: dict = {}
 SPACES, STRATEGIES = ("wide",), ("evolution", "random")  # names for --space and --strategy
@@ -53,9 +54,8 @@ class Stage(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """The form of a block."""
+    """The form of a block: its depthwise kernel, and whether it has squeeze-and-excitation (SE)."""
 
-    name: str
     kernel_size: int
     se: bool
 
@@ -82,8 +82,7 @@ WEIGHTS = Part("network", "million weights")  # those that have left the cache w
 STAGES = (Stage(2, 16, 1, 1, "relu"), Stage(3, 24, 2, 2, "relu"), Stage(4, 40, 2, 2, "silu"),
           Stage(5, 80, 3, 2, "silu"), Stage(6, 112, 3, 1, "silu"), Stage(7, 192, 2, 2, "silu"),
           Stage(8, 320, 1, 1, "silu"))
-OPERATIONS = (Operation("k3", 3, False), Operation("k5", 5, False), Operation("k3-se", 3, True),
-              Operation("k5-se", 5, True))
+OPERATIONS = Operation(3, False), Operation(5, False), Operation(3, True), Operation(5, True)
 EXPANSIONS = (2, 4, 6)
 KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
@@ -91,12 +90,7 @@ TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the class
 STEM, HEAD, LEVELS = 32, 1280, (80, 40, 24, 16)  # widest at scale 1; levels 4 to 1 of the decoder
 HEADS, BRANCHES = (0.25, 0.5, 1.0), (0, 12, 24)  # channels of the branch at full resolution; 0: no branch
 SCALES = (0.25, 8.0)  # the smallest and the largest space
-STEP = 16  # channels are multiples of it, the width of vector units: others take as long as the next multiple
-
-
-def channels_of(value: float) -> int:
-    """The nearest multiple of STEP, at least one."""
-    return max(STEP, int(value / STEP + 0.5) * STEP)
+round_width = partial(models.round_width, step=16)  # channels are multiples of it, the width of vector units
 
 
 class Decision(NamedTuple):
@@ -125,13 +119,28 @@ class Space:
     def table_flags(self) -> str:
         return f"--method elastic --classes {self.num_classes}"
 
-    @property
+    @cached_property
     def decisions(self) -> tuple[Decision, ...]:
-        return _decisions(self)
+        """All choices, in the order of the indices of a network."""
+        rows = [Decision("stem", self.widths(STEM, (0.5, 1.0)))]
+        for stage in self.stages():
+            name = f"stage {stage.number}"
+            rows += [Decision(f"{name} width", self.widths(stage.channels)),
+                     Decision(f"{name} depth", tuple(range(1, stage.blocks + 1)))]
+            rows += [Decision(f"{name} stride", TAIL_STRIDES)] if stage.number == TAIL else []
+            for block in range(1, stage.blocks + 1):
+                rows += [Decision(f"{name} block {block} operation", OPERATIONS),
+                         Decision(f"{name} block {block} expansion", EXPANSIONS)]
+        for level, widest in zip((4, 3, 2, 1), LEVELS) if self.model != "cnas" else ():
+            rows += [Decision(f"level {level} width", self.widths(widest)),
+                     Decision(f"level {level} convolutions", KERNELS)]
+        rows += [Decision("branch", BRANCHES)] if self.model != "cnas" else []
+        rows += [Decision("head", self.widths(HEAD, HEADS))] if self.model != "dnas" else []
+        return tuple(rows)
 
     def widths(self, widest: int, shares: tuple[float, ...] = WIDTHS) -> tuple[int, ...]:
         """The different channels that a layer can have."""
-        return tuple(dict.fromkeys(channels_of(self.scale * share * widest) for share in shares))
+        return tuple(dict.fromkeys(round_width(self.scale * share * widest) for share in shares))
 
     def stages(self) -> tuple[Stage, ...]:
         return STAGES if self.model != "dnas" else STAGES[:models.LAST_ENCODER_STAGE - 1]
@@ -143,11 +152,11 @@ class Space:
         for stage in self.stages():
             for index in range(values[f"stage {stage.number} depth"]):
                 operation = values[f"stage {stage.number} block {index + 1} operation"]
-                mid = channels_of(values[f"stage {stage.number} block {index + 1} expansion"] * channels)
+                mid = round_width(values[f"stage {stage.number} block {index + 1} expansion"] * channels)
                 stride = values.get(f"stage {stage.number} stride", stage.stride)
                 blocks.append(Block(stage.number, channels, mid, values[f"stage {stage.number} width"],
                                     operation.kernel_size, 1 if index else stride,
-                                    channels_of(mid / 8) if operation.se else 0, stage.activation))
+                                    round_width(mid / 8) if operation.se else 0, stage.activation))
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
             return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"])
@@ -160,23 +169,17 @@ class Space:
     def random_choices(self, rng: random.Random) -> tuple[int, ...]:
         return tuple(rng.randrange(len(decision.options)) for decision in self.decisions)
 
-    def uniform(self, width: int, depth: int, operation: str, expansion: int, branch: int = 1) -> tuple:
-        """The choices of a plain network: everywhere the same operation and the indices of the same options,
-        or of the last where there are fewer; two 3x3 convolutions a level."""
-        wanted = {"width": width, "depth": depth, "expansion": expansion, "branch": branch, "head": width,
-                  "stem": width, "convolutions": 2, "stride": 0}
-        choices = []
-        for name, options in self.decisions:
-            kind = name.split()[-1]
-            if kind == "operation":
-                index = next((index for index, one in enumerate(options) if one.name == operation), 0)
-            else:
-                index = wanted[kind]
-            choices.append(min(index, len(options) - 1))
-        return tuple(choices)
+    def uniform(self, width: int, depth: int, operation: int, expansion: int, branch: int = 1) -> tuple:
+        """The choices of a plain network: everywhere the same indices, or the last where there are fewer
+        options; two 3x3 convolutions a level, and stride 2 in the tail."""
+        wanted = {"width": width, "depth": depth, "operation": operation, "expansion": expansion,
+                  "branch": branch, "head": width, "stem": width, "convolutions": 2, "stride": 0}
+        return tuple(min(wanted[name.split()[-1]], len(options) - 1) for name, options in self.decisions)
 
-    def largest(self, operation: str = "k5-se") -> tuple[int, ...]:
-        return self.uniform(99, 99, operation, 99, 99)
+    def largest(self) -> tuple[int, ...]:
+        """The choices of the network whose weights all others use slices of."""
+        last = max(len(options) for _, options in self.decisions)
+        return self.uniform(last, last, last, last, last)
 
     def smallest(self) -> tuple[int, ...]:
         return tuple(0 for _ in self.decisions)
@@ -194,7 +197,7 @@ class Space:
         return [arch.with_model(model) for arch in first for model in ("cnas", "dnas", "dcnas")] + others
 
     def reference_design(self) -> Arch:
-        return self.arch(self.uniform(1, 0, "k3", 1))
+        return self.arch(self.uniform(1, 0, 0, 1))
 
     network = staticmethod(models.make_network)
 
@@ -206,7 +209,7 @@ class Space:
     def possible_parts(self) -> set[Part]:
         """Every unit of cost that a network of any scale can have."""
         space = replace(self, scale=1.0)
-        plain = [space.uniform(1, 1, name, 1) for name in ("k5-se", "k3")]
+        plain = [space.uniform(1, 1, operation, 1) for operation in range(len(OPERATIONS))]
         pieces = {piece for choices in (space.smallest(), *plain) for piece in pieces_of(space.arch(choices))}
         residual = {Part(f"stage {stage.number}", "residual") for stage in self.stages() if stage.stride == 1}
         return residual | {part for piece in pieces for part in amounts(piece)}
@@ -253,7 +256,7 @@ class Space:
         return sum(amount * costs[part] for part, amount in amounts(piece).items())
 
     def cost(self, design: Arch, costs: dict[Part, float], rest: float) -> float:
-        """The cost of a network; ValueError where it has what no network of this space has."""
+        """The cost of a network; KeyError where it has what no network of this space has."""
         return rest + sum(self.piece_cost(piece, costs) for piece in pieces_of(design))
 
     def kinds(self, design: Arch) -> list[str]:
@@ -285,25 +288,6 @@ class Space:
         small, large = (replace(self, scale=scale) for scale in SCALES)
         return tuple(space.cost(space.arch(choices), costs, rest)
                      for space, choices in ((small, small.smallest()), (large, large.largest())))
-
-
-@lru_cache(64)
-def _decisions(space: Space) -> tuple[Decision, ...]:
-    rows = [Decision("stem", space.widths(STEM, (0.5, 1.0)))]
-    for stage in space.stages():
-        name = f"stage {stage.number}"
-        rows += [Decision(f"{name} width", space.widths(stage.channels)),
-                 Decision(f"{name} depth", tuple(range(1, stage.blocks + 1)))]
-        rows += [Decision(f"{name} stride", TAIL_STRIDES)] if stage.number == TAIL else []
-        for block in range(1, stage.blocks + 1):
-            rows += [Decision(f"{name} block {block} operation", OPERATIONS),
-                     Decision(f"{name} block {block} expansion", EXPANSIONS)]
-    for level, widest in zip((4, 3, 2, 1), LEVELS) if space.model != "cnas" else ():
-        rows += [Decision(f"level {level} width", space.widths(widest)),
-                 Decision(f"level {level} convolutions", KERNELS)]
-    rows += [Decision("branch", BRANCHES)] if space.model != "cnas" else []
-    rows += [Decision("head", space.widths(HEAD, HEADS))] if space.model != "dnas" else []
-    return tuple(rows)
 
 
 def pieces_of(arch: Arch) -> list[Piece]:
@@ -392,12 +376,17 @@ def positive_least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
 Norm = partial(nn.BatchNorm2d, track_running_stats=False)  # statistics of the batch, also in comparisons
 
 
+def _network(arch: Arch) -> models.Network:
+    def make_block(block: Block, _) -> models.MBConv:
+        return models.build_block(block, norm_layer=Norm)
+    return models.Network(arch, make_block=make_block, norm_layer=Norm)
+
+
 @lru_cache(256)
 def _bare_network(arch: Arch) -> models.Network:
     """A network without weights, to be called with those of the supernet."""
     with torch.device("meta"):
-        make = partial(models.build_block, norm_layer=Norm)
-        return models.Network(arch, make_block=lambda block, _: make(block), norm_layer=Norm).train()
+        return _network(arch).train()
 
 
 class SuperNet(nn.Module):
@@ -412,8 +401,7 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space, self.weights = space, nn.ParameterDict()
         arch = space.arch(space.largest())
-        make = partial(models.build_block, norm_layer=Norm)
-        network = models.Network(arch, make_block=lambda block, _: make(block), norm_layer=Norm)
+        network = _network(arch)
         for name, weight in network.named_parameters():
             self.weights[_key(name)] = nn.Parameter(weight.detach().clone())
         for name, buffer in network.named_buffers():
@@ -470,14 +458,7 @@ class SuperNet(nn.Module):
             return None
         network = models.make_network(design)
         network.load_state_dict(self.slices(design), strict=False)
-        network.train()
-        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = None  # the mean over all batches
-        for noisy, _, _ in self.compare.batches:
-            network(noisy.cpu())
-        for norm in norms:
-            norm.momentum = 0.1
+        update_bn(self.compare.batches, network, torch.device("cpu"))
         return network.eval()
 
     def describe(self, design: Arch, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
@@ -685,7 +666,7 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
     space, compare, rng = supernet.space, supernet.compare, random.Random(supernet.seed)
     again = len(compare.losses) > 0  # for another target: much is known, and a third of the work is enough
     drawn, plain_ones, rounds = (DRAWN // 4, PLAIN // 3, ROUNDS // 3) if again else (DRAWN, PLAIN, ROUNDS)
-    plain = [space.uniform(width, depth, operation.name, expansion) for operation in OPERATIONS
+    plain = [space.uniform(width, depth, operation, expansion) for operation in range(len(OPERATIONS))
              for width in range(3) for depth in range(2) for expansion in range(1, 3)]
     # Those of --strategy random with the first seeds, whose order judge.py looks at.
     first = [within.draw(random.Random(seed)) for seed in range(drawn)]
@@ -808,14 +789,10 @@ class Schedule:
             output = self.supernet(noisy, arch)
         loss, _ = task_loss(output, clean, labels, self.loss, self.LABEL_SMOOTHING)
         if taught is not None:
-            image, logits = taught
-            answer, _ = task_loss(output, clean if image is None else image,
-                                  labels if logits is None else logits, self.loss, 0.0)
-            loss = (1 - self.TAUGHT) * loss + self.TAUGHT * answer
+            learned = taught_loss(output, taught, clean, labels, self.loss)
+            loss = (1 - self.TAUGHT) * loss + self.TAUGHT * learned
         self.scaler.scale(loss).backward()  # each at once: the graph of one network in memory
-        image, logits = output
-        return loss.detach(), models.Output(None if image is None else image.detach().float(),
-                                            None if logits is None else logits.detach().float().softmax(1))
+        return loss.detach(), models.Output(*(None if each is None else each.detach() for each in output))
 
     def step(self, batch, step: int, held_out, where: str) -> dict[str, float]:
         self.rng.seed(f"{self.seed} {self.epoch} {step}")  # the same in a resumed run
@@ -901,14 +878,7 @@ def search_defaults(given: dict) -> dict:
 
 def plan(data, /, *, model: str, target, range: bool, scale: float | None = None, **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not fit."""
-    if not target and not range:
-        raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
-    if isinstance(data.train, Pairs):
-        raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; "
-                         "search with --data mnist or --data digits.")
-    if data.classes is None and model != "dnas":
-        raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, "
-                         "or give a folder with one folder per class in train/ and val/.")
+    tfnas.check_asked(data, model, target, range)
     space = Space(len(data.classes or []) or 10, model, scale or 1.0)
     loss = {"dcnas": "both", "cnas": "cls", "dnas": "den"}[model]
     return {"space": space, "table_space": replace(space, model="dcnas"), "loss": loss, "weight_share": 0.8}

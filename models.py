@@ -456,9 +456,9 @@ SPACES = {4: _PLAIN, 6: _PLAIN + _SE[:2], 8: _PLAIN + _SE}
 WIDTH_STEP = 8  # mid channels are multiples of this, as vector units and tensor cores prefer
 MIN_WIDTH = 1.25  # smallest mid channels, as a multiple of the input channels
 
-def round_width(channels: float) -> int:
-    """The nearest multiple of WIDTH_STEP, at least one step."""
-    return max(WIDTH_STEP, int(channels / WIDTH_STEP + 0.5) * WIDTH_STEP)
+def round_width(channels: float, step: int = WIDTH_STEP) -> int:
+    """The nearest multiple of `step`, at least one step."""
+    return max(step, int(channels / step + 0.5) * step)
 
 def width_range(operation: Operation, in_channels: int, min_width: float = MIN_WIDTH) -> tuple[int, int]:
     """Smallest and largest mid channels of `operation` on `in_channels`, both inclusive.

@@ -102,10 +102,8 @@ def fit_and_measure(supernet: nn.Module, space, costs: Costs, within_reach: bool
     table gives the same network. Returns (design, latencies, costs).
     """
     for attempt in range(3):
-        design = supernet.likeliest()
-        if within_reach:
-            fit = getattr(supernet, "fit", None) or partial(latency.fit, supernet)
-            design = fit(costs.parts, costs.rest, costs.target)
+        fit = getattr(supernet, "fit", None) or partial(latency.fit, supernet)
+        design = fit(costs.parts, costs.rest, costs.target) if within_reach else supernet.likeliest()
         if costs.table is None:
             return design, {}, costs
         if costs.table.elsewhere:
@@ -433,9 +431,11 @@ def search_targets(job: Job, argv: list[str]) -> None:
         job = job._replace(plan={**job.plan, "space": space}, flags={**flags, "scale": space.scale})
     folders = [output_dir / f"target_{target:g}" if len(targets) > 1 else output_dir for target in targets]
     run.lock_folder(output_dir)
-    for folder in {output_dir, *folders} if job.one_for_all else folders:
-        # All before the first search: what lies there later is of this run.
+    homes = [output_dir] if job.one_for_all else folders  # of the supernets
+    for folder in homes:  # all before the first search: what lies there later is of this run
         run.begin_folder(folder, RESULTS, job.state and flags["resume"])
+    for folder in folders if job.one_for_all else ():
+        run.begin_folder(folder, () if job.state else RESULTS)
     supernet = None
     for target, folder in zip(targets, folders):
         costs = costs._replace(target=target)
@@ -444,7 +444,7 @@ def search_targets(job: Job, argv: list[str]) -> None:
             run.say(f"The target of {target:g} {costs.unit} is above that: every network meets it, and the "
                     "cost has no influence on the search.")
         try:
-            if not job.one_for_all or supernet is None:
+            if supernet is None or not job.one_for_all:
                 home = output_dir if job.one_for_all else folder
                 supernet, rows = trained_supernet(job, costs, home, within_reach)
             record, costs = find_network(job, supernet, rows, costs, folder, within_reach)
@@ -650,9 +650,14 @@ def milliseconds(text: str) -> list[float]:
 MODELS = {model: method for method, names in registry.METHODS.items() for model in names}  # --model -> method
 
 
+def methods_of(model: str) -> list:
+    """The modules of the methods that search a model, the default last."""
+    return [registry.method_module(method) for method, names in registry.METHODS.items() if model in names]
+
+
 def method_of(model: str, values: dict):
     """The module of the method that searches a model, by the `values` of --space and --strategy."""
-    modules = [registry.method_module(method) for method, names in registry.METHODS.items() if model in names]
+    modules = methods_of(model)
     for flag, names in (("space", "SPACES"), ("strategy", "STRATEGIES")):
         fitting = [one for one in modules if str(values.get(flag)) in getattr(one, names, ())]
         modules = fitting or modules
@@ -739,7 +744,13 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
     method = method_of(model, chosen) if model in MODELS else None
     parser = build_parser(model if model in MODELS else "dcnas", method)
     for word in parser.parse_known_args(argv)[1]:
-        has = [name for name in MODELS if word.split("=")[0] in build_parser(name)._option_string_actions]
+        def takes(*search) -> bool:
+            return word.split("=")[0] in build_parser(*search)._option_string_actions
+        for other in methods_of(model):
+            if takes(model, other):
+                spaces = ", ".join(other.SPACES)
+                raise ValueError(f"{word} is for --space {spaces}; leave it out, or name one of these.")
+        has = [name for name in MODELS if takes(name)]
         if has:
             raise ValueError(f"{word} is for --model {', '.join(has)}, not for {model}; leave it out.")
     checked = vars(run.resolve(parser, [], before))  # a value of a wrong type is refused here

@@ -482,6 +482,18 @@ def search_defaults(given: dict) -> dict:
     return {}
 
 
+def check_asked(data, model: str, target, range: bool) -> None:
+    """ValueError in one sentence where there is nothing to search for, or the images do not fit the model."""
+    if not target and not range:
+        raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
+    if isinstance(data.train, Pairs):
+        raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; "
+                         "search with --data mnist or --data digits.")
+    if data.classes is None and model != "dnas":
+        raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, "
+                         "or give a folder with one folder per class in train/ and val/.")
+
+
 def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width: float, depth: str, target,
          range: bool, decoder: str | None = None, warmup: str = "inherit", **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not go together.
@@ -490,15 +502,8 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
     (table 4). With "both" the whole of DC-NAS is the supernet. D-NAS keeps stages 1 to 6 of what C-NAS's
     search finds; on images without labels it is searched by L_Den (the papers do not say how; ours).
     """
-    if not target and not range:
-        raise ValueError("name the latency you want, in milliseconds per batch, for example --target 12")
-    if isinstance(data.train, Pairs):
-        raise ValueError(f"{data.name} has two digits in each image, for the controlled study of train.py; "
-                         "search with --data mnist or --data digits.")
+    check_asked(data, model, target, range)
     labelled = data.classes is not None
-    if not labelled and model != "dnas":
-        raise ValueError(f"These images have no labels, and a {model} classifies: search with --model dnas, "
-                         "or give a folder with one folder per class in train/ and val/.")
     loss = search_loss or ("cls" if labelled else "den")
     allowed = {"cnas": ("cls",), "dcnas": ("cls", "both"), "dcnas-seq": ("cls",),
                "dnas": ("cls", "den") if labelled else ("den",)}[model]

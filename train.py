@@ -92,6 +92,14 @@ def task_loss(output: models.Output, clean: Tensor, labels: Tensor, loss: str, l
     return total, {name: part.detach() for name, part in parts.items()}
 
 
+def taught_loss(output: models.Output, answer: models.Output, clean: Tensor, labels: Tensor, loss: str,
+                denoising: str = "mixed") -> Tensor:
+    """The loss of a network's output against what another one answers; what that lacks, against the truth."""
+    image = clean if answer.image is None else answer.image.float()
+    labels = labels if answer.logits is None else answer.logits.float().softmax(1)
+    return task_loss(output, image, labels, loss, 0.0, denoising)[0]
+
+
 class Teacher:
     """A trained network whose images and logits another one learns, beside the true ones.
 
@@ -113,9 +121,7 @@ class Teacher:
         """The loss of an output against what the teacher makes of the same noisy images."""
         with torch.no_grad(), run.autocast(device, recipe.amp):
             image, logits = models.apply_network(self.network, noisy, boxes)
-        image = clean if image is None else image.float()
-        labels = labels if logits is None else logits.float().softmax(1)
-        return task_loss(output, image, labels, recipe.loss, 0.0, recipe.denoising)[0]
+        return taught_loss(output, models.Output(image, logits), clean, labels, recipe.loss, recipe.denoising)
 
 
 def choose_loss(network, labelled: bool, loss: str | None = None) -> str:

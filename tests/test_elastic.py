@@ -116,7 +116,7 @@ def test_every_sub_network_equals_the_exported_one_with_its_weights(model):
     with torch.no_grad():  # also what is 0 or 1 in a fresh network
         for weight in supernet.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
-    ends = [space.smallest(), space.largest(), space.largest("k3")]
+    ends = [space.smallest(), space.largest(), space.uniform(9, 9, 0, 9, 9)]
     for choices in ends + [space.random_choices(rng) for _ in range(8)]:
         arch = space.arch(choices)
         network = models.make_network(arch)
@@ -129,7 +129,7 @@ def test_every_sub_network_equals_the_exported_one_with_its_weights(model):
 
 def test_slices_are_the_first_channels_blocks_and_sources_and_the_centre_of_kernels():
     supernet = elastic.SuperNet(SMALL)
-    largest, arch = SMALL.arch(SMALL.largest()), SMALL.arch(SMALL.uniform(0, 0, "k3", 0))
+    largest, arch = SMALL.arch(SMALL.largest()), SMALL.arch(SMALL.uniform(0, 0, 0, 0))
     whole, own = supernet.slices(largest), supernet.slices(arch)
     name = "encoder.2.0.depthwise.0.weight"
     assert torch.equal(own[name], whole[name][:len(own[name]), :, 1:4, 1:4])
@@ -228,7 +228,7 @@ def test_a_table_steers_depth_widths_decoder_and_branch(dear, decision, monkeypa
     torch.nn.Module.__init__(supernet)
     supernet.space, supernet.seed = space, 0
     place = [one.name for one in space.decisions].index(decision)
-    middle, taken = space.uniform(1, 1, "k3", 1, 2), {}
+    middle, taken = space.uniform(1, 1, 0, 1, 2), {}
     without = (*middle[:place], 0, *middle[place + 1:])
     for name, design in (("", middle), (dear, without)):
         costs, rest = costs_of(space, name)
@@ -274,7 +274,7 @@ def test_what_the_user_prefers_decides():
 
 def test_random_networks_are_near_the_target_and_follow_their_seed():
     costs, rest = costs_of()
-    target = SMALL.cost(SMALL.arch(SMALL.uniform(1, 0, "k3", 1)), costs, rest)
+    target = SMALL.cost(SMALL.arch(SMALL.uniform(1, 0, 0, 1)), costs, rest)
     supernet, found = elastic.SuperNet(SMALL), []
     for seed in (0, 1, 0):
         supernet.draw_random(seed)
@@ -312,6 +312,8 @@ def test_one_supernet_serves_all_targets_and_is_asked_again(quick, table, tmp_pa
     command("--resume", tmp_path / "s", "--target", "2.5", "--prefer", "denoising")
     assert 2.2 < files.load_record(tmp_path / "s/arch.json")["latency"]["predicted_ms"] <= 2.5
     assert (tmp_path / "s/log.jsonl").read_text() == before
+    command("--resume", tmp_path / "s", "--target", "2,3")
+    assert not (tmp_path / "s/target_3/search.pt").exists()  # that of the supernet lies above
     with pytest.raises(SystemExit):
         command("--resume", tmp_path / "s", "--lr", "0.1")
     assert "--lr differ" in capsys.readouterr().err
@@ -340,11 +342,12 @@ def test_the_same_seed_and_table_find_the_same_and_its_weights_are_trained_on(qu
     assert "is not there, so that the training begins from scratch" in capsys.readouterr().out
 
 
-def test_a_stopped_search_goes_on_to_the_last_bit(quick, table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", (2, 5))  # of six; the first three train the largest only
+def test_a_stopped_search_goes_on_to_the_last_bit(steps, quick, table, tmp_path, monkeypatch):
     flags = [*SEARCH, "--target", "2", "--table", table, "--warmup-epochs", "1"]
     command(*flags, "--output-dir", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stopped_after(patch, 5)  # of six; the first three train the largest only
+        stopped_after(patch, steps)
         with pytest.raises(SystemExit):
             command(*flags, "--output-dir", tmp_path / "part")
     command("--resume", tmp_path / "part")
@@ -366,7 +369,7 @@ def test_the_other_models_too(model, quick, table, tmp_path):
     (["--target", "0.0001"], "below the cheapest network"),
     (["--target", "2", "--space", "5"], "--space"),
     (["--target", "2", "--prefer", "both"], "--prefer"),
-    (["--target", "2", "--depth", "fixed"], "--depth"),
+    (["--target", "2", "--depth", "fixed"], "--depth is for --space 4, 6, 8; leave it out, or name one"),
     ([], "name the latency you want")))
 def test_wrong_flags_are_refused_in_a_sentence(flags, message, table, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

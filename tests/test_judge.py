@@ -67,21 +67,26 @@ def test_networks_made_by_hand_get_the_same_latency(group, tmp_path, quick):
     assert total == pytest.approx(12.0, rel=0.08)
 
 
-def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(tmp_path, quick, capsys, monkeypatch):
-    files.write_json(tmp_path / "latency.json", fake_wide())
+@pytest.mark.parametrize("space", ("4", "wide"))
+def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, quick, capsys, monkeypatch):
+    files.write_json(tmp_path / "latency.json", fake_table() if space == "4" else fake_wide())
     quick_elastic(monkeypatch)
     skip = [name for name in judge.HAND if name != "MobileNetV3 and UNet"]
-    flags = arguments(tmp_path, "--found", "1", "--random", "2", "--ranked", "2", "--hand", "1", "--skip",
-                      *skip, "--search", "--epochs 1 --batch-size 8", "--train",
+    drawn = "1" if space == "4" else "2"
+    flags = arguments(tmp_path, "--space", space, "--found", "1", "--random", drawn, "--ranked", "2",
+                      "--hand", "1", "--skip", *skip, "--search", "--epochs 1 --batch-size 8", "--train",
                       "--epochs 1 --batch-size 20 --val-images 10")
     judge.main(flags)
     printed = capsys.readouterr().out
     assert "Found networks are better by" in printed
     content = json.loads((tmp_path / "judge.json").read_text())
     assert [row["group"] for row in content["rows"]] == ["found", "random", "MobileNetV3 and UNet"]
-    assert content["order"]["10.0"]["ranked"]["networks"] == 2
-    assert content["order"]["10.0"]["random"]["networks"] == 2
-    assert "Kendall's tau between supernet and training, 2 networks all over the space" in printed
+    if space == "wide":
+        assert content["order"]["10.0"]["ranked"]["networks"] == 2
+        assert content["order"]["10.0"]["random"]["networks"] == 2
+        assert "Kendall's tau between supernet and training, 2 networks all over the space" in printed
+    else:
+        assert content["order"] == {}
     pair = content["rows"][2]["columns"]
     assert set(pair) == {"ms", "MACs M", *judge.MEASURES}  # of both networks
     assert pair["joint loss"]["mean"] > 0

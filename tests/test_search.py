@@ -297,7 +297,7 @@ def test_networks_to_compare_with(strategy, photos, tmp_path):
 
 def test_random_networks_follow_their_seed_and_have_random_depths(table, tmp_path, quick_measurement):
     drawn = {}
-    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+    for name, seed in (("a", 1), ("again", 1), ("b", 2), ("c", 3), ("d", 4)):
         command("--target", 2.5, "--table", table, "--output-dir", tmp_path / name, "--strategy", "random",
                 "--depth", "learned", *JOINT, "--seed", seed)
         drawn[name] = models.Arch.from_dict(record_of(tmp_path / name))
