@@ -5,12 +5,14 @@
 
 The plain way: NCHW, float32, gradients of all weights in every step, networks as they were trained, and
 latencies that are sums of operations timed alone. Both ways run in turn in one process: their ratio is more
-reliable than their times. Prints a table and writes it as JSON.
+reliable than their times. A product of large matrices is the plain way beside a network's rate. Prints a
+table and writes it as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import random
 import statistics
 import time
@@ -133,14 +135,22 @@ def plain_ssim(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
             / ((mean_x ** 2 + mean_y ** 2 + 1e-4) * (variance_x + variance_y + 9e-4))).mean((1, 2, 3))
 
 
-def compare_inference(setting: latency.Setting, modes: list[str], seconds: float) -> list[dict]:
-    """The forms of `latency.fast` beside the network as it was trained."""
-    network, rows = models.Network(models.named_arch("dcnas-k3-e3", setting.num_classes)), []
+def compare_inference(network: nn.Module, setting: latency.Setting, modes: list[str],
+                      seconds: float) -> list[dict]:
+    """The forms of `latency.fast` beside the network as it was trained, and their billions of operations a
+    second (two for each multiply-accumulate) beside those of a product of large matrices."""
+    side = 8192 if setting.device_type == "cuda" else 1024
+    matrix = torch.rand(side, side, device=setting.device_type, dtype=latency.DTYPES[setting.dtype])
+    work, rows = 2e-6 * setting.batch * models.count_macs(network, setting.size), []
     for mode in modes:
         with latency.prepared(network, setting) as (eager, images), \
                 latency.prepared(network, replace(setting, mode=mode)) as (fast, _):
-            rows.append(time_both(f"inference: {mode}, batch {setting.batch}", lambda: eager(images),
-                                  lambda: fast(images), setting.device_type, seconds, burst=5))
+            runs = [lambda: eager(images), lambda: fast(images), lambda: matrix @ matrix]
+            times = latency.interleave(runs, setting.device_type, burst=5, seconds=seconds)
+        plain, ours, product = times.medians_ms
+        rows += [make_row(f"inference: {mode}, batch {setting.batch}", "ms", plain, ours)
+                 | {"ratio": 1 / times.ratios[1], "uncertainty": times.uncertainty[1]},
+                 make_row(f"rate: matrix product, {mode}", "GFLOP/s", 2e-6 * side**3 / product, work / ours)]
     return rows
 
 
@@ -217,8 +227,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="images per step of search and training (default: %(default)s)")
     add("--latency-batch", **count, help="images per batch of inference (default: 32 on CUDA, 1 on a CPU)")
     add("--networks", **count, default=20, help="random networks to predict (default: %(default)s)")
-    add("--modes", nargs="+", choices=latency.MODES[1:],
-        help="forms of the network for inference (default: folded, and graph on CUDA)")
+    add("--modes", nargs="+", choices=latency.MODES[1:], help="forms of the network for inference (default: "
+        "folded; graph on CUDA, onnx on a CPU where onnxruntime is installed)")
+    add("--arch", metavar="FILE", help="record of the network for inference (default: dcnas-k3-e3)")
     add("--seconds", type=whole(1, 86400), default=20, metavar="S",
         help="at most this long for each comparison (default: %(default)s)")
     add("--device", default=run.default_device(), help="cuda or cpu (default: cuda if there is one)")
@@ -238,11 +249,15 @@ def main(argv: list[str] | None = None) -> None:
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
         how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, registry.PAPER_SIZE}
-        modes = args.modes or ["folded", "graph"][:1 + (device.type == "cuda")]
+        onnx = device.type == "cpu" and importlib.util.find_spec("onnxruntime")
+        modes = args.modes or ["folded", *["graph"] * (device.type == "cuda"), *["onnx"] * bool(onnx)]
+        record = (files.load_record(args.arch) if args.arch else
+                  registry.named_record("dcnas-k3-e3", setting.num_classes, {}))
+        network = registry.build_network(record)
         parts = {"search": lambda: compare_search(args.space, device, *how),
                  "training": lambda: compare_training(device, *how),
                  "memory": lambda: compare_memory(args.space, args.batch_size, sorted(sizes)),
-                 "inference": lambda: compare_inference(setting, modes, args.seconds),
+                 "inference": lambda: compare_inference(network, setting, modes, args.seconds),
                  "prediction": lambda: compare_prediction(setting, args.space, args.networks)}
         rows = [row for part in parts if part in args.parts for row in parts[part]()]
         memory = latency.peak_memory_mib(device)

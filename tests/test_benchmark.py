@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import benchmark
+import files
 import latency
 import metrics
 import models
@@ -22,8 +23,10 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(latency, "interleave", lambda *args, **how: interleave(
         *args, **how | {"min_rounds": 2, "seconds": 0}))
     quick_compare(monkeypatch)
-    path = tmp_path / "b.json"
-    benchmark.main(["--size", "32", "--batch-size", "4", "--space", "4", "--seconds", "1", "--networks", "2",
+    path, arch = tmp_path / "b.json", models.named_arch("dcnas-k3-e3-shallow", 10)
+    files.write_json(tmp_path / "arch.json", files.make_record("tfnas", arch.to_dict(), {}))
+    benchmark.main(["--arch", str(tmp_path / "arch.json"), "--modes", "folded", "--size", "32",
+                    "--batch-size", "4", "--space", "4", "--seconds", "1", "--networks", "2",
                     "--threads", "1", "--device", "cpu", "--output", str(path)])
     out, content = capsys.readouterr().out, json.loads(path.read_text())
     rows = {row["what"]: row for row in content["rows"]}
@@ -36,7 +39,10 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
               for how in ("", ", --recompute")]
     assert all(row["plain"] > row["ours"] > 0 for row in memory)
     assert memory[0]["ours"] * 49 == pytest.approx(memory[2]["ours"], rel=0.05)  # in proportion to the pixels
-    assert rows["inference: folded, batch 1"]["plain"] > 0
+    macs = models.count_macs(models.make_network(arch), 32)
+    assert rows["rate: matrix product, folded"]["plain"] > 0
+    assert rows["rate: matrix product, folded"]["ours"] == pytest.approx(
+        2e-6 * macs / rows["inference: folded, batch 1"]["ours"])
     assert rows["prediction: median error of 2 networks"]["plain"] > 0
     assert rows["prediction: median error of 2 networks"]["table_seconds"] > 0
     assert content["format"] == "joint-benchmark" and "peak memory" in out
