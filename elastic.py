@@ -6,9 +6,9 @@
 The search chooses the depth and width of each stage, the operation and expansion of each block, the widths
 and convolutions of the decoder, its branch at full resolution, the stem and the head. The supernet holds the
 weights of the largest network; every other network uses slices of them (slimmable networks, Yu et al. 2019;
-once-for-all, Cai et al. 2020). First the largest is trained. Then each step trains it and some random
-networks, which also learn what it answers (sandwich rule and in-place distillation, Yu and Huang 2019;
-BigNAS, Yu et al. 2020). At the end networks within the latency are compared on held-out images, by evolution
+once-for-all, Cai et al. 2020). First networks of one width are trained, then the largest and random ones,
+which also learn what it answers (sandwich rule and in-place distillation, Yu and Huang 2019; BigNAS, Yu et
+al. 2020). At the end networks within the latency are compared on held-out images, by evolution
 (Real et al. 2019) whose candidates a linear model of the choices proposes. That model is ours, and the space.
 """
 
@@ -79,16 +79,17 @@ class Part(NamedTuple):
 WEIGHTS = Part("network", "million weights")  # those that have left the cache when they are needed
 
 
-STAGES = (Stage(2, 16, 1, 1, "relu"), Stage(3, 24, 2, 2, "relu"), Stage(4, 40, 2, 2, "silu"),
-          Stage(5, 80, 3, 2, "silu"), Stage(6, 112, 3, 1, "silu"), Stage(7, 192, 2, 2, "silu"),
-          Stage(8, 320, 1, 1, "silu"))
+STAGES = (Stage(2, 32, 1, 1, "relu"), Stage(3, 48, 2, 2, "relu"), Stage(4, 64, 2, 2, "silu"),
+          Stage(5, 96, 3, 2, "silu"), Stage(6, 128, 3, 1, "silu"), Stage(7, 192, 2, 2, "silu"),
+          Stage(8, 256, 1, 1, "silu"))
 OPERATIONS = Operation(3, False), Operation(5, False), Operation(3, True), Operation(5, True)
 EXPANSIONS = (2, 4, 6)
 KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
 TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the classifier keeps larger maps
-STEM, HEAD, LEVELS = 32, 1280, (80, 40, 24, 16)  # widest at scale 1; levels 4 to 1 of the decoder
+STEM, HEAD, LEVELS = 32, 1024, (96, 64, 48, 32)  # widest at scale 1; levels 4 to 1 of the decoder
 HEADS, BRANCHES = (0.25, 0.5, 1.0), (0, 12, 24)  # channels of the branch at full resolution; 0: no branch
+LAST = 9  # as an index: the last option of any decision
 SCALES = (0.25, 8.0)  # the smallest and the largest space
 round_width = partial(models.round_width, step=16)  # channels are multiples of it, the width of vector units
 
@@ -178,8 +179,7 @@ class Space:
 
     def largest(self) -> tuple[int, ...]:
         """The choices of the network whose weights all others use slices of."""
-        last = max(len(options) for _, options in self.decisions)
-        return self.uniform(last, last, last, last, last)
+        return self.uniform(LAST, LAST, LAST, LAST, LAST)
 
     def smallest(self) -> tuple[int, ...]:
         return tuple(0 for _ in self.decisions)
@@ -576,13 +576,15 @@ class Within:
     def step(self, choices: tuple[int, ...], place: int, by: int) -> tuple[int, ...] | None:
         """The choices with the next dearer (1) or cheaper (-1) option of one decision, None where there is
         none."""
-        index = choices[place] + by
-        return (*choices[:place], index, *choices[place + 1:]) if 0 <= index <= self.last[place] else None
+        index, last = choices[place] + by, self.last[place]
+        return (*choices[:place], index, *choices[place + 1:]) if last and 0 <= index <= last else None
 
-    def adjust(self, choices: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
+    def adjust(self, choices: tuple[int, ...], rng: random.Random, keep: str = "-") -> tuple[int, ...]:
         """The network made cheaper until it is within the target, then dearer while it stays within, by
-        single steps in random order. Where it does not come near, a few are taken back, to try others."""
-        places, best = [place for place, last in enumerate(self.last) if last], (-math.inf, choices)
+        single steps in random order. Where it does not come near, a few are taken back, to try others. The
+        decision of the name `keep` stays."""
+        names, best = [name for name, _ in self.space.decisions], (-math.inf, choices)
+        places = [place for place, last in enumerate(self.last) if last and names[place] != keep]
         cost = self.cost(choices)
         for _ in range(6):
             for by in (-1, 1):
@@ -650,7 +652,7 @@ def predictor(space: Space, scores: dict[tuple[int, ...], float]):
     return predict
 
 
-ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 12  # networks, of the evolution
+ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 18  # networks, of the evolution
 IMAGES = 256  # held-out ones, by which networks are compared
 SPREAD = 24  # networks from all over the space, whose order judge.py compares with that after training
 
@@ -666,11 +668,12 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
     space, compare, rng = supernet.space, supernet.compare, random.Random(supernet.seed)
     again = len(compare.losses) > 0  # for another target: much is known, and a third of the work is enough
     drawn, plain_ones, rounds = (DRAWN // 4, PLAIN // 3, ROUNDS // 3) if again else (DRAWN, PLAIN, ROUNDS)
-    plain = [space.uniform(width, depth, operation, expansion) for operation in range(len(OPERATIONS))
-             for width in range(3) for depth in range(2) for expansion in range(1, 3)]
+    # The branch costs most: few random networks near a low target have it, and an adjusted one loses it.
+    plain = [space.uniform(*(rng.randrange(4) for _ in range(4)), branch)
+             for branch in range(len(BRANCHES)) for _ in range(plain_ones // len(BRANCHES))]
     # Those of --strategy random with the first seeds, whose order judge.py looks at.
     first = [within.draw(random.Random(seed)) for seed in range(drawn)]
-    first += [within.adjust(choices, rng) for choices in rng.sample(plain, plain_ones)]
+    first += [within.adjust(choices, rng, keep="branch") for choices in plain]
     if again:
         known = sorted(compare.scores().items(), key=lambda pair: pair[1])[:PARENTS]
         first += [within.adjust(choices, rng) for choices, _ in known]
@@ -702,8 +705,7 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
         ranked = [child for _, child in sorted(zip(predict(children), children))]
         some = CHILDREN * 3 // 4
         measure(ranked[:some] + rng.sample(ranked[some:], min(len(ranked) - some, CHILDREN - some)))
-    for _ in steps:  # closes the bar
-        pass
+    list(steps)  # closes the bar
     supernet.cpu()
     scores = compare.scores()
     costs, least = {choices: within.cost(choices) for choices in pool}, within.NEAR * within.target
@@ -720,12 +722,13 @@ def search(supernet: SuperNet, within: Within) -> tuple[int, ...]:
 class Schedule:
     """The weights of the supernet; what is chosen is chosen after the last epoch, by `search`.
 
-    The first epochs train the widest and deepest network, with operations and expansions drawn for each
-    block: from random networks a supernet learns its first features many times slower. Then every other step
-    trains that and a random network, the steps between two random ones, the smallest among them every fourth
-    time. Beside the largest the others learn its images and logits as well. (In the papers every step trains
-    the largest, the smallest and two random ones, which is 1.8 times as much work.) AdamW, weight decay 0.01,
-    clip 5; the learning rate is constant, then a cosine to 0.
+    The first epochs train even networks: one share of the channels everywhere, the rest drawn (universally
+    slimmable networks, Yu and Huang 2019). From networks of random widths a supernet learns its first
+    features many times slower. Then every other step trains the widest and deepest network and a random one,
+    the steps between two random ones, the smallest among them every fourth time. Beside the largest the
+    others learn its images and logits as well. (In the papers every step trains the largest, the smallest
+    and two random ones, which is 1.8 times as much work.) AdamW, weight decay 0.01, clip 5; the learning
+    rate is constant, then a cosine to 0.
     """
 
     GRAD_CLIP, LABEL_SMOOTHING, TAUGHT, WARM_STEPS = 5.0, 0.1, 0.5, 100
@@ -763,22 +766,24 @@ class Schedule:
     def held_out_before(self, step: int) -> int:
         return 0
 
-    def _largest(self) -> Arch:
-        """The widest and deepest network, with operation and expansion drawn for each block."""
+    def _even(self, width: int = LAST) -> Arch:
+        """A network with the `width`-th option in all widths, or the last where there are fewer. Depths are
+        drawn, but not at the widest, and operations and expansions always."""
+        drawn = ("operation", "expansion") if width == LAST else ("operation", "expansion", "depth")
         space = self.supernet.space
-        drawn = "operation", "expansion"
+        even = space.uniform(width, LAST, LAST, LAST, LAST)
         choices = [self.rng.randrange(len(options)) if name.endswith(drawn) else index
-                   for (name, options), index in zip(space.decisions, space.largest())]
+                   for (name, options), index in zip(space.decisions, even)]
         return space.arch(tuple(choices))
 
     def networks(self, step: int) -> list[tuple[Arch, bool]]:
         """The networks of a step, and whether each is the one that the others learn from."""
         space = self.supernet.space
         if self.warm:
-            return [(self._largest(), True)]
+            return [(self._even(self.rng.randrange(len(WIDTHS))), True)]
         others = [(space.arch(space.random_choices(self.rng)), False) for _ in range(2)]
         if step % 2 == 0:
-            others[0] = self._largest(), True
+            others[0] = self._even(), True
         elif step % 4 == 3:
             others[1] = space.arch(space.smallest()), False
         return others
@@ -827,8 +832,9 @@ class Schedule:
 
     def format_row(self, row: dict) -> str:
         """An epoch in words."""
-        others = f"  others {row['others_loss']:.4f}" if "others_loss" in row else "  (the largest only)"
-        return f"loss of the largest {row['weight_loss']:.4f}{others}"
+        if "others_loss" not in row:
+            return f"loss of even networks {row['weight_loss']:.4f}"
+        return f"loss of the largest {row['weight_loss']:.4f}  others {row['others_loss']:.4f}"
 
     def better(self, row: dict, best: dict | None) -> bool:
         return False  # the supernet of the last epoch is taken
@@ -869,11 +875,11 @@ def add_arguments(parser, model: str) -> None:
     group.add_argument("--scale", type=number(*SCALES), metavar="X",
                        help="factor of all channels of the space (default: by the largest target)")
     group.add_argument("--warmup-epochs", type=whole(0, 100000), metavar="N",
-                       help="first epochs, which train the largest network only (default: two thirds)")
+                       help="first epochs, which train even networks only (default: two thirds)")
 
 
 def search_defaults(given: dict) -> dict:
-    return {"epochs": 6, "batch_size": 16, "lr": 1.5e-3}
+    return {"epochs": 7, "batch_size": 16, "lr": 1.5e-3}
 
 
 def plan(data, /, *, model: str, target, range: bool, scale: float | None = None, **_) -> dict:
