@@ -766,15 +766,14 @@ class Schedule:
     def held_out_before(self, step: int) -> int:
         return 0
 
-    def _even(self, width: int = LAST) -> Arch:
-        """A network with the `width`-th option in all widths, or the last where there are fewer. Depths are
-        drawn, but not at the widest, and operations and expansions always."""
-        drawn = ("operation", "expansion") if width == LAST else ("operation", "expansion", "depth")
+    def _even(self, width: int) -> Arch:
+        """A network with the `width`-th option in all widths, or the last where there are fewer; the rest is
+        drawn, but for depth and decoder of the widest."""
         space = self.supernet.space
         even = space.uniform(width, LAST, LAST, LAST, LAST)
-        choices = [self.rng.randrange(len(options)) if name.endswith(drawn) else index
-                   for (name, options), index in zip(space.decisions, even)]
-        return space.arch(tuple(choices))
+        fixed = ("width", "stem", "head", *(["depth", "convolutions", "branch"] if width == LAST else []))
+        return space.arch(tuple(index if name.endswith(fixed) else self.rng.randrange(len(options))
+                                for (name, options), index in zip(space.decisions, even)))
 
     def networks(self, step: int) -> list[tuple[Arch, bool]]:
         """The networks of a step, and whether each is the one that the others learn from."""
@@ -783,7 +782,7 @@ class Schedule:
             return [(self._even(self.rng.randrange(len(WIDTHS))), True)]
         others = [(space.arch(space.random_choices(self.rng)), False) for _ in range(2)]
         if step % 2 == 0:
-            others[0] = self._even(), True
+            others[0] = self._even(LAST), True
         elif step % 4 == 3:
             others[1] = space.arch(space.smallest()), False
         return others

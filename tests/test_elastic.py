@@ -164,8 +164,8 @@ def test_even_networks_learn_first_then_the_others_with_the_largest():
     assert schedule.step(batch, 0, None, "").keys() == {"weight_loss", "others_loss"}
     assert schedule.step(batch, 1, None, "").keys() == {"others_loss"}
     assert schedule.networks(3)[1] == (SMALL.arch(SMALL.smallest()), False)
-    drawn = {tuple(block.kernel_size for block in schedule._even().blocks) for _ in range(5)}
-    assert len(drawn) > 1 and schedule._even().levels == SMALL.arch(SMALL.largest()).levels
+    drawn = {tuple(block.kernel_size for block in schedule._even(elastic.LAST).blocks) for _ in range(5)}
+    assert len(drawn) > 1 and schedule._even(elastic.LAST).levels == SMALL.arch(SMALL.largest()).levels
 
 
 def test_others_learn_the_images_and_logits_of_the_largest():
@@ -204,7 +204,7 @@ def test_a_step_needs_little_more_memory_than_one_of_the_largest_network():
     now, supernet = [0, 0], elastic.SuperNet(SMALL)
     schedule, batch = steps_of(supernet, warmup_epochs=0)
     schedule.begin_epoch(0, 0)
-    network = models.make_network(schedule._even()).train()
+    network = models.make_network(schedule._even(elastic.LAST)).train()
     alone = peak(lambda: train.task_loss(network(batch[0]), *batch[1:], "both")[0].backward())
     assert peak(lambda: schedule.step(batch, 0, None, "")) < 1.5 * alone
 
