@@ -176,12 +176,13 @@ class Judge:
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / "arch.json", files.make_record(self.method, row, made))
         path, targets, how = folder / "arch.json", [contender.target], self.search
+        if self.args.space == "wide" and len(self.args.target) > 1 and contender.group != RANKED:
+            # One supernet serves all targets. The largest sets the scale, of the space of random ones too.
+            folder = self.folder / f"{contender.group}_of_all_targets" / f"seed_{contender.seed}"
+            targets = self.args.target
+            path = folder / f"target_{contender.target:g}" / "arch.json"
         if contender.group == "random":
             how = ["--strategy", "random"]
-        elif contender.group == "found" and self.args.space == "wide" and len(self.args.target) > 1:
-            # One supernet serves all targets.
-            folder, targets = self.folder / "searches" / f"seed_{contender.seed}", self.args.target
-            path = folder / f"target_{contender.target:g}" / "arch.json"
         while not path.exists():
             try:
                 lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own

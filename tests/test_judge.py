@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,25 @@ def test_networks_made_by_hand_get_the_same_latency(group, tmp_path, quick):
         record = judge.train.modify_record(judge.registry.named_record(name, 10, {}), widen=factor)
         total += models.count_macs(judge.registry.build_network(record), 32) / 1e6
     assert total == pytest.approx(12.0, rel=0.08)
+
+
+def test_random_networks_come_from_the_space_of_the_found_ones(tmp_path, monkeypatch):
+    """The largest target sets the scale of the wide space."""
+    def command(_, script, *flags):
+        asked.append(flags)
+        folder = Path(flags[flags.index("--output-dir") + 1])
+        for target in (5, 10):
+            (folder / f"target_{target}").mkdir(parents=True)
+            (folder / f"target_{target}" / "arch.json").touch()
+
+    asked = []
+    monkeypatch.setattr(judge.Judge, "command", command)
+    flags = arguments(tmp_path, "--space", "wide", "--target", "5,10")
+    runs = judge.Judge(judge.build_parser().parse_args(flags))
+    for group in ("found", "random"):
+        assert runs.record(judge.Contender(group, 5.0, 1)).parent.name == "target_5"
+    assert [flags[flags.index("--target") + 1] for flags in asked] == ["5,10", "5,10"]
+    assert "random" in asked[1] and "random" not in asked[0]
 
 
 @pytest.mark.parametrize("space", ("4", "wide"))
