@@ -305,7 +305,7 @@ def judge(results: dict[tuple[float, str], list[dict]]) -> dict:
 def format_verdict(verdict: dict) -> str:
     """What `judge` returns, to read."""
     names = ["ms", "MACs M", *MEASURES]
-    lines = [f"{'target':>8}  {'networks':<26}{'n':>3}" + "".join(f"{name:>24}" for name in names)]
+    lines = [f"{'target':>8}  {'networks':<26}{'n':>3}" + "".join(f"{name:>26}" for name in names)]
     for row in verdict["rows"]:
         cells = []
         for name in names:
@@ -313,7 +313,7 @@ def format_verdict(verdict: dict) -> str:
             text = form.format(cell["mean"])
             if cell["count"] > 1 and name in MEASURES:
                 text += f" ({form.format(cell['low'])} to {form.format(cell['high'])})"
-            cells.append(f"{text:>24}")
+            cells.append(f"{text:>26}")
         count = row["columns"]["ms"]["count"]
         lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{count:>3}" + "".join(cells))
     lines.append("\nFound networks are better by (95 % bootstrap interval; % of the others' mean):")
@@ -337,7 +337,7 @@ def plot(path: Path, results: dict) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(12, 4.5), layout="tight")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), ("PSNR dB", "accuracy %")):
         for group in dict.fromkeys(group for _, group in results if group != RANKED):
             runs = [run for (_, other), made in results.items() if other == group for run in made]
@@ -346,7 +346,7 @@ def plot(path: Path, results: dict) -> bool:
                          s=110 if marker == "*" else 40, alpha=0.7, zorder=3 if marker == "*" else 2)
         axis.set(xlabel="ms", ylabel=name)
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
     return True
 
