@@ -182,7 +182,7 @@ class Space:
         return self.uniform(LAST, LAST, LAST, LAST, LAST)
 
     def smallest(self) -> tuple[int, ...]:
-        return tuple(0 for _ in self.decisions)
+        return (0,) * len(self.decisions)
 
     def random_design(self, rng: random.Random) -> Arch:
         """A network of any scale, for the latency table."""
@@ -402,6 +402,8 @@ class SuperNet(nn.Module):
         self.space, self.weights = space, nn.ParameterDict()
         arch = space.arch(space.largest())
         network = _network(arch)
+        for stage in (*network.encoder, *network.tail):
+            nn.init.ones_(stage[0].project[1].weight)  # where it is no residual, 0 would end the network
         for name, weight in network.named_parameters():
             self.weights[_key(name)] = nn.Parameter(weight.detach().clone())
         for name, buffer in network.named_buffers():
@@ -767,8 +769,7 @@ class Schedule:
         return 0
 
     def _even(self, width: int) -> Arch:
-        """A network with the `width`-th option in all widths, or the last where there are fewer; the rest is
-        drawn, but for depth and decoder of the widest."""
+        """A network of one share in all widths, the rest drawn, but for depth and decoder of the widest."""
         space = self.supernet.space
         even = space.uniform(width, LAST, LAST, LAST, LAST)
         fixed = ("width", "stem", "head", *(["depth", "convolutions", "branch"] if width == LAST else []))

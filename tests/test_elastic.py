@@ -141,6 +141,20 @@ def test_slices_are_the_first_channels_blocks_and_sources_and_the_centre_of_kern
     assert torch.equal(own[name], whole[name][:outputs, places])
 
 
+@pytest.mark.parametrize("scale", (0.25, 1.0, 1.25, 3.0))
+def test_a_fresh_supernet_has_finite_gradients_in_even_networks(scale):
+    """The stem and stage 2 can have as many channels in the largest network, and not in others."""
+    space = elastic.Space(3, scale=scale)
+    supernet = elastic.SuperNet(space)
+    schedule, (noisy, clean, labels) = steps_of(supernet)
+    for width in range(3):
+        supernet.zero_grad()
+        arch = schedule._even(width)
+        train.task_loss(supernet(noisy, arch), clean, labels, "both")[0].backward()
+        norms = [weight.grad.norm() for weight in supernet.weight_parameters() if weight.grad is not None]
+        assert 0 < max(norms) < 1e3
+
+
 def steps_of(supernet, loss="both", **more):
     schedule = elastic.Schedule(supernet, None, steps=4, device=CPU, loss=loss, epochs=2, lr=1e-3, seed=0,
                                 prefer=0.5, **more)
