@@ -49,11 +49,15 @@ def make_row(what: str, unit: str, plain: float, ours: float, **more) -> dict:
     return {"what": what, "unit": unit, "plain": plain, "ours": ours, "ratio": plain / ours, **more}
 
 
-def time_both(what: str, plain, ours, device: torch.device | str, seconds: float, burst: int = 1) -> dict:
-    """The line of the milliseconds of two functions, which run in turn."""
-    times = latency.interleave([plain, ours], device, burst=burst, seconds=seconds)
-    return make_row(what, "ms", *times.medians_ms) | {
+def time_row(what: str, times) -> dict:
+    """The line of the first two of the functions that ran in turn (latency.interleave)."""
+    return make_row(what, "ms", *times.medians_ms[:2]) | {
         "ratio": 1 / times.ratios[1], "uncertainty": times.uncertainty[1]}
+
+
+def time_both(what: str, plain, ours, device: torch.device | str, seconds: float) -> dict:
+    """The line of the milliseconds of two functions, which run in turn."""
+    return time_row(what, latency.interleave([plain, ours], device, burst=1, seconds=seconds))
 
 
 def per_second(what: str, count: int, row: dict) -> dict:
@@ -147,9 +151,8 @@ def compare_inference(network: nn.Module, setting: latency.Setting, modes: list[
                 latency.prepared(network, replace(setting, mode=mode)) as (fast, _):
             runs = [lambda: eager(images), lambda: fast(images), lambda: matrix @ matrix]
             times = latency.interleave(runs, setting.device_type, burst=5, seconds=seconds)
-        plain, ours, product = times.medians_ms
-        rows += [make_row(f"inference: {mode}, batch {setting.batch}", "ms", plain, ours)
-                 | {"ratio": 1 / times.ratios[1], "uncertainty": times.uncertainty[1]},
+        _, ours, product = times.medians_ms
+        rows += [time_row(f"inference: {mode}, batch {setting.batch}", times),
                  make_row(f"rate: matrix product, {mode}", "GFLOP/s", 2e-6 * side**3 / product, work / ours)]
     return rows
 

@@ -760,7 +760,7 @@ class Schedule:
 
     def work(self, epoch: int) -> float:
         """How long an epoch takes beside a warm-up epoch, for the forecast (measured at 64 px on a CPU)."""
-        return 1.0 if epoch < self.warmup_epochs else 1.7
+        return 1.0 if epoch < self.warmup_epochs else 2.0
 
     def begin_epoch(self, epoch: int, first_step: int) -> None:
         self.epoch, self.warm = epoch, epoch < self.warmup_epochs
