@@ -2,6 +2,7 @@
 
     python benchmark.py --threads 1                           # everything at 64 px: about 5 minutes on a CPU
     python benchmark.py --size 224 --latency-batch 32 --amp bfloat16
+    python benchmark.py --gpu-report                          # all that is written for CUDA: 9 minutes
 
 The plain way: NCHW, float32, gradients of all weights in every step, networks as they were trained, and
 latencies that are sums of operations timed alone. Both ways run in turn in one process: their ratio is more
@@ -12,13 +13,22 @@ table and writes it as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
+import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,7 +42,7 @@ from data import Parser, whole
 from train import charbonnier, task_loss
 
 FORMAT, VERSION = "joint-benchmark", 2
-PARTS = ("search", "training", "memory", "inference", "prediction")
+PARTS = ("search", "training", "memory", "inference", "prediction", "streams")
 
 
 def make_batch(batch_size: int, size: int, device: torch.device, layout=torch.channels_last) -> tuple:
@@ -157,6 +167,15 @@ def compare_inference(network: nn.Module, setting: latency.Setting, modes: list[
     return rows
 
 
+def compare_streams(network: nn.Module, setting: latency.Setting, seconds: float) -> list[dict]:
+    """A CUDA graph whose two branches, decoder and classifier, are on one stream and on two."""
+    with latency.prepared(network, replace(setting, mode="folded")) as (one, images), \
+            latency.prepared(network, replace(setting, mode="graph")) as (two, _):
+        one = latency.Graphed(one, images)
+        return [time_both(f"streams: graph on one and on two, batch {setting.batch}", lambda: one(images),
+                          lambda: two(images), setting.device_type, seconds)]
+
+
 def naive_sum_ms(network: nn.Module, parts: list[nn.Module], images: torch.Tensor, device) -> float:
     """The sum of the parts, each timed alone on its input in the network: what most tables hold."""
     inputs = {}
@@ -216,6 +235,155 @@ def compare_memory(operations: int, batch_size: int, sizes: list[int]) -> list[d
     return rows
 
 
+def compare_peak_memory(operations: int, device, batch_size: int, size: int, amp: str) -> list[dict]:
+    """The memory that an alpha step takes on CUDA beside what is there before it, measured."""
+    def peak_gib(step) -> float:
+        step()  # libraries take their workspaces
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    supernet = tfnas.SuperNet(tfnas.Space(operations)).to(device).train()
+    noisy, _, labels = make_batch(batch_size, size, device, torch.contiguous_format)
+
+    def plain_step():
+        supernet.zero_grad()
+        F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
+
+    plain, batch = peak_gib(plain_step), make_batch(batch_size, size, device)
+    schedules = (tfnas.Schedule(tfnas.SuperNet(tfnas.Space(operations), recompute), None, steps=1,
+                                device=device, lr=1e-3, amp=amp) for recompute in (False, True))
+    return [make_row(f"peak memory: alpha step, {size} px{how}", "GiB", plain,
+                     peak_gib(lambda: schedule.arch_step([batch], 5.0)))
+            for schedule, how in zip(schedules, ("", ", --recompute"))]
+
+
+# --- The report of a GPU -----------------------------------------------------------------------------------
+
+REPORT_MINUTES = 9.0  # in all; steps that would begin later are left out
+ASKED = {  # value of the report -> its bound, and whether that is the most
+    **{f"latency table, {mode}: {what} error %": (bound, True) for mode in ("eager", "folded", "graph")
+       for what, bound in (("median", 2.0), ("95th percentile", 5.0))},
+    "search: target missed by %": (3.0, True),
+    "search: iteration (weight + half an alpha step), ratio": (3.0, False),
+    "inference: graph, batch 32, ratio": (1.5, False)}
+
+
+class Report:
+    """What works on this GPU, and how fast: each step is a command of its own, so that the others go on."""
+
+    def __init__(self, folder: Path, device: str):
+        self.folder, self.device, self.start = folder, device, time.monotonic()
+        self.steps, self.rows, self.values = [], [], {}
+
+    def command(self, name: str, *words: str, seconds: float) -> bool:
+        """Run a command of this project for at most so many seconds; whether it ended well."""
+        left = 60 * REPORT_MINUTES - (time.monotonic() - self.start)
+        seconds, start = min(seconds, left), time.monotonic()
+        if seconds < 10:
+            return self._note(name, words, "left out: no time", 0.0)
+        with (self.folder / f"{name}.log").open("w") as file:
+            process = subprocess.Popen([sys.executable, *words], cwd=Path(__file__).resolve().parent,
+                                       stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                result = "ok" if process.wait(seconds) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                result = f"stopped after {seconds:.0f} s"
+                os.killpg(process.pid, signal.SIGINT)  # pytest then says what it found
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        return self._note(name, words, result, time.monotonic() - start)
+
+    def _note(self, name: str, words, result: str, seconds: float) -> bool:
+        run.say(f"{name}: {result}, {seconds:.0f} s")
+        self.steps.append({"step": name, "command": " ".join(("python", *words)), "result": result,
+                           "seconds": seconds})
+        self.write()
+        return result == "ok"
+
+    def benchmark(self, name: str, *words: str, seconds: float = 90) -> None:
+        """A step of this file's own parts; its rows are kept."""
+        output = self.folder / f"{name}.json"
+        if self.command(name, "benchmark.py", *words, "--device", self.device, "--size", "224", "--seconds",
+                        "3", "--output", str(output), seconds=seconds):
+            for row in json.loads(output.read_text())["rows"]:
+                self.rows.append(row)
+                self.values[f"{row['what']}, ratio"] = row["ratio"]
+
+    def table(self, mode: str) -> None:
+        """The latency table of the papers' protocol (batch 32, 224 px, 100 classes) and its check."""
+        path, name = self.folder / f"table-{mode}.json", f"latency table, {mode}"
+        if self.command(name, "latency.py", "--device", self.device, "--batch", "32", "--size", "224",
+                        "--classes", "100", "--mode", mode, "--output", str(path), seconds=150):
+            error = json.loads(path.read_text())["check"]  # of 21 networks that it was not made from
+            self.values |= {f"{name}: median error %": error["median_percent"],
+                            f"{name}: 95th percentile %": error["p95_percent"]}
+
+    def search(self) -> None:
+        """A short search of 100 classes of coloured noise, with the table in eager mode."""
+        path, pictures = self.folder / "table-eager.json", self.folder / "pictures"
+        found = self.folder / "search"
+        if not path.exists():
+            return
+        table, rng = latency.load_table(path), random.Random(0)
+        target = statistics.median(table.predict_ms(table.random_design(rng)) for _ in range(15))
+        for place in range(1000):
+            image = np.random.default_rng(place).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            (pictures / f"{place % 100:02}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(pictures / f"{place % 100:02}" / f"{place}.png")
+        if self.command("search", "search.py", "--target", f"{target:.3f}", "--table", str(path), "--data",
+                        str(pictures), "--size", "224", "--epochs", "2", "--batch-size", "32", "--device",
+                        self.device, "--output-dir", str(found), seconds=100):
+            times = files.load_record(found / "arch.json")["latency"]
+            measured = latency.ms_at_table(times, table.setting)
+            self.values |= {"search: target ms": target, "search: predicted ms": times["predicted_ms"],
+                            "search: measured ms": measured,
+                            "search: target missed by %": 100 * abs(measured / target - 1)}
+
+    def run(self) -> None:
+        self.benchmark("search steps", "--parts", "search", "memory")
+        for amp in ("bfloat16", "float16", "off"):
+            self.benchmark(f"training {amp}", "--parts", "training", "--amp", amp)
+        forms = "--parts", "inference", "streams", "--modes", "folded", "graph"
+        self.benchmark("inference", *forms, "compile", seconds=120)
+        self.benchmark("inference of one image", *forms, "--latency-batch", "1")
+        self.table("eager")
+        self.search()
+        for mode in ("graph", "folded"):
+            self.table(mode)
+        self.command("tests", "-m", "pytest", "-m", "cuda", "--durations", "9", "tests", seconds=240)
+
+    def format(self) -> str:
+        """The report in Markdown."""
+        lines = ["# What works on this GPU, and how fast", "", f"{latency.device_name(self.device)}, torch "
+                 f"{torch.__version__}, {files.provenance(self.device)['date'][:10]}. 224 px, batch 32 where "
+                 "none is named.", "", "| step | result | s |", "|---|---|---|"]
+        lines += [f"| {step['step']} | {step['result']} | {step['seconds']:.0f} |" for step in self.steps]
+        lines += ["", "| asked | bound | measured | |", "|---|---|---|---|"]
+        for name, (bound, less) in ASKED.items():
+            value = self.values.get(name)
+            holds = value is not None and (value <= bound if less else value >= bound)
+            lines.append(f"| {name} | {'at most' if less else 'at least'} {bound:g} | "
+                         f"{'-' if value is None else f'{value:.2f}'} | {'yes' if holds else 'no'} |")
+        lines += ["", "| measured | the plain way | ours | ratio |", "|---|---|---|---|"]
+        lines += [f"| {row['what']}, {row['unit']} | {row['plain']:.2f} | {row['ours']:.2f} | "
+                  f"{row['ratio']:.2f} |" for row in self.rows]
+        return "\n".join([*lines, ""])
+
+    def write(self) -> None:
+        text = self.format()
+        files.write_file(self.folder / "report.md", lambda path: path.write_text(text))
+        files.write_json(self.folder / "report.json", {
+            "format": "joint-gpu-report", "version": 1, "made": files.provenance(self.device),
+            "steps": self.steps, "rows": self.rows, "values": self.values})
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="benchmark.py", usage="python benchmark.py [options]  (--help lists them)",
@@ -233,6 +401,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=latency.MODES[1:], help="forms of the network for inference (default: "
         "folded; graph on CUDA, onnx on a CPU where onnxruntime is installed)")
     add("--arch", metavar="FILE", help="record of the network for inference (default: dcnas-k3-e3)")
+    add("--gpu-report", nargs="?", const="gpu_report", metavar="DIR", help="run all that is written for "
+        "CUDA, with its tests, latency tables and a search, and write report.md and report.json there "
+        "(default: gpu_report)")
     add("--seconds", type=whole(1, 86400), default=20, metavar="S",
         help="at most this long for each comparison (default: %(default)s)")
     add("--device", default=run.default_device(), help="cuda or cpu (default: cuda if there is one)")
@@ -249,19 +420,30 @@ def main(argv: list[str] | None = None) -> None:
     with run.Command(parser):
         files.check_folder(args.output)
         device = run.prepare_device(args.device, args.threads, args.seed)
+        if args.gpu_report:
+            if device.type != "cuda":
+                raise ValueError("--gpu-report needs a CUDA device, and there is none here.")
+            report = Report(Path(args.gpu_report).resolve(), args.device)
+            report.folder.mkdir(parents=True, exist_ok=True)
+            report.run()
+            print(f"{report.format()}\nwrote {report.folder / 'report.md'}")
+            return
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
         setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
         how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, registry.PAPER_SIZE}
-        onnx = device.type == "cpu" and importlib.util.find_spec("onnxruntime")
-        modes = args.modes or ["folded", *["graph"] * (device.type == "cuda"), *["onnx"] * bool(onnx)]
+        gpu = device.type == "cuda"
+        onnx = not gpu and importlib.util.find_spec("onnxruntime")
+        modes = args.modes or ["folded", *["graph"] * gpu, *["onnx"] * bool(onnx)]
         record = (files.load_record(args.arch) if args.arch else
                   registry.named_record("dcnas-k3-e3", setting.num_classes, {}))
         network = registry.build_network(record)
         parts = {"search": lambda: compare_search(args.space, device, *how),
                  "training": lambda: compare_training(device, *how),
-                 "memory": lambda: compare_memory(args.space, args.batch_size, sorted(sizes)),
+                 "memory": lambda: [*compare_memory(args.space, args.batch_size, sorted(sizes)),
+                                    *(compare_peak_memory(args.space, device, *how[:3]) if gpu else [])],
                  "inference": lambda: compare_inference(network, setting, modes, args.seconds),
-                 "prediction": lambda: compare_prediction(setting, args.space, args.networks)}
+                 "prediction": lambda: compare_prediction(setting, args.space, args.networks),
+                 "streams": lambda: compare_streams(network, setting, args.seconds) if gpu else []}
         rows = [row for part in parts if part in args.parts for row in parts[part]()]
         memory = latency.peak_memory_mib(device)
         files.write_json(args.output, {

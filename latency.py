@@ -151,10 +151,10 @@ class Graphed(nn.Module):
 
 def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None) -> nn.Module:
     """A copy of a trained network for inference: same outputs, same device, channels-last.
-    "folded": batch norms folded, and on CUDA the branches of a DC-NAS on two streams. "compile": that through
-    torch.compile (takes minutes; needs a C++ compiler on a CPU). "graph": that in a CUDA graph, for inputs
-    like `example` (B, C, H, W). "onnx": through onnxruntime, with torch's number of threads, likewise; its
-    outputs are a list of arrays."""
+    "folded": batch norms folded. "compile": that through torch.compile (takes minutes; needs a C++ compiler
+    on a CPU). "graph": that in a CUDA graph, the branches of a DC-NAS on two streams, for inputs like
+    `example` (B, C, H, W). "onnx": through onnxruntime, with torch's number of threads, likewise; its outputs
+    are a list of arrays."""
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r}; possible: {', '.join(MODES)}.")
     if mode == "graph" and (example is None or not example.is_cuda):
@@ -165,7 +165,7 @@ def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None
         from export import Traced
         return Traced(network, example, torch.get_num_threads())
     network = fold_batch_norm(network).to(memory_format=torch.channels_last)
-    network.parallel = mode != "compile"  # streams are not for the compiler
+    network.parallel = mode == "graph"  # launched one by one, kernels on two streams take no less time
     if mode == "compile":
         from torch._dynamo import config
 

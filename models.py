@@ -260,7 +260,7 @@ class Network(nn.Module):
     def __init__(self, arch: Arch, dropout=0.0, drop_connect=0.0, make_block=None, norm_layer=nn.BatchNorm2d):
         super().__init__()
         self.arch, self.denoises, self.classifies = arch, arch.denoises, arch.classifies
-        self.parallel = False  # True (latency.fast): decoder and classifier at once, on two CUDA streams
+        self.parallel = False  # True (in a CUDA graph): decoder and classifier at once, on two streams
         add_normalisation(self)
         self.stem = Conv2dNormActivation(3, arch.stem_channels, 3, 2, norm_layer=norm_layer)
         stages: dict[int, nn.Sequential] = {}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # The tests compute small things; more threads, here or in processes started, would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many minutes; run with --slow")
+    config.addinivalue_line("markers", "cuda: needs a GPU; python -m pytest -m cuda runs these alone")
     config.second = None
     if not config.invocation_params.args and (os.cpu_count() or 1) > 1:
         config.option.half = "0"
@@ -63,6 +65,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if ("slow" in item.keywords) != wanted:
             item.add_marker(pytest.mark.skip(reason=reason))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_sessionfinish(session, exitstatus):

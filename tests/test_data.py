@@ -17,8 +17,6 @@ from PIL import Image
 import data
 import search
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def write_images(folder, count, size=(20, 16), seed=0, suffix=".png"):
     folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +373,7 @@ def test_poisson_gaussian_noise_has_the_stated_mean_variance_and_skewness(add):
     assert skew == pytest.approx(0.9**2 * 128 / 255, rel=0.25)  # a^2 x, of photons; Gaussian noise has none
 
 
-@needs_gpu
+@pytest.mark.cuda
 def test_noise_on_the_gpu():
     there, images = torch.Generator("cuda").manual_seed(0), torch.ones(2, 3, 128, 128, device="cuda")
     for kind in data.NOISES:

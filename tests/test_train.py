@@ -6,7 +6,6 @@ import re
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -317,12 +316,6 @@ def test_amp_bfloat16_runs_on_the_cpu(tmp_path):
     state = train_on_digits(tmp_path, "--epochs", "1", "--amp", "bfloat16", "--size", "32")
     assert math.isfinite(state["rows"][0]["train_loss"])
     assert all(value.dtype != torch.bfloat16 for value in state["network"].values())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu_with_amp(tmp_path):
-    state = train_on_digits(tmp_path, "--epochs", "1", "--device", "cuda", "--amp", "float16")
-    assert math.isfinite(state["rows"][0]["train_loss"]) and Path(tmp_path / "best.pt").is_file()
 
 
 @pytest.mark.parametrize("argv, word", [
