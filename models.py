@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         s2, s3, s4, _, x = features
         if self.full is not None:
             noisy = pad_to_multiple(noisy, ENCODER_STRIDE)
-            pixels = torch.eye(12).to(noisy).view(12, 3, 2, 2)
+            pixels = torch.eye(12, dtype=noisy.dtype, device=noisy.device).view(12, 3, 2, 2)
             s2 = torch.cat((s2, F.conv2d(noisy, pixels, stride=2)), 1)  # as pixel_unshuffle, but faster
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
