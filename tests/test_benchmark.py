@@ -30,7 +30,7 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
                     "--threads", "1", "--device", "cpu", "--output", str(path)])
     out, content = capsys.readouterr().out, json.loads(path.read_text())
     rows = {row["what"]: row for row in content["rows"]}
-    for name in ("search: weight step", "search: alpha step", "search: images", "training: images"):
+    for name in ("search: weight step", "search: alpha step", "search: images", "training: images, amp off"):
         assert rows[name]["plain"] > 0 and rows[name]["ours"] > 0 and name in out
     iteration = rows["search: iteration (weight + half an alpha step)"]
     assert iteration["ours"] == rows["search: weight step"]["ours"] + rows["search: alpha step"]["ours"] / 2
@@ -78,3 +78,31 @@ def test_wrong_usage_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--device", "nonsense"])
     assert stopped.value.code == 2 and "cannot be used here" in capsys.readouterr().err
+
+
+def test_the_report_of_a_gpu_goes_on_past_what_fails_or_hangs(tmp_path, monkeypatch):
+    report = benchmark.Report(tmp_path, "cpu")
+    assert report.command("good", "-c", "print('here')", seconds=60)
+    assert not report.command("bad", "-c", "raise SystemExit(3)", seconds=60)
+    assert not report.command("endless", "-c", "import time; time.sleep(99)", seconds=10)
+    monkeypatch.setattr(benchmark, "REPORT_MINUTES", 0.0)
+    assert not report.command("late", "-c", "print('here')", seconds=60)
+    assert (tmp_path / "good.log").read_text() == "here\n" and not (tmp_path / "late.log").exists()
+    report.values |= {"search: target missed by %": 1.0, "inference: graph, batch 32, ratio": 1.4}
+    report.rows.append(benchmark.make_row("some step", "ms", 3.0, 2.0))
+    report.write()
+    text, content = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert [step["result"] for step in content["steps"]] == ["ok", "failed", "stopped after 10 s",
+                                                             "left out: no time"]
+    for line in ("| search: target missed by % | at most 3 | 1.00 | yes |",
+                 "| inference: graph, batch 32, ratio | at least 1.5 | 1.40 | no |",
+                 "| latency table, graph: median error % | at most 2 | - | no |",
+                 "| some step, ms | 3.00 | 2.00 | 1.50 |"):
+        assert line in text
+
+
+@pytest.mark.parametrize("flags", (["--gpu-report"], ["--parts", "peak"], ["--parts", "streams"]))
+def test_what_needs_a_gpu_says_so(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([*flags, "--device", "cpu"])
+    assert stopped.value.code == 2 and "needs a CUDA device" in capsys.readouterr().err
