@@ -379,7 +379,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-root", default="data", metavar="DIR", help="as in search.py (default: %(default)s)")
     add("--size", type=whole(16, 65536), default=64, metavar="N", help="pixels (default: %(default)s)")
     add("--train-images", type=whole(2), metavar="N", help="of search and training (default: all)")
-    add("--test-images", type=whole(1), default=1000, metavar="N", help="at most (default: %(default)s)")
+    add("--test-images", type=whole(1), default=4000, metavar="N",
+        help="at most; of 1,000 an accuracy has a standard error of 1.6 %%, of 4,000 of 0.8 %% "
+        "(default: %(default)s)")
     add("--threads", type=whole(1, 4096), metavar="N", help="torch's threads (default: torch's own)")
     add("--device", default=default_device(), help="cuda or cpu (default: cuda if there is one)")
     add("--output-dir", default="runs/judge", metavar="DIR", help="folder of the runs (default: %(default)s)")
