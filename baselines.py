@@ -29,7 +29,7 @@ from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBC
 
 import models
 import registry
-from models import DIGIT, DCNet, Output, SequentialNetwork, UNet, group_norm
+from models import DIGIT, Output, SequentialNetwork, UNet, group_norm
 from registry import UNET, UNET_S, Named
 
 
@@ -52,6 +52,29 @@ class StudyClassifier(nn.Module):
     def forward(self, x: Tensor, boxes: Tensor | None = None) -> Output:
         x = x if boxes is None else models.cut_out(x, boxes, DIGIT)
         return Output(None, self.layers(x.mean(1, keepdim=True)))
+
+
+class DCNet(nn.Module):
+    """DC-Net Integrated: a classifier on the deepest features of a UNet (section 3.1, fig. 2.ii).
+    forward: (B, 3, H, W) -> image, logits (B, K); boxes (B, D, 4) are cut out of the deepest features: logits
+    (B * D, K). The paper does not show the branch, and its FLOPs leave little room; here: 1x1 convolution to
+    24 channels, group norm, ReLU, global max pool, linear. `branch`: another one."""
+    denoises, classifies, takes_boxes = True, True, True
+
+    def __init__(self, unet: UNet, num_classes: int = 10, branch: nn.Module | None = None):
+        super().__init__()
+        self.unet = unet
+        self.branch = branch or nn.Sequential(
+            nn.Conv2d(unet.widths[-1], 24, 1), group_norm(24), nn.ReLU(), nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(), nn.Linear(24, num_classes))
+
+    def forward(self, x: Tensor, boxes: Tensor | None = None) -> Output:
+        stride, (height, width) = self.unet.stride, x.shape[-2:]
+        features = self.unet.encode(models.pad_to_multiple(x, stride))
+        deepest = features[-1]
+        if boxes is not None:
+            deepest = models.cut_out(deepest, boxes, -(-DIGIT // stride), stride)
+        return Output(self.unet.decode(features)[..., :height, :width], self.branch(deepest))
 
 
 def dcnas_tail(in_channels: int, num_classes: int, expansion: int = 3) -> nn.Sequential:
@@ -281,6 +304,8 @@ registry.NAMED.update({
     "mb2.5-s": _classifier(6, 23, 2.5, 178e3),
     "mb4-l": _classifier(10, 21, 4, 424e3),
     "mb4-s": _classifier(5, 19, 4, 188e3),
+    "dcnet": Named(lambda num_classes: DCNet(UNet(*UNET), num_classes), 96, 1301.8e6),
+    "dcnet-s": Named(lambda num_classes: DCNet(UNet(*UNET_S), num_classes), 96, 51.2e6),
     "dcnet-seq": Named(partial(_dcnet_sequential, UNET), 96, 1302.1e6),
     "dcnet-s-seq": Named(partial(_dcnet_sequential, UNET_S), 96, 51.5e6),
     "dcnet-s-tail": _widened(dcnet_with_tail),

@@ -321,7 +321,7 @@ def amounts(piece: Piece) -> dict[Part, float]:
         if of.stride == 1 and inner == outer:
             units["residual"] = outer * after
     elif place == "stem":
-        units, weights = {"stem": 1.0, "values": of.stem_channels / 4}, 0
+        units, weights = {"multiscale": 1.0, "values": of.stem_channels / 4}, 0
     elif place == "head":
         area, weights = 1 / stride**2, of.blocks[-1].out_channels * of.head_channels
         units = {"head": 1.0, "pointwise": weights * area / 1e3,
@@ -499,15 +499,15 @@ def _key(name: str) -> str:
 
 
 def _sources(arch: Arch) -> dict[str, tuple[int, ...]]:
-    """How many channels a level of the decoder takes from below, from the encoder, and of the noisy image, by
-    the name of the weight that they meet."""
-    if not arch.denoises:
-        return {}
-    outputs = {block.stage: block.out_channels for block in arch.blocks}
-    _, level_3, level_2, level_1 = (width for width, _ in arch.levels)
-    noisy = 12 if arch.decoder == "sharp" else 0
-    sources = (level_3, outputs[4]), (level_2, outputs[3]), (level_1, outputs[2], noisy)
-    return {f"decoder.levels.{place}.convs.0.0.weight": source for place, source in enumerate(sources, 1)}
+    """The channels that models.Means takes from each stage, and a level of the decoder from below, from the
+    encoder and of the noisy image, by the name of the weight that they meet."""
+    outputs, sources = {block.stage: block.out_channels for block in arch.blocks}, {}
+    if arch.classifies:
+        sources["means.1.weight"] = tuple(outputs[stage] for stage in models.MEANS)
+    for place, (width, _) in enumerate(arch.levels[1:] if arch.denoises else (), 1):
+        noisy = (12,) if place == 3 and arch.decoder == "sharp" else ()
+        sources[f"decoder.levels.{place}.convs.0.0.weight"] = (width, outputs[5 - place], *noisy)
+    return sources
 
 
 # ------------------------------------------------------------------------------------------------------------

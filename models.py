@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections import namedtuple
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial, reduce
@@ -58,7 +57,7 @@ class MBConv(nn.Module):
     mid_channels equals in_channels; a residual where the shape stays, and training then drops the block for
     a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero). A residual
     block begins as the identity, since depth then costs no learning: its last norm has weight 0 (TF-NAS: 1,
-    see `begin_as_papers`)."""
+    see train.begin_as_papers)."""
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size=3, stride=1,
                  se_channels=0, activation="relu", drop_connect=0.0, norm_layer=nn.BatchNorm2d):
         super().__init__()
@@ -79,12 +78,6 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.project(self.se(self.depthwise(self.expand(x))))
         return x + self.drop_connect(out) if self.residual else out
-
-def begin_as_papers(network: nn.Module) -> None:
-    """Let the residual branches of fresh MBConvs begin at full strength, as in the papers."""
-    for module in network.modules():
-        if isinstance(module, MBConv) and module.residual and module.project[1].affine:
-            nn.init.ones_(module.project[1].weight)
 
 class UpConv(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2, (B, C, H, W) -> (B, out_channels, 2 H, 2 W), computed as a 1x1
@@ -213,6 +206,35 @@ class Decoder(nn.Module):
             x = level.up(x, then)
         return x if self.full is None else self.full(x, noisy)
 
+class MultiscaleStem(Conv2dNormActivation):
+    """Ours: a 3x3 convolution of stride 2 on the image and on its means over squares of SCALES pixels, which
+    show what noise hides; (B, 3, H, W) -> (B, channels, H / 2, W / 2), sizes rounded up."""
+    SCALES = 2, 4, 8, 16
+
+    def __init__(self, channels: int, norm_layer=nn.BatchNorm2d):
+        super().__init__(3 + 3 * len(self.SCALES), channels, 3, 2, norm_layer=norm_layer)
+
+    def maps(self, x: Tensor) -> Tensor:
+        (height, width), small, result = x.shape[-2:], pad_to_multiple(x, self.SCALES[-1]), [x]
+        for scale in self.SCALES:
+            small = F.avg_pool2d(small, 2)  # means of means
+            result.append(F.interpolate(small, scale_factor=scale)[..., :height, :width])
+        return torch.cat(result, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.maps(x))
+
+class Means(nn.Sequential):
+    """Ours: the means of encoder outputs, normalised, through a linear map that begins at 0 -> (B, K). Beside
+    a Head they shorten the way from the class to the encoder: a short training learns it sooner."""
+    def __init__(self, channels: int, num_classes: int, norm_layer=nn.BatchNorm2d):
+        super().__init__(norm_layer(channels, affine=False), nn.Conv2d(channels, num_classes, 1, bias=False),
+                         nn.Flatten())
+        nn.init.zeros_(self[1].weight)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return super().forward(torch.cat([x.mean((2, 3), keepdim=True) for x in features], 1))
+
 class Head(nn.Sequential):
     """1x1 convolution, average pool, dropout, linear with random first bias (TF-NAS: zero) -> (B, K)."""
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout=0.0,
@@ -237,11 +259,10 @@ def add_normalisation(network: nn.Module) -> None:
 @torch.no_grad()
 def begin_smooth(network: nn.Module) -> None:
     """Give half of the variance of every fresh k x k kernel (k > 1) to its mean; the total variance stays.
-    Not in the papers. Kernels of independent weights lose colours that noise hides: a linear map of a fresh
-    decoder's last features finds at most 1 % of their variance in the default data, with smooth kernels 7 to
-    24 %; without them 25 epochs end with grey images. `Network` applies it to stem, stage 2 and decoder where
-    it denoises; a supernet of smooth blocks did not learn to classify. C-NAS, UNet, DC-Net and the networks
-    of baselines.py start without: a comparison of DC-NAS with them compares this start as well."""
+    Not in the papers. Kernels of independent weights lose what noise hides: with them 25 epochs ended with
+    grey digits. `Network` applies it to stem, stage 2 and decoder where it denoises (without in stem and
+    stage 2, 8 epochs of Imagenette had 44.4 % instead of 48.2 %); a supernet of smooth blocks did not learn
+    to classify. C-NAS, UNet, DC-Net and the networks of baselines.py start without."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             mean, k = module.weight.mean((2, 3), keepdim=True), module.kernel_size[0]
@@ -250,6 +271,7 @@ def begin_smooth(network: nn.Module) -> None:
 
 # --- Networks --------------------------------------------------------------------------------------------
 LAST_ENCODER_STAGE = 6  # D-NAS ends here; in DC-NAS the decoder and the classification branch start here
+MEANS = 4, 5, 6  # the stages whose outputs Means takes
 ENCODER_STRIDE = 16
 
 class Network(nn.Module):
@@ -262,22 +284,25 @@ class Network(nn.Module):
         self.arch, self.denoises, self.classifies = arch, arch.denoises, arch.classifies
         self.parallel = False  # True (in a CUDA graph): decoder and classifier at once, on two streams
         add_normalisation(self)
-        self.stem = Conv2dNormActivation(3, arch.stem_channels, 3, 2, norm_layer=norm_layer)
+        self.stem = (MultiscaleStem(arch.stem_channels, norm_layer) if arch.multiscale else
+                     Conv2dNormActivation(3, arch.stem_channels, 3, 2, norm_layer=norm_layer))
         stages: dict[int, nn.Sequential] = {}
         for index, block in enumerate(arch.blocks):
             module = (make_block or build_block)(block, drop_connect * index / len(arch.blocks))
             stages.setdefault(block.stage, nn.Sequential()).append(module)
         self.encoder = nn.ModuleList(stages[number] for number in stages if number <= LAST_ENCODER_STAGE)
         self.tail = nn.ModuleList(stages[number] for number in stages if number > LAST_ENCODER_STAGE)
-        self.decoder = self.head = None
+        self.decoder = self.head = self.means = None
+        widths = {block.stage: block.out_channels for block in arch.blocks}
         if arch.denoises:
-            widths = {block.stage: block.out_channels for block in arch.blocks}
             outputs = [*widths.values()][:len(self.encoder)]
             self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
             self.head = Head(last, arch.head_channels, arch.num_classes, dropout, norm_layer)
+            if arch.multiscale:
+                self.means = Means(sum(widths[stage] for stage in MEANS), arch.num_classes, norm_layer)
 
     def blocks(self) -> list[nn.Module]:
         """The blocks in the order of `arch.blocks`."""
@@ -303,7 +328,8 @@ class Network(nn.Module):
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
                 x = stage(x, *choice)
-            return self.head(x) if self.classifies else None
+            logits = self.head(x) if self.classifies else None
+            return logits if logits is None or self.means is None else logits + self.means(features[2:])
         if not (self.parallel and x.is_cuda and self.denoises and self.classifies):
             return Output(denoise(), classify(features[-1]))
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -409,26 +435,6 @@ class UNet(nn.Module):
         image = self.decode(self.encode(pad_to_multiple(x, self.stride)))[..., :height, :width]
         return Output(x + image if self.residual else image, None)
 
-class DCNet(nn.Module):
-    """DC-Net Integrated: a classifier on the deepest features of a UNet (section 3.1, fig. 2.ii).
-    forward: (B, 3, H, W) -> image, logits (B, K); boxes (B, D, 4) are cut out of the deepest features: logits
-    (B * D, K). The paper does not show the branch, and its FLOPs leave little room; here: 1x1 convolution to
-    24 channels, group norm, ReLU, global max pool, linear. `branch`: another one."""
-    denoises, classifies, takes_boxes = True, True, True
-
-    def __init__(self, unet: UNet, num_classes: int = 10, branch: nn.Module | None = None):
-        super().__init__()
-        self.unet = unet
-        self.branch = branch or nn.Sequential(
-            nn.Conv2d(unet.widths[-1], 24, 1), group_norm(24), nn.ReLU(), nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(), nn.Linear(24, num_classes))
-
-    def forward(self, x: Tensor, boxes: Tensor | None = None) -> Output:
-        stride, (height, width) = self.unet.stride, x.shape[-2:]
-        features = self.unet.encode(pad_to_multiple(x, stride))
-        deepest = features[-1] if boxes is None else cut_out(features[-1], boxes, -(-DIGIT // stride), stride)
-        return Output(self.unet.decode(features)[..., :height, :width], self.branch(deepest))
-
 # --- The search space and the record (Markhorst 2024, supplement B; TF-NAS, table 1) ---------------------
 Stage = namedtuple("Stage", "number out_channels blocks stride activation")  # stride: of its first block
 STAGES = (Stage(3, 24, 2, 2, "relu"), Stage(4, 40, 3, 2, "silu"), Stage(5, 80, 4, 2, "silu"),
@@ -469,8 +475,9 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
-ALLOWED = {"model": MODELS, "decoder": DECODERS, "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
-           "stride": (1, 2), "se_channels": range(65537), "num_classes": range(65537)}  # else: COUNTS
+ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "activation": (*ACTIVATIONS,),
+           "kernel_size": (1, 3, 5, 7), "stride": (1, 2), "se_channels": range(65537),
+           "num_classes": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
@@ -497,6 +504,7 @@ class Arch:
     decoder: str = DECODERS[0]
     levels: tuple[tuple[int, tuple[int, ...]], ...] = ()
     branch: int = 12
+    multiscale: bool = True
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -545,7 +553,7 @@ class Arch:
             return cls(content["model"], blocks, content["num_classes"], content["stem_channels"],
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
-                       content.get("branch", 12))
+                       content.get("branch", 12), content.get("multiscale", False))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 
@@ -584,17 +592,9 @@ def fill(position: Block, operation: Operation, mid_channels: int | None = None)
     return replace(position, kernel_size=operation.kernel_size, mid_channels=mid, se_channels=se_channels)
 
 def make_arch(model: str, blocks: list[Block], num_classes: int = 0, decoder: str = DECODERS[0]) -> Arch:
-    """The architecture of `model` with these searched blocks after the fixed stage 2."""
-    return Arch(model, (STAGE_2, *blocks), 0 if model == "dnas" else num_classes, decoder=decoder)
-
-def random_arch(model: str, space: int, rng: random.Random, num_classes=0, min_width=MIN_WIDTH) -> Arch:
-    """A network drawn from the space: operations uniformly, widths uniformly from their range in steps."""
-    blocks = []
-    for position in searched_positions(model):
-        operation = rng.choice(SPACES[space])
-        low, high = width_range(operation, position.in_channels, min_width)
-        blocks.append(fill(position, operation, rng.randrange(low, high + 1, WIDTH_STEP)))
-    return make_arch(model, blocks, num_classes)
+    """The architecture of `model` with these blocks after stage 2; papers' decoders come with their stem."""
+    return Arch(model, (STAGE_2, *blocks), 0 if model == "dnas" else num_classes, decoder=decoder,
+                multiscale=decoder == "sharp")
 
 # --- The supernet ----------------------------------------------------------------------------------------
 # Batch norm of the search, as a layer and as a function: statistics of the batch, no affine part.

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import (COUNTS, MODELS, UNIFORM, Arch, DCNet, UNet, apply_network, channels_of, count_macs,
+from models import (COUNTS, MODELS, UNIFORM, Arch, UNet, apply_network, channels_of, count_macs,
                     count_parameters, make_network, named_arch)
 
 RECORD = {"format": "joint-arch", "version": 1}  # how every record begins; files.py reads and writes them
@@ -63,8 +63,6 @@ NAMED = {
     "unet-m": Named(lambda _: UNet(*UNET_M), 96),
     "unet-s": Named(lambda _: UNet(*UNET_S), 96, 51.2e6),
     "unet-original": Named(lambda _: UNet(64, 5, 2, 2)),
-    "dcnet": Named(lambda num_classes: DCNet(UNet(*UNET), num_classes), 96, 1301.8e6),
-    "dcnet-s": Named(lambda num_classes: DCNet(UNet(*UNET_S), num_classes), 96, 51.2e6),
 }
 
 

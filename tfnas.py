@@ -73,7 +73,8 @@ def parts_of(arch: Arch) -> list[Part]:
         return parts_of(arch.with_model("dnas")) + parts_of(arch.with_model("cnas"))
     decoder = "decoder" if arch.decoder == "conv" else f"decoder {arch.decoder}"
     head = [Part("head", arch.blocks[-1].out_channels, arch.head_channels)] if arch.classifies else []
-    return [Part("stem", out_channels=arch.stem_channels), *map(part_of, arch.blocks),
+    stem = "multiscale stem" if arch.multiscale else "stem"
+    return [Part(stem, out_channels=arch.stem_channels), *map(part_of, arch.blocks),
             *([Part(decoder)] if arch.denoises else []), *head]
 
 
@@ -113,7 +114,8 @@ class Space:
     depth: str = "fixed"
     decoder: str = models.DECODERS[0]
     channels = 3
-    newer_parts = frozenset({Part("decoder sharp")})  # which older tables lack; they serve without it
+    newer_parts = frozenset({  # which older tables lack; they serve without
+        Part("decoder sharp"), Part("multiscale stem", out_channels=models.STEM_CHANNELS)})
 
     def identity(self) -> dict:
         return {"method": "tfnas", "operations": self.operations, "min_width": self.min_width,
@@ -159,10 +161,17 @@ class Space:
         return fixed | {part_of(block) for position in positions for block in self.grid(position)}
 
     def reference_design(self, decoder: str = models.DECODERS[0]) -> Arch:
-        return replace(models.named_arch("dcnas-k3-e3", self.num_classes), decoder=decoder)
+        _, *blocks = models.named_arch("dcnas-k3-e3", self.num_classes).blocks
+        return models.make_arch("dcnas", blocks, self.num_classes, decoder)
 
     def random_design(self, rng: random.Random) -> Arch:
-        return models.random_arch("dcnas", self.operations, rng, self.num_classes, self.min_width)
+        """A DC-NAS: operations drawn uniformly, widths uniformly from their range in steps."""
+        blocks = []
+        for position in models.searched_positions("dcnas"):
+            operation = rng.choice(models.SPACES[self.operations])
+            low, high = models.width_range(operation, position.in_channels, self.min_width)
+            blocks.append(models.fill(position, operation, rng.randrange(low, high + 1, models.WIDTH_STEP)))
+        return models.make_arch("dcnas", blocks, self.num_classes)
 
     def carriers(self, rng: random.Random, rounds: int) -> list[Arch]:
         """Networks that together hold every block of the grids `rounds` times or more.
@@ -236,7 +245,7 @@ def table_of_version_1(content: dict) -> dict:
     return {"format": latency.FORMAT, "version": latency.VERSION, "space": space.identity(), "parts": parts,
             **{name: content[name] for name in names if name in content},
             "reference": replace(models.named_arch(content["reference"], space.num_classes),
-                                 decoder="conv").to_dict(),
+                                 decoder="conv", multiscale=False).to_dict(),
             "rest_ms": {model: sum(ms.values()) for model, ms in content["fixed_ms"].items()}}
 
 
@@ -264,7 +273,7 @@ class SuperNet(models.SuperNet):
         arch = self.plan.reference_design(self.plan.decoder).with_model(self.plan.model)
         fixed = [part for part in parts_of(arch) if not part.is_searched]
         if lacking := {*fixed} - costs.keys():
-            raise ValueError(f"The latency table has no {lacking.pop().place}, it is of an older version: "
+            raise ValueError(f"The latency table has no {min(lacking).place}, it is of an older version: "
                              "make a new one with latency.py, or search with --decoder conv.")
         return rest + sum(costs[part] for part in fixed)
 
@@ -386,8 +395,7 @@ class SuperNet(models.SuperNet):
         """The network of a path with these mid channels."""
         rows = zip(self.candidate_blocks(), path, widths, self.kept())
         blocks = [replace(row[index], mid_channels=width) for row, index, width, keep in rows if keep]
-        arch = self.network.arch
-        return replace(arch, blocks=(models.STAGE_2, *blocks)).with_model(self.plan.model)
+        return replace(self.network.arch, blocks=(models.STAGE_2, *blocks)).with_model(self.plan.model)
 
     def settle(self, path: tuple[int, ...], costs: dict[Part, float], rest: float, target: float) -> Arch:
         return self._exported(path, self.fit_widths(path, costs, rest, target))

@@ -390,7 +390,8 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     if model not in (None, "dnas") and not arch.classifies:
         raise ValueError("The record is of a dnas, which has no classifier; it cannot be trained so.")
     arch = arch if model is None else arch.with_model(model)
-    arch = arch if decoder is None else replace(arch, decoder=decoder)
+    if decoder is not None:
+        arch = replace(arch, decoder=decoder, multiscale=arch.multiscale and decoder == "sharp")
     arch = arch if widen is None else arch.widened(widen)
     kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
     return {**kept, **arch.to_dict()}
@@ -508,7 +509,7 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
     """(the network of a record, its loss); ValueError in one sentence where they do not fit the images."""
     network = registry.build_network(record, args.dropout, args.drop_connect)
     if args.recipe == "paper":
-        models.begin_as_papers(network)
+        begin_as_papers(network)
     if network.classifies and data.classes and record["num_classes"] != len(data.classes):
         raise ValueError(f"{args.arch} is a network for {record['num_classes']} classes but {args.data} has "
                          f"{len(data.classes)}; search again with --data {args.data}.")
@@ -528,6 +529,13 @@ def begin_as_found(network: nn.Module, record: dict, arch: str) -> None:
     with files.reading(path):
         network.load_state_dict(files.read_checkpoint(path)["network"])
     run.say(f"It begins with the weights of the search, {path}; --from-scratch: without.")
+
+
+def begin_as_papers(network: nn.Module) -> None:
+    """Let the residual branches of fresh models.MBConvs begin at full strength, as in the papers."""
+    for module in network.modules():
+        if isinstance(module, models.MBConv) and module.residual and module.project[1].affine:
+            nn.init.ones_(module.project[1].weight)
 
 
 def say_plan(network: nn.Module, record: dict, data: data_module.Data, noise, loss: str) -> None:
@@ -567,8 +575,9 @@ def main(argv: list[str] | None = None) -> None:
         if not record:  # without labels choose_loss says what to do
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
-            if args.recipe == "paper" and record["method"] in registry.JOINT and record["model"] != "cnas":
-                args.decoder = args.decoder or "conv"
+            if args.recipe == "paper" and record["method"] in registry.JOINT:
+                args.decoder = args.decoder or ("conv" if record["model"] != "cnas" else None)
+                record = {**record, "multiscale": False}
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
         if state is None and record.get("weights") and not args.from_scratch:

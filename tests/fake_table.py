@@ -24,7 +24,8 @@ def fake_table(space=4, size=32, num_classes=10, cost=None, min_width=models.MIN
         return 1e-3 + 1e-6 * weights
 
     joint, cost = tfnas.Space(space, min_width, num_classes), cost or default_cost
-    fixed = {"stem": 0.1, "stage 2": 0.2, "head": 0.3, "decoder": 0.9, "decoder sharp": 0.9}
+    fixed = {"stem": 0.1, "multiscale stem": 0.1, "stage 2": 0.2, "head": 0.3, "decoder": 0.9,
+             "decoder sharp": 0.9}
     times = {part: fixed[part.place] if part.place in fixed else cost(block_of(part))
              for part in sorted(joint.possible_parts())}
     rest_ms = {"cnas": 0.05, "dnas": 0.05, "dcnas": 0.05}

@@ -16,9 +16,9 @@ from PIL import Image
 
 import files
 import hinas
-import models
 import run as life
 import superkernel
+import tfnas
 from fake_table import fake_parts, fake_table
 
 
@@ -216,7 +216,7 @@ class Fuzz:
         kernels = superkernel.Space("skipinit", 3, 1)
         cells = hinas.Space(layers=1, nodes=2)
         made = files.provenance("a CPU", 0)
-        contents = {"tfnas": models.random_arch("cnas", 4, self.rng, 10).to_dict(),
+        contents = {"tfnas": tfnas.Space().random_design(self.rng).with_model("cnas").to_dict(),
                     "superkernel": superkernel.record_content(kernels.reference_design()),
                     "hinas": hinas.record_content(cells.random_design(self.rng))}
         self.records = [files.make_record(method, content, made, data="digits", size=16)

@@ -311,7 +311,7 @@ def test_an_export_has_the_weights_and_calibrated_norms():
     supernet.compare = elastic.Comparison(supernet, [(images, images, None)], "both", 0.5, CPU, "off")
     network = supernet.export(arch)
     norm, count = network.stem[1], images[0, 0].numel() / 4 * len(images)
-    inner = network.stem[0]((images - network.mean) / network.std)
+    inner = network.stem[0](network.stem.maps((images - network.mean) / network.std))
     assert torch.allclose(norm.running_mean, inner.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(norm.running_var, inner.var((0, 2, 3)), rtol=1e-3) and count > 1
     assert not network.training and norm.momentum == 0.1

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.ops import Conv2dNormActivation
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import models
 import registry
+import train
 from models import Arch, MBConv, Network, SuperNet, make_arch, named_arch
 
 ROOT = Path(models.__file__).parent
@@ -127,7 +129,7 @@ def test_a_fresh_network_is_the_identity_in_its_residual_blocks_and_the_papers_i
     network = Network(named_arch("cnas-k5-e6", 5))
     blocks = [block for block in network.blocks() if block.residual]
     assert len(blocks) == 12
-    for begin, same in ((lambda network: None, True), (models.begin_as_papers, False)):
+    for begin, same in ((lambda network: None, True), (train.begin_as_papers, False)):
         begin(network)
         for block in blocks:
             x = torch.rand(2, block.project[0].out_channels, 8, 8)
@@ -444,7 +446,7 @@ for argv in ([], ["--help"]):
     assert (run.returncode, run.stderr) == (0, "")
     _, *table = run.stdout.split("usage: ")[0].splitlines()
     assert [line.split()[0] for line in table[:-1]] == [
-        *models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original", "dcnet", "dcnet-s"]
+        *models.UNIFORM, "unet", "unet-m", "unet-s", "unet-original"]
     assert "--input" in run.stdout and "default" in run.stdout
 
 
@@ -579,6 +581,45 @@ def test_an_unknown_decoder_is_refused_and_old_records_have_that_of_the_papers()
         Arch.from_dict({**content, "decoder": "huge"})
     del content["decoder"]
     assert Arch.from_dict(content).decoder == "conv"
+
+
+@pytest.mark.parametrize("model", ("cnas", "dcnas", "dcnas-seq"))
+def test_means_begin_at_zero_and_add_to_the_logits(model):
+    arch = named_arch(f"{model}-k3-e3-shallow", 4)
+    assert arch.multiscale and Arch.from_dict(arch.to_dict()) == arch
+    network, images = models.make_network(arch).train(), torch.rand(3, 3, 64, 48)
+    means = getattr(network, "classifier", network).means
+    assert means[1].in_channels == 40 + 80 + 112  # of stages 4, 5 and 6
+    without = network(images).logits
+    without.square().sum().backward()
+    assert means[1].weight.grad.abs().min() > 0
+    with torch.no_grad():
+        means[1].weight[1] = 1.0
+    assert torch.equal((network(images).logits != without).any(0), torch.tensor([False, True, False, False]))
+
+
+def test_the_multiscale_stem_sees_the_image_and_its_means():
+    stem, seen = models.MultiscaleStem(8), []
+    stem[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.rand(2, 3, 48, 37)
+    assert stem(image).shape == (2, 8, 24, 19)
+    assert torch.equal(seen[0][:, :3], image)
+    for place, size in enumerate((2, 4, 8, 16), 1):
+        ours = seen[0][:, 3 * place:3 * place + 3]
+        mean = image[..., size:2 * size, size:2 * size].mean((2, 3))
+        torch.testing.assert_close(ours[..., size, size], mean)
+        assert torch.equal(ours[..., size:2 * size, size], ours[..., size, size:2 * size])  # one square
+
+
+def test_old_records_and_the_decoder_of_the_papers_have_their_stem_and_head():
+    content = named_arch("dcnas-k3-e3", 4).to_dict()
+    del content["multiscale"]
+    network = models.make_network(Arch.from_dict(content))
+    assert network.means is None and type(network.stem) is Conv2dNormActivation
+    with pytest.raises(ValueError, match="multiscale must be one of True, False"):
+        Arch.from_dict({**content, "multiscale": 1})
+    assert SuperNet("dcnas", 4, 5).network.means is not None
+    assert SuperNet("dcnas", 4, 5, decoder="conv").network.means is None
 
 
 def test_a_sequential_network_is_its_parts_in_turn():
