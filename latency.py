@@ -115,7 +115,7 @@ def this_setting(device: str, *, size: int, num_classes: int, batch: int | None 
 # --- Fast forms of a network -------------------------------------------------------------------------------
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy in eval mode; batch norms in a Sequential are folded into the convolution before, or 1x1 behind."""
+    """A copy in eval mode; batch norms of a Sequential are folded into the convolution before, or behind."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         for index in reversed(range(len(module) - 1 if isinstance(module, nn.Sequential) else 0)):
