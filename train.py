@@ -532,7 +532,7 @@ def begin_as_found(network: nn.Module, record: dict, arch: str) -> None:
 
 
 def begin_as_papers(network: nn.Module) -> None:
-    """Let the residual branches of fresh models.MBConvs begin at full strength, as in the papers."""
+    """Let the residual branches of fresh MBConvs begin at full strength, as in the papers."""
     for module in network.modules():
         if isinstance(module, models.MBConv) and module.residual and module.project[1].affine:
             nn.init.ones_(module.project[1].weight)

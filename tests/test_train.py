@@ -410,6 +410,13 @@ def test_classes_that_do_not_agree_are_refused(tmp_path, capsys):
     assert "7 classes" in sentence(argv, capsys)
 
 
+def test_the_recipe_of_the_papers_trains_their_network(tmp_path):
+    state = train_on_digits(tmp_path, "--recipe", "paper", "--epochs", "1")
+    network, _ = files.load_checkpoint(tmp_path / "last.pt")
+    assert state["record"]["decoder"] == "conv" and not state["record"]["multiscale"]
+    assert network.means is None and network.stem[0].in_channels == 3 and network.decoder.full is None
+
+
 def test_a_modified_record_drops_its_latency():
     record = {**registry.named_record("dcnas-k3-e3", 3, {}), "latency": {"target_ms": 1}, "data": "digits"}
     assert train.modify_record(record) is record
