@@ -115,7 +115,7 @@ def this_setting(device: str, *, size: int, num_classes: int, batch: int | None 
 # --- Fast forms of a network -------------------------------------------------------------------------------
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy in eval mode; batch norms of a Sequential are folded into the convolution before, or behind."""
+    """A copy in eval mode; in a Sequential, norms are folded into a convolution before, or 1x1 behind."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
         for index in reversed(range(len(module) - 1 if isinstance(module, nn.Sequential) else 0)):
@@ -123,7 +123,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
             if isinstance(one, nn.Conv2d) and isinstance(other, nn.BatchNorm2d):
                 module[index] = fuse_conv_bn_eval(one, other)
                 del module[index + 1]
-            elif isinstance(one, nn.BatchNorm2d) and isinstance(other, nn.Conv2d) and not one.affine:
+            elif isinstance(one, nn.BatchNorm2d) and not one.affine and isinstance(other, nn.Conv2d) and (
+                    other.kernel_size, other.padding, other.groups, other.bias) == ((1, 1), (0, 0), 1, None):
                 weight = other.weight * (one.running_var + one.eps).rsqrt().view(1, -1, 1, 1)
                 other.weight, other.bias = map(nn.Parameter, (weight, -weight[..., 0, 0] @ one.running_mean))
                 del module[index]
@@ -158,7 +159,7 @@ def fast(network: nn.Module, mode: str = "folded", example: Tensor | None = None
     """A copy of a trained network for inference: same outputs, same device, channels-last.
     "folded": batch norms folded. "compile": that compiled (takes minutes; needs a C++ compiler on a CPU).
     "graph": that in a CUDA graph, the branches of a DC-NAS on two streams, for inputs like `example`
-    (B, C, H, W). "onnx": likewise through onnxruntime, with torch's threads; outputs are a list of arrays."""
+    (B, C, H, W). "onnx": through onnxruntime, for such inputs, with torch's threads; returns arrays."""
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r}; possible: {', '.join(MODES)}.")
     if mode == "graph" and (example is None or not example.is_cuda):

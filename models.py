@@ -328,8 +328,10 @@ class Network(nn.Module):
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
                 x = stage(x, *choice)
-            logits = self.head(x) if self.classifies else None
-            return logits if logits is None or self.means is None else logits + self.means(features[2:])
+            if not self.classifies:
+                return None
+            taken = [features[stage - 2] for stage in MEANS]  # the first features are of stage 2
+            return self.head(x) if self.means is None else self.head(x) + self.means(taken)
         if not (self.parallel and x.is_cuda and self.denoises and self.classifies):
             return Output(denoise(), classify(features[-1]))
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()

@@ -576,8 +576,9 @@ def main(argv: list[str] | None = None) -> None:
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
             if args.recipe == "paper" and record["method"] in registry.JOINT:
-                args.decoder = args.decoder or ("conv" if record["model"] != "cnas" else None)
                 record = {**record, "multiscale": False}
+                if record["model"] != "cnas":
+                    args.decoder = args.decoder or "conv"
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
         if state is None and record.get("weights") and not args.from_scratch:

@@ -266,6 +266,19 @@ def test_the_folded_form_computes_the_same_without_batch_norms(model):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("convolution, folds", (
+    (nn.Conv2d(4, 3, 1, bias=False), True), (nn.Conv2d(4, 3, 1), False),
+    (nn.Conv2d(4, 3, 1, padding=1, bias=False), False), (nn.Conv2d(4, 3, 3, bias=False), False),
+    (nn.Conv2d(4, 4, 1, groups=2, bias=False), False)))
+def test_a_norm_is_folded_into_the_convolution_behind_it_where_that_is_the_same(convolution, folds):
+    network, images = nn.Sequential(nn.BatchNorm2d(4, affine=False), convolution), torch.randn(2, 4, 7, 9) + 1
+    with torch.no_grad():
+        network.train()(images)
+        folded = latency.fold_batch_norm(network)
+        torch.testing.assert_close(folded(images), network.eval()(images))
+    assert len(folded) == (1 if folds else 2)
+
+
 def test_modes_that_cannot_be_had_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match="no mode"):
         latency.fast(nn.Conv2d(3, 3, 1), "warp")
