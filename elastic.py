@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
@@ -79,16 +81,16 @@ class Part(NamedTuple):
 WEIGHTS = Part("network", "million weights")  # those that have left the cache when they are needed
 
 
-STAGES = (Stage(2, 32, 1, 1, "relu"), Stage(3, 48, 2, 2, "relu"), Stage(4, 64, 2, 2, "silu"),
-          Stage(5, 96, 3, 2, "silu"), Stage(6, 128, 3, 1, "silu"), Stage(7, 192, 2, 2, "silu"),
-          Stage(8, 256, 1, 1, "silu"))
+STAGES = (Stage(2, 32, 2, 1, "relu"), Stage(3, 48, 3, 2, "relu"), Stage(4, 64, 3, 2, "silu"),
+          Stage(5, 96, 4, 2, "silu"), Stage(6, 128, 4, 1, "silu"), Stage(7, 192, 3, 2, "silu"),
+          Stage(8, 256, 2, 1, "silu"))
 OPERATIONS = Operation(3, False), Operation(5, False), Operation(3, True), Operation(5, True)
 EXPANSIONS = (2, 4, 6)
 KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
 TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the classifier keeps larger maps
 STEM, HEAD, LEVELS = 32, 1024, (96, 64, 48, 32)  # widest at scale 1; levels 4 to 1 of the decoder
-HEADS, BRANCHES = (0.25, 0.5, 1.0), (0, 12, 24)  # channels of the branch at full resolution; 0: no branch
+HEADS, BRANCHES = (0.25, 0.5, 1.0), (None, 0, 12, 24)  # channels of the branch at full resolution; 0: a Gate
 LAST = 9  # as an index: the last option of any decision
 SCALES = (0.25, 8.0)  # the smallest and the largest space
 round_width = partial(models.round_width, step=16)  # channels are multiples of it, the width of vector units
@@ -123,7 +125,7 @@ class Space:
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """All choices, in the order of the indices of a network."""
-        rows = [Decision("stem", self.widths(STEM, (0.5, 1.0)))]
+        rows = [Decision("stem", self.widths(STEM, (0.5, 1.0))), Decision("multiscale", (False, True))]
         for stage in self.stages():
             name = f"stage {stage.number}"
             rows += [Decision(f"{name} width", self.widths(stage.channels)),
@@ -160,21 +162,29 @@ class Space:
                                     round_width(mid / 8) if operation.se else 0, stage.activation))
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
-            return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"])
+            return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"],
+                        multiscale=values["multiscale"])
         levels = tuple((values[f"level {level} width"], values[f"level {level} convolutions"])
                        for level in (4, 3, 2, 1))
         classes, head = self.num_classes, values.get("head", models.HEAD_CHANNELS)
         return Arch(self.model, tuple(blocks), classes * (self.model != "dnas"), values["stem"], head,
-                    "sharp" if values["branch"] else "conv", levels, values["branch"] or BRANCHES[1])
+                    "conv" if values["branch"] is None else "sharp", levels, values["branch"] or 0,
+                    values["multiscale"])
 
     def random_choices(self, rng: random.Random) -> tuple[int, ...]:
         return tuple(rng.randrange(len(decision.options)) for decision in self.decisions)
 
-    def uniform(self, width: int, depth: int, operation: int, expansion: int, branch: int = 1) -> tuple:
+    def leaning_choices(self, rng: random.Random, shares) -> tuple[int, ...]:
+        """Random choices; `shares`, by the last word of a decision: 0 for cheap options, 1 for dear ones."""
+        return tuple(rng.randrange(len(options)) if name.endswith("operation")
+                     else sum(rng.random() < shares[name.split()[-1]] for _ in options[1:])
+                     for name, options in self.decisions)
+
+    def uniform(self, width: int, depth: int, operation: int, expansion: int, branch: int = 2) -> tuple:
         """The choices of a plain network: everywhere the same indices, or the last where there are fewer
-        options; two 3x3 convolutions a level, and stride 2 in the tail."""
-        wanted = {"width": width, "depth": depth, "operation": operation, "expansion": expansion,
-                  "branch": branch, "head": width, "stem": width, "convolutions": 2, "stride": 0}
+        options; two 3x3 convolutions a level, stem and head at several scales, and stride 2 in the tail."""
+        wanted = {"width": width, "stem": width, "head": width, "depth": depth, "operation": operation,
+                  "expansion": expansion, "convolutions": 2, "branch": branch, "multiscale": 1, "stride": 0}
         return tuple(min(wanted[name.split()[-1]], len(options) - 1) for name, options in self.decisions)
 
     def largest(self) -> tuple[int, ...]:
@@ -185,10 +195,9 @@ class Space:
         return (0,) * len(self.decisions)
 
     def random_design(self, rng: random.Random) -> Arch:
-        """A network of any scale, for the latency table."""
-        low, high = map(math.log, (0.5, 2.5))
-        space = replace(self, scale=math.exp(rng.uniform(low, high)))
-        return space.arch(space.random_choices(rng))
+        """A network of any scale, for the latency table: also what a search finds, as shallow wide ones."""
+        space = replace(self, scale=2 ** rng.uniform(-1, 1))
+        return space.arch(space.leaning_choices(rng, defaultdict(partial(rng.triangular, 0, 1))))
 
     def carriers(self, rng: random.Random, rounds: int) -> list[Arch]:
         """Random networks; the first ones also as C-NAS and D-NAS."""
@@ -209,7 +218,8 @@ class Space:
     def possible_parts(self) -> set[Part]:
         """Every unit of cost that a network of any scale can have."""
         space = replace(self, scale=1.0)
-        plain = [space.uniform(1, 1, operation, 1) for operation in range(len(OPERATIONS))]
+        plain = [space.uniform(1, 1, operation, 1, branch) for operation in range(len(OPERATIONS))
+                 for branch in (1, LAST)]
         pieces = {piece for choices in (space.smallest(), *plain) for piece in pieces_of(space.arch(choices))}
         residual = {Part(f"stage {stage.number}", "residual") for stage in self.stages() if stage.stride == 1}
         return residual | {part for piece in pieces for part in amounts(piece)}
@@ -321,16 +331,18 @@ def amounts(piece: Piece) -> dict[Part, float]:
         if of.stride == 1 and inner == outer:
             units["residual"] = outer * after
     elif place == "stem":
-        units, weights = {"multiscale": 1.0, "values": of.stem_channels / 4}, 0
+        units, weights = {"stem": 1.0, "values": of.stem_channels / 4}, 0
+        units |= {"multiscale": 1.0} if of.multiscale else {}
     elif place == "head":
         area, weights = 1 / stride**2, of.blocks[-1].out_channels * of.head_channels
         units = {"head": 1.0, "pointwise": weights * area / 1e3,
                  "values": of.head_channels * area}
+        units |= {"multiscale": 1.0} if of.multiscale else {}
     else:
         outputs = {block.stage: block.out_channels for block in of.blocks}
         below, units, sharp, weights = outputs[6], {"decoder": 1.0}, of.decoder == "sharp", 0
         skips = {4: 0, 3: outputs[4], 2: outputs[3], 1: outputs[2] + 12 * sharp}
-        widths = [width for width, _ in of.levels] + [16 if sharp else 3]
+        widths = [width for width, _ in of.levels] + [16 if sharp and of.branch else 3 + sharp]
         for level, (width, kernels), then in zip((4, 3, 2, 1), of.levels, widths[1:]):
             area, source = 1 / 4**level, below + skips[level]
             for kernel, taken in zip(kernels, (source, width)):
@@ -341,7 +353,7 @@ def amounts(piece: Piece) -> dict[Part, float]:
             units[f"up {level}"] = width * then * area * 4 / 1e3
             below = then
         if sharp:
-            units |= {"branch": 1.0, "branch channels": float(of.branch)}
+            units |= {"branch": 1.0, "branch channels": float(of.branch)} if of.branch else {"gate": 1.0}
     return {**{Part(place, unit): amount for unit, amount in units.items()}, WEIGHTS: weights / 1e6}
 
 
@@ -479,7 +491,8 @@ class SuperNet(nn.Module):
             levels = ", ".join(" and ".join(f"{kernel}x{kernel}" for kernel in kernels) + f" to {width}"
                                for width, kernels in design.levels)
             lines.append(f"decoder levels 4 to 1: {levels} channels; branch at full resolution: "
-                         + (f"{design.branch} channels" if design.decoder == "sharp" else "none"))
+                         + ("none" if design.decoder == "conv" else
+                            f"{design.branch} channels" if design.branch else "a gate"))
         return "\n".join([*lines, *([f"{'the rest':>8} {'':<34} {rest:>7.3f}"] if costs else [])])
 
     def decisions(self) -> list[dict]:
@@ -528,15 +541,17 @@ class Comparison:
 
     @torch.no_grad()
     def measure(self, choices: tuple[int, ...]) -> None:
-        """Compute the losses of a network."""
-        arch, sums = self.supernet.space.arch(choices), dict.fromkeys(self.names, 0.0)
-        for noisy, clean, labels in self.batches:
+        """Compute the losses of a network: of both, the denoising loss of the first batch only. An image has
+        thousands of pixels and one class, so its cross-entropy says far less about the network."""
+        arch, values = self.supernet.space.arch(choices), {name: [] for name in self.names}
+        for place, (noisy, clean, labels) in enumerate(self.batches):
+            class_only = self.loss == "both" and place > 0
             with run.autocast(self.device, self.amp):
-                output = self.supernet(noisy, arch)
-            _, parts = task_loss(output, clean, labels, self.loss, 0.0)
-            for name in self.names:
-                sums[name] += float(parts[name]) / len(self.batches)
-        self.losses[choices] = sums
+                output = self.supernet(noisy, arch.with_model("cnas") if class_only else arch)
+            _, parts = task_loss(output, clean, labels, "cls" if class_only else self.loss, 0.0)
+            for name, value in parts.items():
+                values[name].append(float(value))
+        self.losses[choices] = {name: statistics.fmean(each) for name, each in values.items()}
 
     def rows(self, costs: dict[Part, float], rest: float) -> list[dict]:
         """A row for each network measured: its losses, its cost, and its record."""
@@ -549,8 +564,8 @@ class Comparison:
         return result
 
     def scores(self) -> dict[tuple[int, ...], float]:
-        """A number for each network measured, less is better: the losses in standard deviations of them all,
-        so that their weights do not depend on their units."""
+        """A number for each network measured, less is better: the losses in standard deviations of them all.
+        Of shared weights the cross-entropy differs far less than that of networks trained alone."""
         total = dict.fromkeys(self.losses, 0.0)
         for name in self.names:
             share = 1.0 if len(self.names) == 1 else self.share if name == "ce" else 1 - self.share
@@ -619,14 +634,9 @@ class Within:
 
 def spread_over(space: Space) -> list[tuple[int, ...]]:
     """Random networks, each with another share of dear options, so that all sizes are among them."""
-    rng, result = random.Random(0), []
-    for place in range(SPREAD):
-        dear, choices = (place + 0.5) / SPREAD, []
-        for name, options in space.decisions:
-            choices.append(rng.randrange(len(options)) if name.endswith("operation")
-                           else sum(rng.random() < dear for _ in options[1:]))
-        result.append(tuple(choices))
-    return result
+    rng = random.Random(0)
+    return [space.leaning_choices(rng, defaultdict(lambda: (place + 0.5) / SPREAD))
+            for place in range(SPREAD)]
 
 
 def features(space: Space, choices: tuple[int, ...]) -> list[float]:
@@ -654,8 +664,8 @@ def predictor(space: Space, scores: dict[tuple[int, ...], float]):
     return predict
 
 
-ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 18  # networks, of the evolution
-IMAGES = 256  # held-out ones, by which networks are compared
+ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 20  # networks, of the evolution
+IMAGES = 600  # held-out ones, by which networks are compared
 SPREAD = 24  # networks from all over the space, whose order judge.py compares with that after training
 
 
@@ -725,12 +735,12 @@ class Schedule:
     """The weights of the supernet; what is chosen is chosen after the last epoch, by `search`.
 
     The first epochs train even networks: one share of the channels everywhere, the rest drawn (universally
-    slimmable networks, Yu and Huang 2019). From networks of random widths a supernet learns its first
-    features many times slower. Then every other step trains the widest and deepest network and a random one,
-    the steps between two random ones, the smallest among them every fourth time. Beside the largest the
-    others learn its images and logits as well. (In the papers every step trains the largest, the smallest
-    and two random ones, which is 1.8 times as much work.) AdamW, weight decay 0.01, clip 5; the learning
-    rate is constant, then a cosine to 0.
+    slimmable networks, Yu and Huang 2019), on images of half the size, in half the time. From networks of
+    random widths a supernet learns its first features many times slower. Then every other step trains the
+    widest and deepest network and a random one, the steps between two random ones, the smallest among them
+    every fourth time. Beside the largest the others learn its images and logits as well. (In the papers every
+    step trains the largest, the smallest and two random ones, which is 1.8 times as much work.) AdamW, weight
+    decay 0.01, clip 5; the learning rate is constant, then a cosine to 0.
     """
 
     GRAD_CLIP, LABEL_SMOOTHING, TAUGHT, WARM_STEPS = 5.0, 0.1, 0.5, 100
@@ -743,7 +753,7 @@ class Schedule:
         self.supernet, self.device = supernet.to(device, memory_format=torch.channels_last).train(), device
         self.loss, self.seed, self.prefer, self.amp = loss, seed, prefer, amp
         self.guard = run.Guard()
-        self.warmup_epochs = round(epochs * 2 / 3) if warmup_epochs is None else warmup_epochs
+        self.warmup_epochs = round(epochs * 3 / 4) if warmup_epochs is None else warmup_epochs
         self.weights = supernet.weight_parameters()
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decays],
                    "weight_decay": 1e-2 * decays} for decays in (True, False)]
@@ -760,7 +770,7 @@ class Schedule:
 
     def work(self, epoch: int) -> float:
         """How long an epoch takes beside a warm-up epoch, for the forecast (measured at 64 px on a CPU)."""
-        return 1.0 if epoch < self.warmup_epochs else 2.0
+        return 1.0 if epoch < self.warmup_epochs else 4.0
 
     def begin_epoch(self, epoch: int, first_step: int) -> None:
         self.epoch, self.warm = epoch, epoch < self.warmup_epochs
@@ -772,7 +782,8 @@ class Schedule:
         """A network of one share in all widths, the rest drawn, but for depth and decoder of the widest."""
         space = self.supernet.space
         even = space.uniform(width, LAST, LAST, LAST, LAST)
-        fixed = ("width", "stem", "head", *(["depth", "convolutions", "branch"] if width == LAST else []))
+        more = ("depth", "convolutions", "branch", "multiscale") if width == LAST else ()
+        fixed = ("width", "stem", "head", *more)
         return space.arch(tuple(index if name.endswith(fixed) else self.rng.randrange(len(options))
                                 for (name, options), index in zip(space.decisions, even)))
 
@@ -801,6 +812,8 @@ class Schedule:
 
     def step(self, batch, step: int, held_out, where: str) -> dict[str, float]:
         self.rng.seed(f"{self.seed} {self.epoch} {step}")  # the same in a resumed run
+        if self.warm and min(batch[0].shape[-2:]) >= 4 * models.ENCODER_STRIDE:  # stage 8 keeps a pixel
+            batch = *(F.avg_pool2d(images, 2) for images in batch[:2]), batch[2]
         self.optimizer.zero_grad(set_to_none=True)
         total, answer, values = 0.0, None, {}
         for arch, is_largest in self.networks(step):
@@ -875,11 +888,12 @@ def add_arguments(parser, model: str) -> None:
     group.add_argument("--scale", type=number(*SCALES), metavar="X",
                        help="factor of all channels of the space (default: by the largest target)")
     group.add_argument("--warmup-epochs", type=whole(0, 100000), metavar="N",
-                       help="first epochs, which train even networks only (default: two thirds)")
+                       help="first epochs, which train even networks on images of half the size "
+                            "(default: three quarters)")
 
 
 def search_defaults(given: dict) -> dict:
-    return {"epochs": 7, "batch_size": 16, "lr": 1.5e-3}
+    return {"epochs": 11, "batch_size": 16, "lr": 1.5e-3}
 
 
 def plan(data, /, *, model: str, target, range: bool, scale: float | None = None, **_) -> dict:

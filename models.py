@@ -120,6 +120,20 @@ class NoiseLevel(nn.Module):
         detail = F.conv2d(x, self.detail, stride=2, groups=len(self.detail))
         return self.avgpool((F.avg_pool2d(detail.square().mean(1, keepdim=True), 4) + self.FLOOR).log())
 
+class Gate(nn.Module):
+    """The least at full resolution, ours: an image y with a feature (B, 4, H, W) and the noisy image n
+    (B, 3, H, W) -> for each pixel a mixture of n and y, by a sigmoid of the feature and of the NoiseLevel."""
+    FEATURES = 1
+
+    def __init__(self):
+        super().__init__()
+        self.noise_level = NoiseLevel()
+        self.slope = nn.Parameter(torch.full((1, 1, 1, 1), -2.0))
+
+    def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
+        own = torch.sigmoid(x[:, 3:] + self.slope * (self.noise_level(noisy) + 4))  # -4: sigma 0.14
+        return own * noisy + (1 - own) * x[:, :3]
+
 class FullResolution(nn.Module):
     """The branch at full resolution, ours: an image y with features (B, 3 + FEATURES, H, W) and the noisy
     image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
@@ -176,7 +190,7 @@ class Decoder(nn.Module):
     follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
     papers do not state widths and activation; here a level has the width of the encoder stage of its size,
     and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched. `branch`: channels of
-    FullResolution."""
+    FullResolution; 0: `Gate` in its place."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
                  branch: int = 12):
         super().__init__()
@@ -192,8 +206,8 @@ class Decoder(nn.Module):
         (l4, l3, l2, l1), kernels = zip(*(levels or zip((s5, s4, s3, s2), kernels)))
         widths = ((s6, l4, l3), (l3 + s4, l3, l2), (l2 + s3, l2, l1), (l1 + s2 + pixels, l1, l1))
         self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
-        self.full = FullResolution(branch) if kind == "sharp" else None
-        self.image = nn.Conv2d(l1, 3 + (FullResolution.FEATURES if self.full else 0), 1)
+        self.full = (FullResolution(branch) if branch else Gate()) if kind == "sharp" else None
+        self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
     def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
         s2, s3, s4, _, x = features
@@ -479,7 +493,7 @@ COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "activation": (*ACTIVATIONS,),
            "kernel_size": (1, 3, 5, 7), "stride": (1, 2), "se_channels": range(65537),
-           "num_classes": range(65537)}  # else: COUNTS
+           "num_classes": range(65537), "branch": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:

@@ -40,12 +40,12 @@ def fake_parts(space, size=16):
 
 
 def fake_wide(num_classes=10, size=32, dear=""):
-    """The content of a table of the wide space, in which units whose names have `dear` in them cost 1,000
+    """The content of a table of the wide space, in which units whose names have `dear` in them cost 10,000
     times as much as the others."""
     import elastic
 
     space, rest_ms = elastic.Space(num_classes), {"cnas": 0.05, "dnas": 0.05, "dcnas": 0.05}
-    times = {part: 20.0 if dear and dear in " ".join(part) else 0.02
+    times = {part: 200.0 if dear and dear in " ".join(part) else 0.02
              for part in sorted(space.possible_parts())}
     return content_of(space, times, rest_ms, space.reference_design(), size)
 

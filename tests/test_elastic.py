@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import elastic
 import files
@@ -168,6 +169,15 @@ def test_even_networks_learn_first_then_the_others_with_the_largest():
     schedule, batch = steps_of(supernet, warmup_epochs=1)
     schedule.begin_epoch(0, 0)
     assert schedule.step(batch, 0, None, "").keys() == {"weight_loss"}
+    sizes, forward = [], supernet.forward
+    supernet.forward = lambda images, arch: sizes.append(images.shape[-1]) or forward(images, arch)
+    large = *(F.interpolate(images, scale_factor=3) for images in batch[:2]), batch[2]
+    for given in (batch, large):  # half the size, where that leaves a pixel of the last stage
+        schedule.step(given, 0, None, "")
+    schedule.warm = False
+    schedule.step(large, 3, None, "")
+    schedule.warm, supernet.forward = True, forward
+    assert sizes == [32, 48, 96, 96]
     shares = {name: options for name, options in SMALL.decisions if name.endswith(" width")}
     drawn = [schedule.networks(0)[0][0] for _ in range(12)]
     widths = {(*(width for width, _ in arch.levels), arch.blocks[-1].out_channels) for arch in drawn}
@@ -259,7 +269,8 @@ def test_a_table_steers_depth_widths_decoder_and_branch(dear, decision, monkeypa
         choices = elastic.search(supernet, within)
         assert 0.9 * target <= within.cost(choices) <= target
         taken[name] = choices[place]
-    assert taken[dear] == 0 < taken[""]
+    cheap = 1 if decision == "branch" else 0  # a gate
+    assert taken[dear] <= cheap < taken[""]
 
 
 def test_a_linear_taste_is_predicted_and_found():
@@ -293,6 +304,19 @@ def test_what_the_user_prefers_decides():
         elastic.preference("3")
 
 
+def test_the_class_is_compared_on_all_images_and_the_picture_on_the_first_batch():
+    supernet, choices = elastic.SuperNet(SMALL), SMALL.random_choices(random.Random(1))
+    batches = [(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])) for _ in "ab"]
+    compare = elastic.Comparison(supernet, batches, "both", 0.5, CPU, "off")
+    compare.measure(choices)
+    with torch.no_grad():
+        alone = [train.task_loss(supernet(noisy, SMALL.arch(choices)), clean, labels, "both", 0.0)[1]
+                 for noisy, clean, labels in batches]
+    losses = compare.losses[choices]
+    assert losses["den"] == pytest.approx(float(alone[0]["den"]), rel=1e-5)
+    assert losses["ce"] == pytest.approx(statistics.fmean(float(parts["ce"]) for parts in alone), rel=1e-5)
+
+
 def test_random_networks_are_near_the_target_and_follow_their_seed():
     costs, rest = costs_of()
     target = SMALL.cost(SMALL.arch(SMALL.uniform(1, 0, 0, 1)), costs, rest)
@@ -306,7 +330,7 @@ def test_random_networks_are_near_the_target_and_follow_their_seed():
 
 def test_an_export_has_the_weights_and_calibrated_norms():
     supernet, images = elastic.SuperNet(SMALL), torch.rand(8, 3, 32, 32)
-    arch = SMALL.arch(SMALL.random_choices(random.Random(2)))
+    arch = SMALL.arch(SMALL.uniform(1, 1, 1, 1))
     assert supernet.export(arch) is None
     supernet.compare = elastic.Comparison(supernet, [(images, images, None)], "both", 0.5, CPU, "off")
     network = supernet.export(arch)

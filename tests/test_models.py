@@ -237,6 +237,20 @@ def test_the_image_is_the_noisy_one_where_its_weight_is_one_and_a_clean_one_at_f
     torch.testing.assert_close(network(noisy).image, noisy)
 
 
+def test_a_branch_of_no_channels_is_a_gate_between_the_noisy_image_and_the_decoded_one():
+    torch.manual_seed(0)
+    network = Network(replace(named_arch("dcnas-k3-e3", 4), branch=0)).eval()
+    assert Arch.from_dict(network.arch.to_dict()) == network.arch
+    clean = F.interpolate(torch.rand(2, 3, 5, 5), 50, mode="bilinear")
+    noisy = clean + torch.randn(clean.shape)
+    with torch.no_grad():
+        assert (network(clean).image - clean).abs().max() < 0.01 < (network(noisy).image - noisy).std()
+        decoded = network.decoder.full(torch.cat((clean, torch.full_like(clean[:, :1], -1e6)), 1), noisy)
+        network.decoder.image.bias[3] = 1e6
+        torch.testing.assert_close(network(noisy).image, noisy)
+    torch.testing.assert_close(decoded, clean)
+
+
 def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
     branch = models.FullResolution()
     stroke = torch.zeros(1, 1, 40, 72)  # not a multiple of the largest scale
