@@ -779,11 +779,12 @@ class Schedule:
         return 0
 
     def _even(self, width: int) -> Arch:
-        """A network of one share in all widths, the rest drawn, but for depth and decoder of the widest."""
+        """A network of one share in all widths, the rest drawn, but for depth and decoder of the widest. All
+        have stem and head at several scales, with which the weights learn the class sooner."""
         space = self.supernet.space
         even = space.uniform(width, LAST, LAST, LAST, LAST)
-        more = ("depth", "convolutions", "branch", "multiscale") if width == LAST else ()
-        fixed = ("width", "stem", "head", *more)
+        fixed = ("width", "stem", "head", "multiscale",
+                 *(["depth", "convolutions", "branch"] if width == LAST else []))
         return space.arch(tuple(index if name.endswith(fixed) else self.rng.randrange(len(options))
                                 for (name, options), index in zip(space.decisions, even)))
 
