@@ -624,8 +624,8 @@ class Within:
         return best[1]
 
     def draw(self, rng: random.Random) -> tuple[int, ...]:
-        """A random network that is near to the target by itself; where 2,000 draws find none, an adjusted."""
-        for _ in range(2000):
+        """A random network that is near to the target by itself; where TRIES draws find none, an adjusted."""
+        for _ in range(TRIES):
             choices = self.space.random_choices(rng)
             if self.NEAR * self.target <= self.cost(choices) <= self.target:
                 return choices
@@ -665,6 +665,7 @@ def predictor(space: Space, scores: dict[tuple[int, ...], float]):
 
 
 ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 20  # networks, of the evolution
+TRIES = 2000  # of a random network near to a target
 IMAGES = 600  # held-out ones, by which networks are compared
 SPREAD = 24  # networks from all over the space, whose order judge.py compares with that after training
 

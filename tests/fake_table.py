@@ -53,7 +53,8 @@ def fake_wide(num_classes=10, size=32, dear=""):
 def quick_elastic(monkeypatch):
     """Let a search of the wide space compare few networks."""
     import elastic
-    for name, value in {"ROUNDS": 2, "CHILDREN": 3, "DRAWN": 4, "PLAIN": 2, "SPREAD": 3}.items():
+    for name, value in {"ROUNDS": 2, "CHILDREN": 3, "DRAWN": 4, "PLAIN": 2, "SPREAD": 3,
+                        "TRIES": 50}.items():
         monkeypatch.setattr(elastic, name, value)
 
 

@@ -252,7 +252,7 @@ class Taste(elastic.Comparison):
     ("stem values", "stem"), ("convolution 3x3 1", "level 1 convolutions"), ("decoder branch", "branch")))
 def test_a_table_steers_depth_widths_decoder_and_branch(dear, decision, monkeypatch):
     """Where a unit of cost is dear, the cheapest option of what needs it is taken; else not."""
-    for name, value in {"ROUNDS": 3, "DRAWN": 12, "SPREAD": 0}.items():
+    for name, value in {"ROUNDS": 3, "DRAWN": 12, "SPREAD": 0, "TRIES": 50}.items():
         monkeypatch.setattr(elastic, name, value)
     space = elastic.Space(3)
     supernet = elastic.SuperNet.__new__(elastic.SuperNet)
