@@ -90,7 +90,7 @@ KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
 TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the classifier keeps larger maps
 STEM, HEAD, LEVELS = 32, 1024, (96, 64, 48, 32)  # widest at scale 1; levels 4 to 1 of the decoder
-HEADS, BRANCHES = (0.25, 0.5, 1.0), (None, 0, 12, 24)  # channels of the branch at full resolution; 0: a Gate
+HEADS, BRANCHES = (0.25, 0.5, 1.0), (None, 0, 12, 24)  # channels at full resolution; 0: a Gate; None: nothing
 LAST = 9  # as an index: the last option of any decision
 SCALES = (0.25, 8.0)  # the smallest and the largest space
 round_width = partial(models.round_width, step=16)  # channels are multiples of it, the width of vector units

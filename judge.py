@@ -52,7 +52,6 @@ MEASURES = {  # column -> (more is better, how it is written)
     "joint loss": (False, "{:.4f}")}
 
 
-WHOLE = "blocks", "levels", "decoder", "branch", "stem_channels", "head_channels", "multiscale"  # an Arch
 RANKED = "ranked"  # networks that the search of seed 0 compared, from all over the space
 
 
@@ -208,7 +207,7 @@ class Judge:
     def order(self, target: float, groups: dict[str, list[dict]]) -> dict[str, dict]:
         """Kendall's tau between the joint losses in the supernet of seed 0 and after training: of networks
         from all over the space, and of the random ones, which have one latency."""
-        key = lambda row: json.dumps([row[name] for name in WHOLE])
+        key = models.Arch.from_dict
         known = {key(row): 0.1 * row["ce"] + 0.9 * row["den"] for row in self.compared(target)}
         result = {}
         for group in (RANKED, "random"):
