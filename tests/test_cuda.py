@@ -87,7 +87,7 @@ def gradients(network, device, output):
 
 @pytest.mark.parametrize("method, recompute", [("tfnas", False), ("tfnas", True), ("elastic", False)])
 def test_the_supernet_has_the_gradients_of_the_cpu(method, recompute):
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    images = torch.rand(8, 3, 64, 64, dtype=torch.float64)  # with few, batch norms magnify rounding errors
     def make():
         torch.manual_seed(0)
         if method == "elastic":
@@ -103,7 +103,8 @@ def test_the_supernet_has_the_gradients_of_the_cpu(method, recompute):
         results.append(gradients(supernet, device, lambda net: output(net, images.to(device))))
     assert results[0].keys() == results[1].keys() and len(results[0]) > 50
     for name, ours in results[1].items():
-        torch.testing.assert_close(ours, results[0][name], rtol=1e-6, atol=1e-9, msg=name)
+        error, size = (ours - results[0][name]).abs().max(), results[0][name].abs().max()
+        assert error <= 1e-9 * size + 1e-12, (name, error, size)
 
 
 @pytest.mark.parametrize("mode", ["folded", "compile", "graph"])
