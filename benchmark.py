@@ -358,8 +358,8 @@ class Report:
         self.benchmark("inference of one image", *forms, "--latency-batch", "1")
         self.table("graph")
         self.search()
-        self.table("eager")
         self.command("tests", "-m", "pytest", "-m", "cuda", "--durations", "9", "tests", seconds=240)
+        self.table("eager")
         self.table("folded")
 
     def format(self) -> str:

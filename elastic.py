@@ -14,7 +14,9 @@ al. 2020). At the end networks within the latency are compared on held-out image
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import random
 import statistics
 from collections import defaultdict
@@ -34,6 +36,10 @@ import tfnas
 from data import number, whole
 from models import Arch, Block
 from train import task_loss, taught_loss
+
+# oneDNN computes the convolutions on a CPU and keeps the last 1,024 that it compiled. The space has more: it
+# compiled most of them again in each step, a quarter more time. It reads this at the first convolution.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 design_of, record_content, build = Arch.from_dict, Arch.to_dict, models.make_network
 TRAIN_DEFAULTS: dict = {}
@@ -388,17 +394,19 @@ def positive_least_squares(matrix: Tensor, wanted: Tensor) -> Tensor:
 Norm = partial(nn.BatchNorm2d, track_running_stats=False)  # statistics of the batch, also in comparisons
 
 
-def _network(arch: Arch) -> models.Network:
-    def make_block(block: Block, _) -> models.MBConv:
-        return models.build_block(block, norm_layer=Norm)
-    return models.Network(arch, make_block=make_block, norm_layer=Norm)
+@lru_cache(None)
+def _bare_block(place: int, block: Block) -> models.MBConv:
+    return models.build_block(block, norm_layer=Norm)
 
 
 @lru_cache(256)
 def _bare_network(arch: Arch) -> models.Network:
-    """A network without weights, to be called with those of the supernet."""
+    """A network without weights, to be called with those of the supernet. Networks share their blocks: to
+    build all of them anew takes a fifth of a training step."""
+    places = itertools.count()  # the same block twice in a network must be two modules
     with torch.device("meta"):
-        return _network(arch).train()
+        return models.Network(arch, make_block=lambda block, _: _bare_block(next(places), block),
+                              norm_layer=Norm).train()
 
 
 class SuperNet(nn.Module):
@@ -413,7 +421,8 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space, self.weights = space, nn.ParameterDict()
         arch = space.arch(space.largest())
-        network = _network(arch)
+        network = models.Network(arch, make_block=lambda block, _: models.build_block(block, norm_layer=Norm),
+                                 norm_layer=Norm)
         for stage in (*network.encoder, *network.tail):
             nn.init.ones_(stage[0].project[1].weight)  # where it is no residual, 0 would end the network
         for name, weight in network.named_parameters():
@@ -758,7 +767,7 @@ class Schedule:
         self.weights = supernet.weight_parameters()
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decays],
                    "weight_decay": 1e-2 * decays} for decays in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, lr)
+        self.optimizer = torch.optim.AdamW(groups, lr, fused=True)
         warm, all_steps = self.warmup_epochs * steps, max(1, epochs * steps)
 
         def rate(step: int) -> float:
