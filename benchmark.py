@@ -340,9 +340,9 @@ class Report:
             image = np.random.default_rng(place).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             (pictures / f"{place % 100:02}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(pictures / f"{place % 100:02}" / f"{place}.png")
-        if self.command("search", "search.py", "--target", f"{target:.3f}", "--mode", "graph", "--table",
-                        str(path), "--data", str(pictures), "--size", "224", "--epochs", "2", "--batch-size",
-                        "32", "--device", self.device, "--output-dir", str(found), seconds=100):
+        if self.command("search", "search.py", "--target", f"{target:.3f}", "--table", str(path), "--data",
+                        str(pictures), "--size", "224", "--epochs", "2", "--batch-size", "32", "--device",
+                        self.device, "--output-dir", str(found), seconds=100):
             times = files.load_record(found / "arch.json")["latency"]
             measured = latency.ms_at_table(times, table.setting)
             self.values |= {"search: target ms": target, "search: predicted ms": times["predicted_ms"],

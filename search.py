@@ -701,8 +701,8 @@ def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:
                       help="threads of torch that the latency is for, on a CPU (default: %(default)s)")
     cost.add_argument("--dtype", choices=latency.DTYPES, default="float32",
                       help="number format of the latency (default: %(default)s)")
-    cost.add_argument("--mode", choices=latency.MODES, default="eager",
-                      help="form of the network, see latency.py --help (default: %(default)s)")
+    cost.add_argument("--mode", choices=latency.MODES, help="form of the network, see latency.py --help "
+                      "(default: that of --table, else eager)")
     cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="X",
                       help="strength of the latency's gradient (default: that of the method)")
     recipe = parser.add_argument_group("recipe")
@@ -763,6 +763,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
         raise ValueError("--table is for a --target in milliseconds; give one, or leave the table out.")
     if args.target and getattr(args, "target_macs", None):
         raise ValueError("--target and --target-macs are two limits; give one of them.")
+    if args.mode is None:
+        args.mode = latency.load_table(args.table).setting.mode if args.table else "eager"
     return args, state
 
 

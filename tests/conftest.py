@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # `python -m pytest` alone runs these files in a second process beside the others, half of the time each; with
 # any argument everything runs in one.
 SECOND_HALF = ("test_cli.py", "test_denoise.py", "test_distributed.py", "test_eval.py", "test_faults.py",
-               "test_hinas.py", "test_latency.py", "test_reproduce.py")
+               "test_hinas.py", "test_judge.py", "test_latency.py", "test_reproduce.py")
 
 
 @pytest.fixture(autouse=True)

@@ -594,6 +594,16 @@ def test_a_table_made_before_or_not_the_weights_start_the_same(
     assert latency.load_table(tmp_path / "made/latency.json").hash == latency.load_table(table).hash
 
 
+def test_a_search_times_networks_in_the_form_that_its_table_is_for(table, tmp_path, capsys):
+    content = fake_table(size=16)
+    files.write_json(tmp_path / "t.json", {**content, "setting": {**content["setting"], "mode": "folded"}})
+    flags = ["--range", *JOINT, "--train-images", "8", "--output-dir", str(tmp_path), "--table"]
+    command(*flags, tmp_path / "t.json")
+    assert search.read_command([*flags, table])[0].mode == "eager"
+    message = sentence([*flags, str(tmp_path / "t.json"), "--mode", "eager"], capsys)
+    assert "mode is 'folded' there and 'eager' here" in message
+
+
 @pytest.mark.parametrize("model", ("dcnas", "dnas", "superkernel", "hinas"))
 def test_the_range_is_printed_and_nothing_searched(model, table, tmp_path, capsys, monkeypatch):
     flags = {"superkernel": SUPERKERNEL, "hinas": HINAS}.get(model, ["--model", model, *JOINT])
