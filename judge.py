@@ -343,7 +343,7 @@ def plot(path: Path, results: dict) -> bool:
             runs = [run for (_, other), made in results.items() if other == group for run in made]
             marker = {"found": "*", "random": "."}.get(group, "o")
             axis.scatter([run["ms"] for run in runs], [run[name] for run in runs], label=group, marker=marker,
-                         s=110 if marker == "*" else 40, alpha=0.7, zorder=3 if marker == "*" else 2)
+                         s=40 if marker == "o" else 110, alpha=0.7, zorder=3 if marker == "*" else 2)
         axis.set(xlabel="ms", ylabel=name)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
