@@ -556,7 +556,7 @@ def test_a_bad_batch_does_not_spoil_the_statistics_of_batch_norms(tmp_path, monk
 
 def test_what_is_odd_or_damaged_ends_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tried, failures = fuzz.run(tmp_path, 35, seed=0)
+    tried, failures = fuzz.run(tmp_path, 42, seed=0)
     assert not failures, "\n\n".join(failures[:5])
     assert {code for _, code in tried.counts} >= {0, 2}
 
