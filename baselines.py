@@ -11,7 +11,7 @@ classifies places of an image takes their boxes (B, D, 4) as second argument and
 evaluate and time a network of your own by its name, write the function that builds it and add a line at the
 end of this file. UNet and DC-Net are in models.py. Sources: Markhorst 2024, supplement A (classifiers);
 torchvision (ResNet, MobileNets); Tan and Le 2021 (EfficientNetV2); Conde et al. 2023 (LPIENet); Zhang et al.
-2017 (DnCNN).
+2017, 2017b, 2018, 2021 (DnCNN, IRCNN, FFDNet, DRUNet); Chen et al. 2022 (NAFNet).
 """
 
 from __future__ import annotations
@@ -239,6 +239,162 @@ class DnCNN(nn.Module):
         return Output(x - self.layers(x), None)
 
 
+class IRCNN(nn.Module):
+    """IRCNN (Zhang et al. 2017b): 7 convolutions of 64 channels with dilation 1, 2, 3, 4, 3, 2, 1 that
+    estimate the noise in an image. Its authors have one network for each noise level. Batch norms are folded
+    away, as in the weights that they publish."""
+
+    denoises, classifies = True, False
+
+    def __init__(self):
+        super().__init__()
+        widths, dilations = (3, *[64] * 6, 3), (1, 2, 3, 4, 3, 2, 1)
+        layers = [nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation)
+                  for before, after, dilation in zip(widths, widths[1:], dilations)]
+        self.layers = _with_relu(layers)
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(x - self.layers(x), None)
+
+
+class FFDNet(nn.Module):
+    """FFDNet for colour (Zhang et al. 2018): 12 convolutions of 96 channels on squares of 2x2 pixels and the
+    noise level. The level is given in the paper; here it is that of models.NoiseLevel."""
+
+    denoises, classifies = True, False
+
+    def __init__(self):
+        super().__init__()
+        widths, self.noise_level = (4 * 3 + 1, *[96] * 11, 4 * 3), models.NoiseLevel()
+        self.layers = _with_relu([nn.Conv2d(*pair, 3, padding=1) for pair in zip(widths, widths[1:])])
+
+    def forward(self, x: Tensor) -> Output:
+        height, width = x.shape[-2:]
+        squares = F.pixel_unshuffle(models.pad_to_multiple(x, 2), 2)
+        level = (self.noise_level(x) / 2).exp().expand(-1, -1, *squares.shape[-2:])
+        image = F.pixel_shuffle(self.layers(torch.cat((squares, level), 1)), 2)
+        return Output(image[..., :height, :width], None)
+
+
+class DRUNet(nn.Module):
+    """DRUNet for colour (Zhang et al. 2021): a UNet of 64 to 512 channels with four residual blocks a level,
+    without biases. The noise level is given in the paper; here it is that of models.NoiseLevel."""
+
+    denoises, classifies = True, False
+    WIDTHS, BLOCKS = (64, 128, 256, 512), 4
+
+    def __init__(self):
+        super().__init__()
+        conv, pairs = partial(nn.Conv2d, bias=False), list(zip(self.WIDTHS, self.WIDTHS[1:]))
+        blocks = lambda width: [_ResidualBlock(width) for _ in range(self.BLOCKS)]
+        self.noise_level, self.head = models.NoiseLevel(), conv(3 + 1, self.WIDTHS[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Sequential(*blocks(above), conv(above, below, 2, 2))
+                                  for above, below in pairs)
+        self.body = nn.Sequential(*blocks(self.WIDTHS[-1]))
+        self.up = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(below, above, 2, 2, bias=False),
+                                              *blocks(above)) for above, below in reversed(pairs))
+        self.tail = conv(self.WIDTHS[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Output:
+        height, width = x.shape[-2:]
+        padded = models.pad_to_multiple(x, 2 ** len(self.down))
+        level = (self.noise_level(x) / 2).exp().expand(-1, -1, *padded.shape[-2:])
+        features = [self.head(torch.cat((padded, level), 1))]
+        for stage in self.down:
+            features.append(stage(features[-1]))
+        out = self.body(features[-1])
+        for stage, skip in zip(self.up, features[:0:-1]):
+            out = stage(out + skip)
+        return Output(self.tail(out + features[0])[..., :height, :width], None)
+
+
+class _ResidualBlock(nn.Sequential):
+    """3x3 convolution, ReLU, 3x3 convolution, added to what goes in."""
+
+    def __init__(self, width: int):
+        conv = partial(nn.Conv2d, width, width, 3, padding=1, bias=False)
+        super().__init__(conv(), nn.ReLU(), conv())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class NAFNet(nn.Module):
+    """NAFNet (Chen et al. 2022) with as many blocks as for real noise: 2, 2, 4, 8 in the encoder, 12 in the
+    middle, 2 in each level of the decoder. `width`: channels at full resolution, 32 in the paper; each
+    halving of the size doubles them."""
+
+    denoises, classifies = True, False
+    ENCODER, MIDDLE, DECODER = (2, 2, 4, 8), 12, 2
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        stage = lambda channels, count: nn.Sequential(*(_NAFBlock(channels) for _ in range(count)))
+        widths = [width * 2**level for level in range(len(self.ENCODER))]
+        self.intro = nn.Conv2d(3, width, 3, padding=1)
+        self.encoder = nn.ModuleList(map(stage, widths, self.ENCODER))
+        self.down = nn.ModuleList(nn.Conv2d(channels, 2 * channels, 2, 2) for channels in widths)
+        self.middle = stage(2 * widths[-1], self.MIDDLE)
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * channels, 4 * channels, 1, bias=False),
+                                              nn.PixelShuffle(2)) for channels in reversed(widths))
+        self.decoder = nn.ModuleList(stage(channels, self.DECODER) for channels in reversed(widths))
+        self.ending = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Output:
+        height, width = x.shape[-2:]
+        image = models.pad_to_multiple(x, 2 ** len(self.down))
+        out, skips = self.intro(image), []
+        for stage, down in zip(self.encoder, self.down):
+            skips.append(stage(out))
+            out = down(skips[-1])
+        out = self.middle(out)
+        for up, stage in zip(self.up, self.decoder):
+            out = stage(up(out) + skips.pop())
+        return Output((image + self.ending(out))[..., :height, :width], None)
+
+
+class _NAFBlock(nn.Module):
+    """Two residual branches: layer norm, 1x1, depthwise 3x3, gate, channel attention, 1x1; and layer norm,
+    1x1, gate, 1x1. The gate multiplies one half of the channels with the other."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        pointwise, norm = partial(nn.Conv2d, kernel_size=1), partial(_ChannelNorm, channels)
+        self.space = nn.Sequential(norm(), pointwise(channels, 2 * channels), nn.Conv2d(
+            2 * channels, 2 * channels, 3, padding=1, groups=2 * channels))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.attention, self.project = pointwise(channels, channels), pointwise(channels, channels)
+        self.wide = nn.Sequential(norm(), pointwise(channels, 2 * channels))
+        self.narrow = pointwise(channels, channels)
+        self.beta, self.gamma = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
+
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        one, other = x.chunk(2, 1)
+        return one * other
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.gate(self.space(x))
+        out = out * self.attention(self.avgpool(out))
+        x = x + self.beta * self.project(out)
+        return x + self.gamma * self.narrow(self.gate(self.wide(x)))
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """The layer norm over the channels of each pixel of (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _with_relu(layers: list[nn.Module]) -> nn.Sequential:
+    """The layers with a ReLU between each and the next."""
+    return nn.Sequential(*(each for layer in layers for each in (layer, nn.ReLU())))[:-1]
+
+
 class OneDigit(nn.Module):
     """A network of the controlled study that looks at one digit of the scene."""
 
@@ -321,4 +477,9 @@ registry.NAMED.update({
     "lpienet": Named(lambda _: LPIENet((16, 32, 64), (32, 16))),
     "dncnn": Named(lambda _: DnCNN()),
     "dncnn-grey": Named(lambda _: DnCNN(17, 1)),
+    "ircnn": Named(lambda _: IRCNN()),
+    "ffdnet": Named(lambda _: FFDNet()),
+    "drunet": Named(lambda _: DRUNet()),
+    "nafnet-16": Named(lambda _: NAFNet(16)),
+    "nafnet-32": Named(lambda _: NAFNet(32)),
 })

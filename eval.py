@@ -4,6 +4,7 @@
     python eval.py --data CBSD68 --split all --sigmas 15/255 25/255 50/255 --noise-protocol literature
     python eval.py --input holiday.jpg               # denoise and classify a picture, or a folder of them
     python eval.py --onnx runs/export/network.onnx   # both also through onnxruntime
+    python eval.py --benchmark CBSD68                # beside published denoisers, by field.py
 
 Reads a checkpoint of train.py, or an ONNX file of export.py. Writes metrics.json, table.txt and grid.png; or
 with --input the pictures and predictions.json. Levels as in Markhorst 2024: sigma 0, 0.1 ... 1 on images in
@@ -367,6 +368,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
     add("--overwrite", action="store_true",
         help="write over pictures that are already in --output-dir (default: refuse)")
+    add = parser.add_argument_group("the field", "instead of an evaluation").add_argument
+    add("--benchmark", nargs="+", metavar="DIR",
+        help="folders of clean pictures, as CBSD68, or of pairs with real noise: a table of this denoiser "
+             "beside published ones, all timed on this device (default: an evaluation)")
     return parser
 
 
@@ -389,6 +394,13 @@ def main(argv: list[str] | None = None) -> None:
                  "checkpoint": args.onnx or args.checkpoint, "epoch": checkpoint["epoch"]}
         common = {"classes": checkpoint["classes"], "device": device, "size": args.size}
         output_dir = Path(args.output_dir)
+        if args.benchmark:
+            if args.input is not None or args.onnx or args.self_ensemble:
+                raise ValueError("--benchmark stands alone: leave --input, --onnx and --self-ensemble out.")
+            import field  # which imports this file
+            make_folder(output_dir)
+            field.report(network, checkpoint["record"]["model"], args.benchmark, output_dir, about, device)
+            return
         if args.input is not None:
             paths = find_pictures(Path(args.input), output_dir)
             sys.exit(report_pictures(network, paths, output_dir, protocol, args.sigma, about, args.overwrite,

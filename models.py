@@ -39,8 +39,10 @@ def cut_depthwise(x: Tensor, weight: Tensor, stride: int | tuple[int, int]) -> T
     columns of the kernel that meet padding only: those n or more from its centre on maps of n x n pixels."""
     radius = weight.shape[-1] // 2
     cut = max(0, radius - max(x.shape[-2:]) + 1)
-    weight = weight[..., cut:weight.shape[-2] - cut, cut:weight.shape[-1] - cut]
-    return F.conv2d(x, weight, None, stride, radius - cut, groups=len(weight))
+    weight, padding = weight[..., cut:weight.shape[-2] - cut, cut:weight.shape[-1] - cut], radius - cut
+    if max(x.shape[-2:]) <= padding + 1:  # oneDNN's gradient of the weights is slow on maps as small as that
+        x, padding = F.pad(x, [padding] * 4), 0
+    return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
 
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution without bias. Training cuts its kernel (5x5 on 2x2 pixels: a fifth of a step);
@@ -102,6 +104,15 @@ class UpConv(nn.ConvTranspose2d):
         out = F.conv2d(x, weight, bias.repeat(4)).permute(0, 2, 3, 1)  # (B, H, W, 2 * 2 * out)
         out = out.reshape(batch, height, width, 2, -1).transpose(2, 3)  # (B, H, 2, W, 2 * out)
         return out.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+def enlarge(x: Tensor, scale: int) -> Tensor:
+    """Bilinear interpolation, (B, C, H, W) -> (B, C, scale * H, scale * W). On a CPU, where gradients follow,
+    by two matrices: the same to rounding, and the gradient takes a tenth of the time."""
+    if x.device.type != "cpu" or not x.requires_grad or torch.is_autocast_enabled("cpu"):
+        return F.interpolate(x, scale_factor=scale, mode="bilinear")
+    down, right = (F.interpolate(torch.eye(side, dtype=x.dtype)[None], scale_factor=scale, mode="linear")[0]
+                   for side in x.shape[-2:])
+    return down.T @ (x.contiguous() @ right)
 
 class NoiseLevel(nn.Module):
     """An estimate of log(variance of the noise): (B, 3, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
@@ -166,7 +177,7 @@ class FullResolution(nn.Module):
             regions = parts.split(4, 1)
             every = 0.01 * sum(regions[1:], regions[0])  # all pixels: a region may have none nearby
             means = torch.cat([region + every for region in regions], 1)
-            means = F.interpolate(means, scale_factor=scale, mode="bilinear")[..., :height, :width]
+            means = enlarge(means, scale)[..., :height, :width]
             for mask, mean in zip(masks, means.split(4, 1)):
                 total = total + weight * mask / mean[:, 3:] * mean[:, :3]
         return total

@@ -268,6 +268,16 @@ def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
     torch.testing.assert_close(mean(clean, half, 2), plain)
 
 
+@pytest.mark.parametrize("scale", (2, 8))
+def test_enlarging_by_matrices_is_bilinear_interpolation(scale):
+    x = torch.rand(2, 8, 3, 5, dtype=torch.float64, requires_grad=True).to(memory_format=torch.channels_last)
+    images = models.enlarge(x, scale), F.interpolate(x, scale_factor=scale, mode="bilinear")
+    torch.testing.assert_close(*images)
+    torch.testing.assert_close(*(torch.autograd.grad(image.square().sum(), x)[0] for image in images))
+    with torch.no_grad():
+        assert torch.equal(models.enlarge(x, scale), images[1])
+
+
 @pytest.mark.parametrize("then", (None, torch.nn.Conv2d(5, 3, 1)), ids=("alone", "before a 1x1 convolution"))
 def test_the_up_convolution_is_a_transposed_convolution(then):
     torch.manual_seed(0)  # `then` was drawn without a seed: in single precision one run in many was not close
@@ -283,7 +293,7 @@ def test_the_up_convolution_is_a_transposed_convolution(then):
 
 
 @pytest.mark.parametrize("kernel, stride, size",
-                         ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (5, 2, 3), (5, 1, 7)))
+                         ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (3, 1, 2), (5, 2, 3), (5, 1, 7)))
 def test_a_kernel_cropped_to_a_small_map_computes_the_same(kernel, stride, size):
     torch.manual_seed(0)
     position = models.Block(5, 16, 0, 16 if stride == 1 else 24, 0, stride, 0, "silu")

@@ -1,0 +1,146 @@
+"""Your denoiser beside those of the field: PSNR, size, and the time that each takes on this device.
+
+    python eval.py --benchmark CBSD68 Kodak24 McMaster     # eval.py reads the flags
+
+The PSNR of the others is published, of colour pictures at sigma 15, 25 and 50 of 255; yours is measured in
+the same protocol. All times are measured here, in turn. Pairs with real noise get a column of their own.
+Writes field.txt, field.json and, with matplotlib, field.png.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import eval as evaluation
+import files
+import latency
+import models
+import registry
+from denoise import SelfEnsemble
+from run import say
+
+FORMAT, VERSION = "joint-field", 1
+LEVELS, SIZE = (15, 25, 50), 512  # of 255; pixels of the picture that is timed
+SOURCE = "published, as in the table of the repository cszn/DPIR (Urban100: a later copy of it)"
+# Name -> (name in registry.py, {folder: PSNR in dB at each level}).
+FIELD = {
+    "DnCNN": ("dncnn", {"CBSD68": (33.90, 31.24, 27.95), "Kodak24": (34.60, 32.14, 28.95),
+                        "McMaster": (33.45, 31.52, 28.62)}),
+    "IRCNN, one network a level": ("ircnn", {
+        "CBSD68": (33.86, 31.16, 27.86), "Kodak24": (34.69, 32.18, 28.93), "McMaster": (34.58, 32.18, 28.91),
+        "Urban100": (33.78, 31.20, 27.70)}),
+    "FFDNet": ("ffdnet", {"CBSD68": (33.87, 31.21, 27.96), "Kodak24": (34.63, 32.13, 28.98),
+                          "McMaster": (34.66, 32.35, 29.18), "Urban100": (33.83, 31.40, 28.05)}),
+    "DRUNet": ("drunet", {"CBSD68": (34.30, 31.69, 28.51), "Kodak24": (35.31, 32.89, 29.86),
+                          "McMaster": (35.40, 33.14, 30.08), "Urban100": (34.81, 32.60, 29.61)}),
+    "NAFNet, width 16": ("nafnet-16", {}),  # published for real noise only
+    "NAFNet, width 32": ("nafnet-32", {}),
+}
+
+
+def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, about: dict,
+           device: torch.device, rounds: int = 3) -> None:
+    """Measure a colour denoiser (eval mode, on `device`) on these folders, time all, write and print."""
+    if not network.denoises or models.channels_of(network) != 3 or models.scale_of(network) != 1:
+        raise ValueError("--benchmark is of networks that denoise colour pictures; give such a --checkpoint.")
+    sets = {Path(folder).resolve().name: data.load_everything(folder).test for folder in folders}
+    if len(sets) < len(folders):
+        raise ValueError("Two folders of --benchmark have the same name; rename one.")
+    rows = [quality(network, name, sets, device), quality(SelfEnsemble(network), name, sets, device)]
+    rows += [{"network": title, "model": model, "source": SOURCE, "psnr_db": {
+        where: dict(zip(map(str, LEVELS), values)) for where, values in known.items() if where in sets}}
+        for title, (model, known) in FIELD.items()]
+    networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
+    costs, setting = time_all(networks, device, rounds)
+    rows[1] |= {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]}
+    for row, cost in zip((rows[0], *rows[2:]), costs):
+        row |= cost
+    content = {"format": FORMAT, "version": VERSION, **about, "folders": folders, "setting": vars(setting),
+               "rows": rows}
+    text = format_field(content)
+    files.write_json(output_dir / "field.json", content)
+    files.write_file(output_dir / "field.txt", lambda temporary: temporary.write_text(f"{text}\n"))
+    drawn = plot(output_dir / "field.png", rows)
+    say(f"{text}\nwrote field.txt, field.json{' and field.png' if drawn else ''} to {output_dir}"
+        + ("" if drawn else "; install matplotlib for a picture"))
+
+
+def quality(network: nn.Module, name: str, sets: dict, device: torch.device) -> dict:
+    """The row of a network that is measured: its PSNR in dB by folder and by level, or "real"."""
+    found, protocol = {}, evaluation.Protocol(tuple(level / 255 for level in LEVELS),
+                                              noise_protocol="literature")
+    for where, pictures in sets.items():
+        loader = data.make_loader(pictures, 1, device=device)
+        levels = evaluation.evaluate(network, loader, protocol, device=device)["levels"]
+        names = map(str, LEVELS) if len(levels) == len(LEVELS) else ("real",)
+        found[where] = {level: record["psnr_db"] for level, record in zip(names, levels)}
+    title = f"{name}, self-ensemble" if isinstance(network, SelfEnsemble) else name
+    return {"network": title, "source": "measured", "psnr_db": found}
+
+
+def time_all(networks: list[nn.Module], device: torch.device,
+             rounds: int) -> tuple[list[dict], latency.Setting]:
+    """Parameters, multiply-accumulates and milliseconds of each for a picture of SIZE x SIZE pixels, through
+    onnxruntime where it is installed and the device is a CPU, else with folded batch norms."""
+    installed = device.type == "cpu" and importlib.util.find_spec("onnxruntime")
+    setting = latency.this_setting(str(device), size=SIZE, num_classes=1, batch=1,
+                                   mode="onnx" if installed else "folded")
+    say(f"Timing {len(networks)} networks for a picture of {SIZE}x{SIZE} pixels, {rounds} times in turn; the "
+        "slowest takes about ten seconds on one core.")
+    with contextlib.ExitStack() as stack:
+        ready = [stack.enter_context(latency.prepared(network, setting)) for network in networks]
+        runs = [lambda made=made, images=images: made(images) for made, images in ready]
+        times = latency.interleave(runs, device, burst=1, warmup=0, min_rounds=rounds)
+    return [{"parameters": models.count_parameters(network), "macs": models.count_macs(network, SIZE),
+             "ms": ms} for network, ms in zip(networks, times.medians_ms)], setting
+
+
+def format_field(content: dict) -> str:
+    """The table to read."""
+    rows, setting = content["rows"], content["setting"]
+    columns = [(where, level) for where, values in rows[0]["psnr_db"].items() for level in values]
+    anchor = next(row["ms"] for row in rows if row["network"] == "DnCNN")
+    lines = [f"{'':<34}{'parameters':>12}{'GMACs':>8}{'ms':>9}{'of DnCNN':>10}"
+             + "".join(f"{f'{where} {level}':>14}" for where, level in columns)]
+    for row in rows:
+        mark = "" if row["source"] == "measured" else "*"
+        values = [row["psnr_db"].get(where, {}).get(level) for where, level in columns]
+        lines.append(f"{row['network']:<34}{row['parameters']:>12,}{row['macs'] / 1e9:>8.1f}{row['ms']:>9.0f}"
+                     f"{row['ms'] / anchor:>10.2f}"
+                     + "".join(f"{'-' if value is None else f'{value:.2f}{mark}':>14}" for value in values))
+    return "\n".join([
+        *lines, "", "PSNR in dB on RGB at sigma of 255 (real: of pairs). Not clipped, numpy's RandomState(0) "
+        "for every picture.", f"*: {SOURCE}; one pass, not measured here.",
+        f"GMACs and ms are of one picture of {SIZE}x{SIZE} pixels on {setting['device']}, {setting['mode']}, "
+        f"threads: {setting['threads']}; a self-ensemble is eight passes."])
+
+
+def plot(path: Path, rows: list[dict]) -> bool:
+    """Draw PSNR over ms, an axis for each folder; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    folders = list(rows[0]["psnr_db"])
+    figure = Figure(figsize=(6 * len(folders), 4.8), layout="constrained")
+    for axis, where in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
+        for row in (row for row in rows if where in row["psnr_db"]):
+            values, ours = row["psnr_db"][where], row["source"] == "measured"
+            axis.scatter([row["ms"]] * len(values), list(values.values()), label=row["network"],
+                         marker="*" if ours else "o", s=110 if ours else 40)
+            for level, value in values.items():
+                axis.annotate(level, (row["ms"], value), xytext=(6, -3), textcoords="offset points",
+                              fontsize=8)
+        axis.set(xlabel=f"ms for {SIZE}x{SIZE} pixels", ylabel="PSNR dB", xscale="log", title=where)
+        axis.grid(alpha=0.3)
+    pairs = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels())]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+    return True
