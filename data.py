@@ -293,9 +293,22 @@ def _load_scenes(name, root, size, seed, counts, version):
 
 # --- Image files and folders --------------------------------------------------------------------------------
 def load_image(path):
-    """Read any image file as an upright 8-bit RGB PIL image; DataError names a missing, damaged or huge file.
-    Transparent pixels are composited over white. 16 bits are divided by 257, larger integers by the smallest
-    2**bits - 1 that holds them; floating-point pixels are taken as [0, 1]. Of animations the first frame."""
+    """Read any image file as `load_original`, over white where it is transparent, as RGB."""
+    return over_white(load_original(path))
+
+
+def over_white(image):
+    """A PIL image of `load_original` as RGB, composited over white."""
+    if "A" in image.getbands():
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_original(path):
+    """Read any image file as an upright PIL image in 8 bit, L, LA, RGB or RGBA; DataError names a missing,
+    damaged or huge file. 16 bits are divided by 257, larger integers by the smallest 2**bits - 1 that holds
+    them; floating-point pixels are taken as [0, 1]. Of animations the first frame."""
     _refuse(not os.path.isfile(path), f"there is no image file {path}")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is lower than ours
     try:
@@ -311,7 +324,7 @@ def load_image(path):
                     deep = np.asarray(image) * np.uint32(256) + np.asarray(low)
                 image.paste(Image.fromarray(((deep + 128) // 257).astype(np.uint8)))  # rounded
             unsigned = image.format == "TIFF" and image.tag_v2.get(339) != (2,)  # 339: SampleFormat
-            return _to_rgb(ImageOps.exif_transpose(image), unsigned)
+            return _to_8bit(ImageOps.exif_transpose(image), unsigned)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError ...
@@ -321,8 +334,8 @@ def load_image(path):
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _to_rgb(image, unsigned):
-    """8-bit RGB of a PIL image of any mode; unsigned: Pillow took unsigned 32-bit numbers for signed ones."""
+def _to_8bit(image, unsigned):
+    """A PIL image of any mode in 8 bit; unsigned: Pillow took unsigned 32-bit numbers for signed ones."""
     if image.mode.startswith("I"):  # 16 or 32 bits; Pillow's conversion would turn them white
         grey = np.asarray(image).view(np.uint32) if unsigned and image.mode == "I" else np.asarray(image)
         grey = grey / ((2 ** max(16, int(grey.max()).bit_length()) - 1) / 255)
@@ -331,11 +344,11 @@ def _to_rgb(image, unsigned):
         if grey.max() > 2 * 255:
             raise ValueError(f"its floating-point pixels go up to {grey.max() / 255:g} and not to 1")
     else:
+        is_grey = image.mode in ("1", "L", "LA", "La")
         if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8)).convert("RGB")
+            return image.convert("RGBA").convert("LA" if is_grey else "RGBA")
+        return image.convert("L" if is_grey else "RGB")
+    return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8))
 
 
 def list_images(folder, recursive=False):

@@ -8,13 +8,14 @@ import copy
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import MODES, list_images, load_image, to_float
+from data import KINDS, MODES, list_images, load_original, over_white, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
 from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
@@ -164,9 +165,30 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.contiguous().cpu().numpy())
 
 
+def like_original(picture: Image.Image, original: Image.Image) -> Image.Image:
+    """A picture, over white where the original is transparent, in the mode of the original: grey or colour,
+    with its transparency, enlarged where the picture is larger."""
+    if "A" in original.getbands():
+        alpha = original.getchannel("A").resize(picture.size)
+        share = np.asarray(alpha, np.float32)[..., None] / 255
+        pixels = (np.asarray(picture.convert("RGB"), np.float32) - 255 * (1 - share)) / share.clip(1 / 255)
+        picture = Image.fromarray((pixels.clip(0, 255) + 0.5).astype(np.uint8))
+        picture.putalpha(alpha)
+    return picture.convert(original.mode)
+
+
 def class_name(index: int, classes: list[str] | None) -> str:
     """The name of a class, or "class 3" where there are no names."""
     return classes[index] if classes else f"class {index}"
+
+
+def is_grey(path: Path) -> bool:
+    """Whether a picture has no colours, by the header of its file; False where that cannot be read."""
+    try:
+        with Image.open(path, formats=KINDS) as image:
+            return image.mode[0] in "1LIF" and image.mode != "LAB"
+    except Exception:  # Pillow's decoders raise a dozen kinds; what reads the pictures will name the file
+        return False
 
 
 def find_pictures(source: Path, output_dir: Path) -> list[Path]:
@@ -184,7 +206,8 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
                   classes: list[str] | None = None, device="cpu") -> tuple[list[dict], list[dict]]:
     """Denoise and classify image files of any size: a record of each picture, one of each file that failed.
 
-    Writes `<output_dir>/<name>_denoised.png`, or `<name>_2_denoised.png` for a second file of one name.
+    Writes `<output_dir>/<name>_denoised.png`, or `<name>_2_denoised.png` for a second file of one name, grey
+    or in colour and transparent as the file is, in 8 bit.
     add_noise: function of ((1, C, H, W) in [0, 1], place in `paths`), whose result is denoised and written to
     `<name>_noisy.png`. The class comes from the same pass where both sides are within a factor of 2 of the
     training size `size` in pixels, otherwise from a copy whose short side is `size`: a classifier knows
@@ -193,12 +216,15 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
     pictures, failures, names = [], [], output_names(paths)
     for place, path in enumerate(track(paths, "pictures", len(paths), unit="file")):
         try:
-            noisy, image, logits, seen = _apply_to_picture(network, path, place, size, add_noise, device)
+            original = load_original(path)
+            noisy, image, logits, seen = _apply_to_picture(network, original, path, place, size, add_noise,
+                                                           device)
             record = {"file": str(path), "width_px": noisy.shape[3], "height_px": noisy.shape[2]}
             for kind, result in (("noisy", noisy if add_noise else None), ("denoised", image)):
                 if result is not None:
                     record[kind] = str(Path(output_dir) / f"{names[place]}_{kind}.png")
                     picture = to_picture(result[0])
+                    picture = like_original(picture, original) if kind == "denoised" else picture
                     write_file(record[kind], lambda temporary: picture.save(temporary, format="PNG"))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of this picture; the others go on
             reason = (f"too large for the memory of {device}; try --device cpu" if lacks_memory(error) else
@@ -219,9 +245,9 @@ def denoise_paths(network: nn.Module, paths: list[Path], output_dir: str | Path,
 
 
 @torch.inference_mode()
-def _apply_to_picture(network, path, place, size, add_noise, device):
+def _apply_to_picture(network, original, path, place, size, add_noise, device):
     """The network's input (1, C, H, W), its image, its logits, and what it classified; see denoise_paths."""
-    pixels = pil_to_tensor(load_image(path).convert(MODES[channels_of(network)]))[None]
+    pixels = pil_to_tensor(over_white(original).convert(MODES[channels_of(network)]))[None]
     large = in_tiles(network, *pixels.shape[2:])  # it stays in 8 bit and on the CPU as a whole
     noisy = pixels if large and not add_noise else to_float(pixels, "cpu" if large else device)
     noisy = add_noise(noisy, place) if add_noise else noisy

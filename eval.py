@@ -27,8 +27,10 @@ from torch import Tensor, distributed, nn
 import data
 import registry
 import timing
+import weights
 from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
-from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
+from denoise import (SelfEnsemble, class_name, denoise_paths, find_pictures, is_grey, output_names,
+                     to_picture)
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, ms_at_table, this_setting
 from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
@@ -320,7 +322,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("run", "what is measured, where, and where the results go").add_argument
     add("--checkpoint", default="runs/train/best.pt", metavar="FILE",
-        help="checkpoint that train.py wrote (default: %(default)s)")
+        help="checkpoint that train.py wrote (default: %(default)s; where that is not there, for --input, "
+             "--data and --benchmark a denoiser that comes with the project)")
     add("--onnx", metavar="FILE",
         help="an ONNX file of export.py instead of a checkpoint, run by onnxruntime on the CPU (default: "
              "none)")
@@ -416,12 +419,26 @@ def load_network(args: argparse.Namespace, given: dict) -> tuple[nn.Module, dict
     """The network of the checkpoint or of the ONNX file, what is known of its training, and its device."""
     if args.onnx is None:
         device = prepare_device(args.device, args.threads, args.seed)
+        asked = {"input", "benchmark", "data"} & given.keys()
+        if asked and "checkpoint" not in given and not Path(args.checkpoint).exists():
+            args.checkpoint = shipped_checkpoint(args)
         return *load_checkpoint(args.checkpoint, device), device
     if "checkpoint" in given or given.get("device", "cpu") != "cpu":
         raise ValueError("--onnx runs a file of export.py on the CPU: leave --checkpoint and --device out.")
     from export import load_onnx  # which imports this file
     device = prepare_device("cpu", args.threads, args.seed)
     return *load_onnx(args.onnx, torch.get_num_threads()), device
+
+
+def shipped_checkpoint(args: argparse.Namespace) -> str:
+    """The denoiser that comes with the project: that for grey pictures where all of --input are grey."""
+    pictures = [] if args.input is None else find_pictures(Path(args.input), Path(args.output_dir))
+    path = (weights.find(1) if pictures and all(map(is_grey, pictures)) else None) or weights.find(3)
+    if not path:
+        return args.checkpoint
+    say(f"{args.checkpoint} is not there: {path.name}, a denoiser that comes with the project, is used. "
+        "python weights.py tells how it was trained.")
+    return str(path)
 
 
 def as_trained(network: nn.Module, checkpoint: dict) -> dict:

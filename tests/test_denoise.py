@@ -17,6 +17,7 @@ import eval as evaluation
 import files
 import models
 import registry
+import weights
 
 
 def smooth_picture(height, width):
@@ -162,7 +163,7 @@ def checkpoints(tmp_path_factory):
         arch = models.named_arch(f"{model}-k3-e3", 0 if model == "dnas" else 10)
         files.save_checkpoint(folder / f"{model}.pt", {
             "record": files.make_record("tfnas", arch.to_dict(), {}),
-            "network": models.Network(arch).state_dict(),
+            "network": models.Network(arch).state_dict(), "flags": {}, "made": files.provenance("cpu"),
             "seed": 0, "classes": None if model == "dnas" else list("abcdefghij"), "size": 32, "epoch": 3})
     return folder
 
@@ -199,7 +200,10 @@ def test_own_pictures(checkpoints, pictures, tmp_path, capsys):
     sizes = {}
     for record in result["pictures"]:
         denoised = Image.open(record["denoised"])
-        assert denoised.mode == "RGB" and denoised.size == (record["width_px"], record["height_px"])
+        original = Image.open(record["file"])
+        assert denoised.mode == original.mode and denoised.size == original.size
+        if original.mode == "RGBA":
+            assert denoised.getchannel("A").tobytes() == original.getchannel("A").tobytes()
         assert len(record["classes"]) == 5 and record["classes"][0]["probability"] > 0.1
         assert f": {record['classes'][0]['name']} " in printed.out
         sizes[Path(record["file"]).name] = record["classified_at_px"]
@@ -276,6 +280,53 @@ def test_no_picture_ends_in_one_sentence(checkpoints, tmp_path, capsys, source, 
     (tmp_path / "empty").mkdir()
     assert run(checkpoints / "dcnas.pt", tmp_path / source, tmp_path / "out") == (2, None)
     assert sentence in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ("L", "LA", "RGB", "RGBA"))
+def test_a_picture_keeps_its_mode_and_what_is_transparent(mode):
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    original = Image.fromarray(values).convert(mode)
+    if "A" in mode:
+        alpha = np.full((9, 11), 128, np.uint8)
+        alpha[0] = 255
+        original.putalpha(Image.fromarray(alpha))
+    found = denoise.like_original(data.over_white(original), original)  # as of a network that changes nothing
+    assert found.mode == mode and found.size == (11, 9)
+    difference = np.abs(np.asarray(found, int) - np.asarray(original, int))
+    assert difference.max() <= 2 and not difference[0].any()
+
+
+def test_the_denoiser_that_comes_with_the_project(checkpoints, pictures, tmp_path, monkeypatch, capsys):
+    """--input without a checkpoint takes the packed network, in 16 bit; damage to its file is found."""
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    (pictures / "bad.jpg").unlink()
+    def evaluate(name, *flags):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main(["--input", str(pictures / "twin.png"), "--output-dir", name, *flags])
+        return stopped.value.code, capsys.readouterr()
+    code, printed = evaluate("none")
+    assert code == 2 and "runs/train/best.pt" in printed.err
+    weights.main(["--add", str(checkpoints / "dnas.pt"), "--name", "colour", "--about", "made for a test"])
+    assert "made for a test" in capsys.readouterr().out
+    code, printed = evaluate("packed")
+    assert code == 0 and "colour.pt" in printed.out
+    assert evaluate("own", "--checkpoint", str(checkpoints / "dnas.pt"))[0] == 0
+    one, other = (np.asarray(Image.open(tmp_path / name / "twin_denoised.png"), int)
+                  for name in ("packed", "own"))
+    assert np.abs(one - other).max() <= 1
+    assert weights.find(1) is None
+    with open(tmp_path / "weights" / "colour.pt", "ab") as file:
+        file.write(b"x")
+    code, printed = evaluate("damaged")
+    assert code == 2 and "damaged" in printed.err
+
+
+@pytest.mark.parametrize("flags", (["--add", "x.pt"], ["--name", "x"], ["--add", "x.pt", "--name", "x"]))
+def test_what_is_added_needs_a_name_and_its_terms(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        weights.main(flags)
+    assert stopped.value.code == 2 and "belong together" in capsys.readouterr().err
 
 
 def test_names_never_collide():
