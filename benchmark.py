@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -23,7 +24,9 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import files
 import latency
@@ -38,6 +42,7 @@ import models
 import registry
 import run
 import tfnas
+import timing
 from data import Parser, whole
 from train import charbonnier, task_loss
 
@@ -177,15 +182,30 @@ def compare_streams(network: nn.Module, setting: latency.Setting, seconds: float
                           lambda: two(images), setting.device_type, seconds)]
 
 
-def naive_sum_ms(network: nn.Module, parts: list[nn.Module], images: torch.Tensor, device) -> float:
+def naive_sum_ms(network: nn.Module, parts: list[nn.Module], images: torch.Tensor,
+                 setting: latency.Setting) -> float:
     """The sum of the parts, each timed alone on its input in the network: what most tables hold."""
     inputs = {}
     handles = [part.register_forward_pre_hook(inputs.__setitem__) for part in parts]
     network(images)
     for handle in handles:
         handle.remove()
-    return sum(latency.measure(lambda: part(*inputs[part]), device, warmup=5, repeats=15).median_ms
-               for part in parts)
+    runs = [through_onnxruntime(part, inputs[part], setting.threads) if setting.mode == "onnx" else
+            lambda part=part: part(*inputs[part]) for part in parts]
+    return sum(latency.measure(run, setting.device_type, warmup=5, repeats=15).median_ms for run in runs)
+
+
+def through_onnxruntime(part: nn.Module, inputs: tuple, threads: int):
+    """A function that runs a part of a network through onnxruntime on these inputs."""
+    content, tensors = io.BytesIO(), tree_leaves(inputs)
+    names = [f"input_{index}" for index in range(len(tensors))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(part, inputs, content, dynamo=False, input_names=names)
+    session = timing.start_session(content.getvalue(), threads)
+    taken = {each.name for each in session.get_inputs()}
+    given = {name: tensor.numpy() for name, tensor in zip(names, tensors) if name in taken}
+    return lambda: session.run(None, given)
 
 
 def compare_prediction(setting: latency.Setting, operations: int, count: int) -> list[dict]:
@@ -197,8 +217,8 @@ def compare_prediction(setting: latency.Setting, operations: int, count: int) ->
         design = space.random_design(rng)
         ours = latency.compare(table, design, seconds=1.0)["error_percent"]
         with latency.prepared(space.network(design), setting) as (network, images):
-            parts = [part for _, part in space.parts(network)]
-            alone = naive_sum_ms(network, parts, images, setting.device_type)
+            inner = network.network if setting.mode == "onnx" else network
+            alone = naive_sum_ms(inner, [part for _, part in space.parts(inner)], images, setting)
             times = latency.interleave([lambda: network(images)], setting.device_type, burst=5)
         errors.append((abs(100 * (alone / times.medians_ms[0] - 1)), abs(ours)))
     functions = {"median": statistics.median,
@@ -403,7 +423,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--latency-batch", **count, help="images per batch of inference (default: 32 on CUDA, 1 on a CPU)")
     add("--networks", **count, default=20, help="random networks to predict (default: %(default)s)")
     add("--modes", nargs="+", choices=latency.MODES[1:], help="forms of the network for inference (default: "
-        "folded; graph on CUDA, onnx on a CPU where onnxruntime is installed)")
+        "folded; graph on CUDA, onnx on a CPU where onnxruntime is installed); onnx alone: also for the "
+        "prediction, else of eager networks")
     add("--arch", metavar="FILE", help="record of the network for inference (default: dcnas-k3-e3)")
     add("--gpu-report", nargs="?", const="gpu_report", metavar="DIR", help="run all that is written for "
         "CUDA, with its tests, latency tables and a search, and write report.md and report.json there "
@@ -433,7 +454,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{report.format()}\nwrote {report.folder / 'report.md'}")
             return
         args.amp, threads = run.choose_amp(device, args.amp), torch.get_num_threads()
-        setting = latency.this_setting(args.device, size=args.size, num_classes=10, batch=args.latency_batch)
+        set_up = partial(latency.this_setting, args.device, size=args.size, num_classes=10,
+                         batch=args.latency_batch)
+        setting = set_up()
         how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, registry.PAPER_SIZE}
         gpu = device.type == "cuda"
         onnx = not gpu and importlib.util.find_spec("onnxruntime")
@@ -446,7 +469,8 @@ def main(argv: list[str] | None = None) -> None:
                  "memory": lambda: compare_memory(args.space, args.batch_size, sorted(sizes)),
                  "peak": lambda: compare_peak_memory(args.space, device, *how[:3]),
                  "inference": lambda: compare_inference(network, setting, modes, args.seconds),
-                 "prediction": lambda: compare_prediction(setting, args.space, args.networks),
+                 "prediction": lambda: compare_prediction(
+                     set_up(mode="onnx" if args.modes == ["onnx"] else "eager"), args.space, args.networks),
                  "streams": lambda: compare_streams(network, setting, args.seconds)}
         if not gpu and (wrong := set(args.parts) & set(CUDA_PARTS)):
             raise ValueError(f"--parts {' '.join(sorted(wrong))} needs a CUDA device, and {device} is none.")

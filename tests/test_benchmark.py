@@ -48,6 +48,19 @@ def test_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys, monkeypatch)
     assert content["format"] == "joint-benchmark" and "peak memory" in out
 
 
+def test_each_part_of_a_network_runs_alone_through_onnxruntime():
+    pytest.importorskip("onnxruntime")
+    setting = latency.this_setting("cpu", size=32, num_classes=10, mode="onnx")
+    with latency.prepared(models.make_network(models.named_arch("dcnas-k3-e3-shallow", 10)),
+                          setting) as (traced, images), torch.no_grad():
+        decoder, given = traced.network.decoder, []
+        decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+        image = traced.network(images).image
+        found = benchmark.through_onnxruntime(decoder, given[0], 1)()[0]
+        torch.testing.assert_close(torch.from_numpy(found)[..., :32, :32], image, rtol=0, atol=1e-5)
+        assert benchmark.naive_sum_ms(traced.network, [decoder], images, setting) > 0
+
+
 @pytest.mark.parametrize("name", superkernel.PRESETS)
 def test_a_superkernel_supernet_keeps_little_more_than_its_largest_network(name):
     """The paper's selling point."""
@@ -65,7 +78,8 @@ def test_the_naive_sum_times_each_part_alone(monkeypatch):
     network = models.Network(models.named_arch("dcnas-k3-e3", 3)).eval()
     parts = [part for _, part in tfnas.Space(num_classes=3).parts(network)]
     with torch.inference_mode():
-        total = benchmark.naive_sum_ms(network, parts, torch.rand(1, 3, 32, 32), torch.device("cpu"))
+        total = benchmark.naive_sum_ms(network, parts, torch.rand(1, 3, 32, 32),
+                                       latency.this_setting("cpu", size=32, num_classes=3))
     assert len(timed) == 1 + 19 + 2 and total == 2.0 * len(timed)  # stem, blocks, decoder and head
 
 
