@@ -190,12 +190,12 @@ def naive_sum_ms(network: nn.Module, parts: list[nn.Module], images: torch.Tenso
     network(images)
     for handle in handles:
         handle.remove()
-    runs = [through_onnxruntime(part, inputs[part], setting.threads) if setting.mode == "onnx" else
+    runs = [alone_in_onnxruntime(part, inputs[part], setting.threads) if setting.mode == "onnx" else
             lambda part=part: part(*inputs[part]) for part in parts]
     return sum(latency.measure(run, setting.device_type, warmup=5, repeats=15).median_ms for run in runs)
 
 
-def through_onnxruntime(part: nn.Module, inputs: tuple, threads: int):
+def alone_in_onnxruntime(part: nn.Module, inputs: tuple, threads: int):
     """A function that runs a part of a network through onnxruntime on these inputs."""
     content, tensors = io.BytesIO(), tree_leaves(inputs)
     names = [f"input_{index}" for index in range(len(tensors))]

@@ -7,6 +7,7 @@ Reads image files (or MNIST), writes the preview; everything random follows a se
 with scenes.py for digits. Scenes and noise follow Markhorst 2024: sigma ~ U[0, 1], not clipped.
 The splits share no image: train, val (to choose by) and test (to report)."""
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -46,6 +47,7 @@ PAIR_WORDS = (("mean", "real"), ("clean", "noisy"), ("gt", "noisy"))  # in the n
 CLASS_FILES = ("classes.txt", "labels.txt", "class_names.txt")
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels; L is ITU-R 601 luma, (299 R + 587 G + 114 B) / 1000
 # Pillow keeps the high byte of 16-bit colours; read in the other byte order they give the low one
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 LOW_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
              for order, other in zip("BLN", "LBB" if sys.byteorder == "little" else "LBL")}
 
@@ -299,10 +301,32 @@ def load_image(path):
 
 def over_white(image):
     """A PIL image of `load_original` as RGB, composited over white."""
+    if image.mode == "RGB":
+        return image
     if "A" in image.getbands():
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A PIL image of any size: Pillow's limit is lower than ours, MAX_PIXELS."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path, formats=KINDS) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def is_grey(path):
+    """Whether an image file has no colours, by its header; a palette counts as colours. None: unreadable."""
+    try:
+        with _opened(path) as image:
+            return image.mode.split(";")[0] in GREY_MODES
+    except Exception:  # Pillow's decoders raise a dozen kinds; what reads the whole image names the file
+        return None
 
 
 def load_original(path):
@@ -310,9 +334,8 @@ def load_original(path):
     damaged or huge file. 16 bits are divided by 257, larger integers by the smallest 2**bits - 1 that holds
     them; floating-point pixels are taken as [0, 1]. Of animations the first frame."""
     _refuse(not os.path.isfile(path), f"there is no image file {path}")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's limit is lower than ours
     try:
-        with Image.open(path, formats=KINDS) as image:
+        with _opened(path) as image:
             _refuse(image.width * image.height > MAX_PIXELS,
                     f"the image {path} has {image.width} x {image.height} pixels, more than the "
                     f"{MAX_PIXELS // 10**6} million that are read: make it smaller or remove it")
@@ -330,8 +353,6 @@ def load_original(path):
     except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError ...
         raise DataError(f"the image {path} is damaged or of an unknown kind ("
                         f"{str(error).strip() or type(error).__name__}): replace or remove it") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _to_8bit(image, unsigned):
@@ -344,10 +365,10 @@ def _to_8bit(image, unsigned):
         if grey.max() > 2 * 255:
             raise ValueError(f"its floating-point pixels go up to {grey.max() / 255:g} and not to 1")
     else:
-        is_grey = image.mode in ("1", "L", "LA", "La")
-        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-            return image.convert("RGBA").convert("LA" if is_grey else "RGBA")
-        return image.convert("L" if is_grey else "RGB")
+        grey, clear = image.mode in GREY_MODES, image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+        if clear or "transparency" in image.info:
+            return image.convert("RGBA").convert("LA" if grey else "RGBA")
+        return image.convert("L" if grey else "RGB")
     return Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import KINDS, MODES, list_images, load_original, over_white, to_float
+from data import MODES, list_images, load_original, over_white, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
 from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
@@ -166,29 +166,26 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def like_original(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """A picture, over white where the original is transparent, in the mode of the original: grey or colour,
-    with its transparency, enlarged where the picture is larger."""
-    if "A" in original.getbands():
-        alpha = original.getchannel("A").resize(picture.size)
+    """A network's picture, which may be larger, in the mode of the original: grey or colour, and as
+    transparent. What the network saw over white is parted from the white; where nothing is to be seen, the
+    pixels are those of the original."""
+    mode = original.mode
+    if "A" not in original.getbands():
+        return picture.convert(mode)
+    original = original.convert("RGBA").resize(picture.size)
+    alpha, picture = original.getchannel("A"), picture.convert("RGB")
+    if alpha.getextrema()[0] < 255:
         share = np.asarray(alpha, np.float32)[..., None] / 255
-        pixels = (np.asarray(picture.convert("RGB"), np.float32) - 255 * (1 - share)) / share.clip(1 / 255)
+        pixels = (np.asarray(picture, np.float32) - 255 * (1 - share)) / share.clip(1 / 255)
         picture = Image.fromarray((pixels.clip(0, 255) + 0.5).astype(np.uint8))
-        picture.putalpha(alpha)
-    return picture.convert(original.mode)
+        picture.paste(original.convert("RGB"), mask=alpha.point(lambda value: 255 * (value == 0)))
+    picture.putalpha(alpha)
+    return picture.convert(mode)
 
 
 def class_name(index: int, classes: list[str] | None) -> str:
     """The name of a class, or "class 3" where there are no names."""
     return classes[index] if classes else f"class {index}"
-
-
-def is_grey(path: Path) -> bool:
-    """Whether a picture has no colours, by the header of its file; False where that cannot be read."""
-    try:
-        with Image.open(path, formats=KINDS) as image:
-            return image.mode[0] in "1LIF" and image.mode != "LAB"
-    except Exception:  # Pillow's decoders raise a dozen kinds; what reads the pictures will name the file
-        return False
 
 
 def find_pictures(source: Path, output_dir: Path) -> list[Path]:

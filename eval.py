@@ -28,9 +28,8 @@ import data
 import registry
 import timing
 import weights
-from data import NOISES, Noise, Parser, is_paired, number, split_labels, whole
-from denoise import (SelfEnsemble, class_name, denoise_paths, find_pictures, is_grey, output_names,
-                     to_picture)
+from data import NOISES, Noise, Parser, is_grey, is_paired, number, split_labels, whole
+from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, ms_at_table, this_setting
 from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
@@ -308,6 +307,7 @@ def _verdict(logits: Tensor, label: int, classes: list[str] | None) -> tuple[str
 # --- Command line -------------------------------------------------------------------------------------------
 
 AS_TRAINED = "that of the checkpoint's training"
+WITH_BENCHMARK = {"benchmark", "checkpoint", "output_dir", "device", "threads"}
 OF_TRAINING = ("data_root", "noise", "train_folders", "sigma", "sigmas")
 
 
@@ -371,7 +371,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="standard deviation of noise to add to --input, on images in [0, 1] (default: 0, none)")
     add("--overwrite", action="store_true",
         help="write over pictures that are already in --output-dir (default: refuse)")
-    add = parser.add_argument_group("the field", "instead of an evaluation").add_argument
+    add = parser.add_argument_group("published denoisers", "instead of an evaluation").add_argument
     add("--benchmark", nargs="+", metavar="DIR",
         help="folders of clean pictures, as CBSD68, or of pairs with real noise: a table of this denoiser "
              "beside published ones, all timed on this device (default: an evaluation)")
@@ -398,8 +398,11 @@ def main(argv: list[str] | None = None) -> None:
         common = {"classes": checkpoint["classes"], "device": device, "size": args.size}
         output_dir = Path(args.output_dir)
         if args.benchmark:
-            if args.input is not None or args.onnx or args.self_ensemble:
-                raise ValueError("--benchmark stands alone: leave --input, --onnx and --self-ensemble out.")
+            if others := given_flags(parser, argv).keys() - WITH_BENCHMARK:
+                flag = min(others).replace("_", "-")
+                raise ValueError(f"--benchmark has a protocol of its own: leave --{flag} out.")
+            if rank_and_world()[1] > 1:
+                raise ValueError("--benchmark times networks: run it in one process.")
             import field  # which imports this file
             make_folder(output_dir)
             field.report(network, checkpoint["record"]["model"], args.benchmark, output_dir, about, device)
@@ -431,13 +434,15 @@ def load_network(args: argparse.Namespace, given: dict) -> tuple[nn.Module, dict
 
 
 def shipped_checkpoint(args: argparse.Namespace) -> str:
-    """The denoiser that comes with the project: that for grey pictures where all of --input are grey."""
+    """The denoiser that comes with the project: the grey one if every picture of --input is grey, else that
+    for colours. Where it is not there, --checkpoint: reading that then says so."""
     pictures = [] if args.input is None else find_pictures(Path(args.input), Path(args.output_dir))
-    path = (weights.find(1) if pictures and all(map(is_grey, pictures)) else None) or weights.find(3)
+    grey = {is_grey(path) for path in pictures} - {None} == {True}
+    path = (weights.find(1) if grey else None) or weights.find(3)
     if not path:
         return args.checkpoint
-    say(f"{args.checkpoint} is not there: {path.name}, a denoiser that comes with the project, is used. "
-        "python weights.py tells how it was trained.")
+    say(f"note: {args.checkpoint} is not there: {path.name}, a denoiser that comes with the project, is "
+        "used. python weights.py tells how it was trained.", err=True)
     return str(path)
 
 

@@ -27,7 +27,7 @@ from run import say
 
 FORMAT, VERSION = "joint-field", 1
 LEVELS, SIZE = (15, 25, 50), 512  # of 255; pixels of the picture that is timed
-SOURCE = "published, as in the table of the repository cszn/DPIR (Urban100: a later copy of it)"
+SOURCE = "published, as in the tables of the repositories cszn/DPIR and cszn/FFDNet (Urban100: a later copy)"
 # Name -> (name in registry.py, {folder: PSNR in dB at each level}).
 FIELD = {
     "DnCNN": ("dncnn", {"CBSD68": (33.90, 31.24, 27.95), "Kodak24": (34.60, 32.14, 28.95),
@@ -39,33 +39,36 @@ FIELD = {
                           "McMaster": (34.66, 32.35, 29.18), "Urban100": (33.83, 31.40, 28.05)}),
     "DRUNet": ("drunet", {"CBSD68": (34.30, 31.69, 28.51), "Kodak24": (35.31, 32.89, 29.86),
                           "McMaster": (35.40, 33.14, 30.08), "Urban100": (34.81, 32.60, 29.61)}),
-    "NAFNet, width 16": ("nafnet-16", {}),  # published for real noise only
+    "NAFNet, width 16": ("nafnet-16", {}),  # NAFNet is published for real noise only
     "NAFNet, width 32": ("nafnet-32", {}),
 }
 
 
 def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, about: dict,
-           device: torch.device, rounds: int = 3) -> None:
+           device: torch.device) -> None:
     """Measure a colour denoiser (eval mode, on `device`) on these folders, time all, write and print."""
     if not network.denoises or models.channels_of(network) != 3 or models.scale_of(network) != 1:
         raise ValueError("--benchmark is of networks that denoise colour pictures; give such a --checkpoint.")
     sets = {Path(folder).resolve().name: data.load_everything(folder).test for folder in folders}
     if len(sets) < len(folders):
         raise ValueError("Two folders of --benchmark have the same name; rename one.")
-    rows = [quality(network, name, sets, device), quality(SelfEnsemble(network), name, sets, device)]
-    rows += [{"network": title, "model": model, "source": SOURCE, "psnr_db": {
-        where: dict(zip(map(str, LEVELS), values)) for where, values in known.items() if where in sets}}
-        for title, (model, known) in FIELD.items()]
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
-    costs, setting = time_all(networks, device, rounds)
-    rows[1] |= {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]}
-    for row, cost in zip((rows[0], *rows[2:]), costs):
+    costs, setting = time_all(networks, device)
+    ours = [quality(network, name, sets, device), quality(SelfEnsemble(network), name, sets, device)]
+    costs.insert(1, {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]})
+    noisy = {name.lower(): name for name, pictures in sets.items() if not data.is_paired(pictures)}
+    rows = [*ours, *({"network": title, "model": model, "source": SOURCE, "psnr_db": {
+        noisy[where.lower()]: dict(zip(map(str, LEVELS), values))
+        for where, values in published.items() if where.lower() in noisy}}
+        for title, (model, published) in FIELD.items())]
+    for row, cost in zip(rows, costs, strict=True):
         row |= cost
     content = {"format": FORMAT, "version": VERSION, **about, "folders": folders, "setting": vars(setting),
                "rows": rows}
     text = format_field(content)
     files.write_json(output_dir / "field.json", content)
-    files.write_file(output_dir / "field.txt", lambda temporary: temporary.write_text(f"{text}\n"))
+    files.write_file(output_dir / "field.txt", lambda temporary: temporary.write_text(
+        f"{text}\n", encoding="utf-8", errors="backslashreplace"))
     drawn = plot(output_dir / "field.png", rows)
     say(f"{text}\nwrote field.txt, field.json{' and field.png' if drawn else ''} to {output_dir}"
         + ("" if drawn else "; install matplotlib for a picture"))
@@ -84,19 +87,19 @@ def quality(network: nn.Module, name: str, sets: dict, device: torch.device) -> 
     return {"network": title, "source": "measured", "psnr_db": found}
 
 
-def time_all(networks: list[nn.Module], device: torch.device,
-             rounds: int) -> tuple[list[dict], latency.Setting]:
+def time_all(networks: list[nn.Module], device: torch.device) -> tuple[list[dict], latency.Setting]:
     """Parameters, multiply-accumulates and milliseconds of each for a picture of SIZE x SIZE pixels, through
     onnxruntime where it is installed and the device is a CPU, else with folded batch norms."""
-    installed = device.type == "cpu" and importlib.util.find_spec("onnxruntime")
+    installed = device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
     setting = latency.this_setting(str(device), size=SIZE, num_classes=1, batch=1,
                                    mode="onnx" if installed else "folded")
-    say(f"Timing {len(networks)} networks for a picture of {SIZE}x{SIZE} pixels, {rounds} times in turn; the "
-        "slowest takes about ten seconds on one core.")
+    say(f"Timing {len(networks)} networks in turn for a picture of {SIZE}x{SIZE} pixels; the slowest takes "
+        "about ten seconds on one core.")
     with contextlib.ExitStack() as stack:
         ready = [stack.enter_context(latency.prepared(network, setting)) for network in networks]
         runs = [lambda made=made, images=images: made(images) for made, images in ready]
-        times = latency.interleave(runs, device, burst=1, warmup=0, min_rounds=rounds)
+        times = latency.interleave(runs, device, burst=1, warmup=0,
+                                   min_rounds=5 if device.type == "cpu" else 25)
     return [{"parameters": models.count_parameters(network), "macs": models.count_macs(network, SIZE),
              "ms": ms} for network, ms in zip(networks, times.medians_ms)], setting
 
@@ -106,17 +109,19 @@ def format_field(content: dict) -> str:
     rows, setting = content["rows"], content["setting"]
     columns = [(where, level) for where, values in rows[0]["psnr_db"].items() for level in values]
     anchor = next(row["ms"] for row in rows if row["network"] == "DnCNN")
-    lines = [f"{'':<34}{'parameters':>12}{'GMACs':>8}{'ms':>9}{'of DnCNN':>10}"
+    wide = max(len(row["network"]) for row in rows) + 2
+    lines = [f"{'':<{wide}}{'parameters':>12}{'GMACs':>8}{'ms':>9}{'of DnCNN':>10}"
              + "".join(f"{f'{where} {level}':>14}" for where, level in columns)]
     for row in rows:
         mark = "" if row["source"] == "measured" else "*"
         values = [row["psnr_db"].get(where, {}).get(level) for where, level in columns]
-        lines.append(f"{row['network']:<34}{row['parameters']:>12,}{row['macs'] / 1e9:>8.1f}{row['ms']:>9.0f}"
+        ms = f"{row['ms']:,.0f}" if row["ms"] >= 100 else f"{row['ms']:.3g}"
+        lines.append(f"{row['network']:<{wide}}{row['parameters']:>12,}{row['macs'] / 1e9:>8.1f}{ms:>9}"
                      f"{row['ms'] / anchor:>10.2f}"
                      + "".join(f"{'-' if value is None else f'{value:.2f}{mark}':>14}" for value in values))
     return "\n".join([
-        *lines, "", "PSNR in dB on RGB at sigma of 255 (real: of pairs). Not clipped, numpy's RandomState(0) "
-        "for every picture.", f"*: {SOURCE}; one pass, not measured here.",
+        *lines, "", "PSNR in dB on RGB at sigma / 255 (real: of pairs). Noise not clipped, by numpy's "
+        "RandomState(0) for every picture.", f"*: {SOURCE}; one pass, not measured here.",
         f"GMACs and ms are of one picture of {SIZE}x{SIZE} pixels on {setting['device']}, {setting['mode']}, "
         f"threads: {setting['threads']}; a self-ensemble is eight passes."])
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from pathlib import Path
-
-import torch
 
 import files
 import models
@@ -23,24 +22,23 @@ from run import Command, say
 
 FOLDER, FORMAT, VERSION = Path(__file__).resolve().with_name("weights"), "joint-weights", 1
 REMEDY = "take the folder weights of this project again"
-ENTRY = {"name": str, "file": str, "sha256": str, "channels": range(1, 5), "parameters": int, "about": str,
-         "command": str}
+ENTRY = {"name": str, "file": str, "sha256": str, "bytes": int, "channels": range(1, 5), "parameters": int,
+         "about": str, "command": str, "date": str, "torch": str}
 
 
-def known() -> list[dict]:
-    """The entries of weights.json; none where the folder is not there, as beside a copied file."""
+def entries() -> list[dict]:
+    """The entries of weights.json; none where it is not there, as beside a copied file."""
     path = FOLDER / "weights.json"
     if not path.exists():
         return []
     content = files.read_json(path, FORMAT, VERSION, REMEDY)
-    for entry in content.get("weights", ()):
-        files.check_fields(path, entry, ENTRY)
+    files.check_fields(path, content, {"weights": [ENTRY]})
     return content["weights"]
 
 
 def find(channels: int) -> Path | None:
     """The checkpoint for pictures of so many channels; ValueError where it is damaged."""
-    for entry in known():
+    for entry in entries():
         if entry["channels"] == channels:
             path = FOLDER / entry["file"]
             if not path.is_file() or checksum(path) != entry["sha256"]:
@@ -53,32 +51,45 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def add(source: str | Path, name: str, about: str) -> dict:
-    """Write the network of a checkpoint, in 16 bit, as weights/NAME.pt, and its entry."""
+def add(source: str | Path, name: str, about: str) -> None:
+    """Write the network of a checkpoint, in 16 bit, as weights/NAME.pt, and its entry. It replaces that for
+    pictures of as many channels. ValueError where it is no denoiser or its numbers need more than 16 bit."""
     network, content = files.load_checkpoint(source)
-    if not network.denoises:
-        raise ValueError(f"The network of {source} makes no images; give a denoiser.")
-    flags = {flag: content["flags"].get(flag) for flag in ("noise", "sigma", "sigmas", "train_folders")}
+    made, flags, channels = content.get("made"), content.get("flags") or {}, models.channels_of(network)
+    if not network.denoises or models.scale_of(network) != 1:
+        raise ValueError(f"The network of {source} does not denoise; give a denoiser.")
+    if not made:
+        raise ValueError(f"{source} does not say how it was trained; give a checkpoint of train.py.")
     state = {key: value.half() if value.is_floating_point() else value
-             for key, value in network.cpu().state_dict().items()}
+             for key, value in network.state_dict().items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{source} has a weight that 16 bit cannot hold.")
     path = FOLDER / f"{name}.pt"
     files.save_checkpoint(path, {
         **{key: content.get(key) for key in ("classes", "size", "seed", "loss", "epoch", "made", "splits")},
-        "record": content["record"], "data": None, "flags": flags, "network": state})
+        "record": content["record"], "data": None, "network": state,
+        "flags": {flag: flags.get(flag) for flag in ("noise", "sigma", "sigmas")}})
     entry = {"name": name, "file": path.name, "sha256": checksum(path), "bytes": path.stat().st_size,
-             "channels": models.channels_of(network), "parameters": models.count_parameters(network),
-             "about": about, **content["made"]}
-    entries = [one for one in known() if one["name"] != name]
+             "channels": channels, "parameters": models.count_parameters(network), "about": about, **made}
+    kept = [one for one in entries() if one["channels"] != channels]
     files.write_json(FOLDER / "weights.json", {"format": FORMAT, "version": VERSION,
-                                               "weights": [*entries, entry]})
-    return entry
+                                               "weights": [*kept, entry]})
+
+
+def plain_name(text: str) -> str:
+    """A type for argparse: the name of a file without a folder."""
+    if not re.fullmatch(r"[\w-]{1,40}", text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, - and _, not {text!r}")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="weights.py", usage="python weights.py [options]  (--help lists them)",
-                    description="List the denoisers that come with the project, or add one.")
+                    description="List the denoisers that come with the project, or add one.",
+                    epilog="examples: python weights.py; python weights.py --add runs/train/best.pt "
+                           "--name colour --about 'photos of my own, CC0'")
     parser.add_argument("--add", metavar="FILE", help="a checkpoint of train.py (default: list them)")
-    parser.add_argument("--name", metavar="NAME", help="of what is added: weights/NAME.pt")
+    parser.add_argument("--name", type=plain_name, metavar="NAME", help="of what is added: weights/NAME.pt")
     parser.add_argument("--about", metavar="TEXT", help="the data that it learned from, and their terms")
     return parser
 
@@ -90,11 +101,12 @@ def main(argv: list[str] | None = None) -> None:
         if len({bool(flag) for flag in (args.add, args.name, args.about)}) > 1:
             raise ValueError("--add, --name and --about belong together.")
         if args.add:
-            with torch.inference_mode():
-                add(args.add, args.name, args.about)
-        for entry in known():
+            add(args.add, args.name, args.about)
+        for entry in entries():
             say("{name}: {parameters:,} parameters, {file}, {bytes:,} bytes; {command}; {date:.10}, torch "
                 "{torch}; {about}".format(**entry))
+        if not entries():
+            say(f"There are none in {FOLDER}.")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def test_every_baseline_takes_any_size_and_trains(name):
     torch.manual_seed(0)
     network = build(name, 7)
     images = torch.rand(2, models.channels_of(network), 45, 61)
+    if name in ("ircnn", "ffdnet", "drunet", "nafnet-16"):
+        assert network(images[..., :5, :7]).image.shape == (2, 3, 5, 7)
     output = network(images)
     assert (output.image is not None) == network.denoises
     assert (output.logits is not None) == network.classifies

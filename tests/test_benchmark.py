@@ -56,7 +56,7 @@ def test_each_part_of_a_network_runs_alone_through_onnxruntime():
         decoder, given = traced.network.decoder, []
         decoder.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
         image = traced.network(images).image
-        found = benchmark.through_onnxruntime(decoder, given[0], 1)()[0]
+        found = benchmark.alone_in_onnxruntime(decoder, given[0], 1)()[0]
         torch.testing.assert_close(torch.from_numpy(found)[..., :32, :32], image, rtol=0, atol=1e-5)
         assert benchmark.naive_sum_ms(traced.network, [decoder], images, setting) > 0
 

@@ -163,7 +163,7 @@ def checkpoints(tmp_path_factory):
         arch = models.named_arch(f"{model}-k3-e3", 0 if model == "dnas" else 10)
         files.save_checkpoint(folder / f"{model}.pt", {
             "record": files.make_record("tfnas", arch.to_dict(), {}),
-            "network": models.Network(arch).state_dict(), "flags": {}, "made": files.provenance("cpu"),
+            "network": models.Network(arch).state_dict(), "flags": None, "made": files.provenance("cpu"),
             "seed": 0, "classes": None if model == "dnas" else list("abcdefghij"), "size": 32, "epoch": 3})
     return folder
 
@@ -288,12 +288,24 @@ def test_a_picture_keeps_its_mode_and_what_is_transparent(mode):
     original = Image.fromarray(values).convert(mode)
     if "A" in mode:
         alpha = np.full((9, 11), 128, np.uint8)
-        alpha[0] = 255
+        alpha[0], alpha[1] = 255, 0
         original.putalpha(Image.fromarray(alpha))
     found = denoise.like_original(data.over_white(original), original)  # as of a network that changes nothing
     assert found.mode == mode and found.size == (11, 9)
     difference = np.abs(np.asarray(found, int) - np.asarray(original, int))
-    assert difference.max() <= 2 and not difference[0].any()
+    assert difference.max() <= 2 and not difference[:2].any()
+    assert denoise.like_original(original.convert("RGB").resize((22, 18)), original).size == (22, 18)
+
+
+@pytest.mark.parametrize("mode, is_grey, read_as", (
+    ("1", True, "L"), ("L", True, "L"), ("LA", True, "LA"), ("I;16", True, "L"), ("F", True, "L"),
+    ("P", False, "RGB"), ("RGB", False, "RGB"), ("RGBA", False, "RGBA"), ("CMYK", False, "RGB"),
+    ("LAB", False, "RGB")))
+def test_grey_is_told_from_colour(tmp_path, mode, is_grey, read_as):
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK", "LAB") else "a.png")
+    Image.new(mode, (5, 4)).save(path)
+    assert data.is_grey(path) == is_grey and data.load_original(path).mode == read_as
+    assert data.is_grey(tmp_path / "missing.png") is None
 
 
 def test_the_denoiser_that_comes_with_the_project(checkpoints, pictures, tmp_path, monkeypatch, capsys):
@@ -310,23 +322,44 @@ def test_the_denoiser_that_comes_with_the_project(checkpoints, pictures, tmp_pat
     weights.main(["--add", str(checkpoints / "dnas.pt"), "--name", "colour", "--about", "made for a test"])
     assert "made for a test" in capsys.readouterr().out
     code, printed = evaluate("packed")
-    assert code == 0 and "colour.pt" in printed.out
+    assert code == 0 and "colour.pt" in printed.err
     assert evaluate("own", "--checkpoint", str(checkpoints / "dnas.pt"))[0] == 0
     one, other = (np.asarray(Image.open(tmp_path / name / "twin_denoised.png"), int)
                   for name in ("packed", "own"))
     assert np.abs(one - other).max() <= 1
     assert weights.find(1) is None
+    grey = {"record": registry.named_record("dncnn-grey", 10, {}), "network": registry.build_network(
+        registry.named_record("dncnn-grey", 10, {})).state_dict(), "made": files.provenance("cpu"),
+        "seed": 0, "classes": None, "size": 32, "epoch": 3}
+    files.save_checkpoint(tmp_path / "grey.pt", grey)
+    weights.main(["--add", str(tmp_path / "grey.pt"), "--name", "grey", "--about", "made for a test"])
+    assert len(weights.entries()) == 2  # one for each number of channels
+    Image.open(pictures / "twin.png").convert("L").save(pictures / "twin.png")
+    (pictures / "grey.jpg").write_bytes(b"damaged")
+    code, printed = evaluate("of grey pictures")
+    assert code == 0 and "grey.pt" in printed.err
+    capsys.readouterr()
+    grey["network"] = {name: value * 1e6 for name, value in grey["network"].items()}
+    files.save_checkpoint(tmp_path / "large.pt", grey)
+    for broken, reason in ((tmp_path / "large.pt", "16 bit"), (checkpoints / "cnas.pt", "does not denoise")):
+        with pytest.raises(SystemExit) as stopped:
+            weights.main(["--add", str(broken), "--name", "grey", "--about", "x"])
+        assert stopped.value.code == 2 and reason in capsys.readouterr().err
+    assert evaluate("as before")[0] == 0
+    Image.new("RGB", (9, 9)).save(pictures / "twin.png")
     with open(tmp_path / "weights" / "colour.pt", "ab") as file:
         file.write(b"x")
     code, printed = evaluate("damaged")
     assert code == 2 and "damaged" in printed.err
 
 
-@pytest.mark.parametrize("flags", (["--add", "x.pt"], ["--name", "x"], ["--add", "x.pt", "--name", "x"]))
+@pytest.mark.parametrize("flags", (["--add", "x.pt"], ["--name", "x"], ["--add", "x.pt", "--name", "x"],
+                                   ["--add", "x.pt", "--name", "a/b", "--about", "x"]))
 def test_what_is_added_needs_a_name_and_its_terms(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         weights.main(flags)
-    assert stopped.value.code == 2 and "belong together" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and ("belong together" in error or "a/b" in error)
 
 
 def test_names_never_collide():

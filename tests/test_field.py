@@ -48,7 +48,7 @@ def test_a_table_of_measured_and_published_numbers(tmp_path, small, capsys):
     assert "cszn/DPIR" in dncnn["source"] and ours["source"] == ensemble["source"] == "measured"
     assert ensemble["ms"] == 8 * ours["ms"] and ffdnet["parameters"] == 852_108
     assert set(ours["psnr_db"]["camera"]) == {"real"}
-    text = (tmp_path / "out" / "field.txt").read_text()
+    text = (tmp_path / "out" / "field.txt").read_text(encoding="utf-8")
     assert "33.90*" in text and f"{ours['psnr_db']['CBSD68']['15']:.2f}*" not in text
     assert text in capsys.readouterr().out
 
@@ -63,7 +63,8 @@ def test_a_table_of_measured_and_published_numbers(tmp_path, small, capsys):
 @pytest.mark.parametrize("network, flags, reason", (
     ("dncnn-grey", [], "denoise colour pictures"),
     ("mobilenet-v3-small", [], "denoise colour pictures"),
-    ("unet-b4-d2-m2-c1", ["--self-ensemble"], "stands alone")))
+    ("unet-b4-d2-m2-c1", ["--self-ensemble"], "leave --self-ensemble out"),
+    ("unet-b4-d2-m2-c1", ["--sigmas", "0.5", "--luma"], "leave --luma out")))
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, small, capsys, network, flags, reason):
     checkpoint = make_checkpoint(tmp_path / "best.pt", network)
     with pytest.raises(SystemExit) as error:
