@@ -86,8 +86,10 @@ def plain_name(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="weights.py", usage="python weights.py [options]  (--help lists them)",
                     description="List the denoisers that come with the project, or add one.",
-                    epilog="examples: python weights.py; python weights.py --add runs/train/best.pt "
-                           "--name colour --about 'photos of my own, CC0'")
+                    epilog="examples:\n  python weights.py\n"
+                           "  python weights.py --add colour/best.pt --name colour --about 'my photos, CC0'\n"
+                           "  python weights.py --add grey/best.pt --name grey --about 'my photos, CC0'",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", metavar="FILE", help="a checkpoint of train.py (default: list them)")
     parser.add_argument("--name", type=plain_name, metavar="NAME", help="of what is added: weights/NAME.pt")
     parser.add_argument("--about", metavar="TEXT", help="the data that it learned from, and their terms")
