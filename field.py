@@ -54,8 +54,13 @@ def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, 
         raise ValueError("Two folders of --benchmark have the same name; rename one.")
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
     costs, setting = time_all(networks, device)
-    ours = [quality(network, name, sets, device), quality(SelfEnsemble(network), name, sets, device)]
-    costs.insert(1, {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]})
+    one, eight = (measure(each, sets, device) for each in (network, SelfEnsemble(network)))
+    ours = [{"network": title, "source": "measured", "psnr_db": {
+        where: {level: record[column] for level, record in found[where].items()} for where in found}}
+        for title, found, column in (("noisy", one, "input_psnr_db"), (name, one, "psnr_db"),
+                                     (f"{name}, self-ensemble", eight, "psnr_db"))]
+    costs[:1] = [dict.fromkeys(costs[0]), costs[0],
+                 {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]}]
     noisy = {name.lower(): name for name, pictures in sets.items() if not data.is_paired(pictures)}
     rows = [*ours, *({"network": title, "model": model, "source": SOURCE, "psnr_db": {
         noisy[where.lower()]: dict(zip(map(str, LEVELS), values))
@@ -74,17 +79,16 @@ def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, 
         + ("" if drawn else "; install matplotlib for a picture"))
 
 
-def quality(network: nn.Module, name: str, sets: dict, device: torch.device) -> dict:
-    """The row of a network that is measured: its PSNR in dB by folder and by level, or "real"."""
+def measure(network: nn.Module, sets: dict, device: torch.device) -> dict[str, dict[str, dict]]:
+    """What eval.py measures of a network, by folder and by level, or "real"."""
     found, protocol = {}, evaluation.Protocol(tuple(level / 255 for level in LEVELS),
                                               noise_protocol="literature")
     for where, pictures in sets.items():
         loader = data.make_loader(pictures, 1, device=device)
         levels = evaluation.evaluate(network, loader, protocol, device=device)["levels"]
         names = map(str, LEVELS) if len(levels) == len(LEVELS) else ("real",)
-        found[where] = {level: record["psnr_db"] for level, record in zip(names, levels)}
-    title = f"{name}, self-ensemble" if isinstance(network, SelfEnsemble) else name
-    return {"network": title, "source": "measured", "psnr_db": found}
+        found[where] = dict(zip(names, levels))
+    return found
 
 
 def time_all(networks: list[nn.Module], device: torch.device) -> tuple[list[dict], latency.Setting]:
@@ -115,10 +119,12 @@ def format_field(content: dict) -> str:
     for row in rows:
         mark = "" if row["source"] == "measured" else "*"
         values = [row["psnr_db"].get(where, {}).get(level) for where, level in columns]
-        ms = f"{row['ms']:,.0f}" if row["ms"] >= 100 else f"{row['ms']:.3g}"
-        lines.append(f"{row['network']:<{wide}}{row['parameters']:>12,}{row['macs'] / 1e9:>8.1f}{ms:>9}"
-                     f"{row['ms'] / anchor:>10.2f}"
-                     + "".join(f"{'-' if value is None else f'{value:.2f}{mark}':>14}" for value in values))
+        cost = f"{'-':>12}{'-':>8}{'-':>9}{'-':>10}"
+        if row["ms"]:
+            ms = f"{row['ms']:,.0f}" if row["ms"] >= 100 else f"{row['ms']:.3g}"
+            cost = f"{row['parameters']:>12,}{row['macs'] / 1e9:>8.1f}{ms:>9}{row['ms'] / anchor:>10.2f}"
+        lines.append(f"{row['network']:<{wide}}{cost}" + "".join(
+            f"{'-' if value is None else f'{value:.2f}{mark}':>14}" for value in values))
     return "\n".join([
         *lines, "", "PSNR in dB on RGB at sigma / 255 (real: of pairs). Noise not clipped, by numpy's "
         "RandomState(0) for every picture.", f"*: {SOURCE}; one pass, not measured here.",
@@ -132,7 +138,10 @@ def plot(path: Path, rows: list[dict]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    folders = list(rows[0]["psnr_db"])
+    rows, folders = [row for row in rows if row["ms"]], list(rows[0]["psnr_db"])
+    least, most = (edge(row["ms"] for row in rows) for edge in (min, max))
+    ticks = [step * 10**power for power in range(-1, 6) for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if least / 1.5 < tick < most * 1.5]
     figure = Figure(figsize=(6 * len(folders), 4.8), layout="constrained")
     for axis, where in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
         for row in (row for row in rows if where in row["psnr_db"]):
@@ -143,6 +152,8 @@ def plot(path: Path, rows: list[dict]) -> bool:
                 axis.annotate(level, (row["ms"], value), xytext=(6, -3), textcoords="offset points",
                               fontsize=8)
         axis.set(xlabel=f"ms for {SIZE}x{SIZE} pixels", ylabel="PSNR dB", xscale="log", title=where)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     pairs = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels())]
     handles = {label: handle for handle, label in pairs}

@@ -43,7 +43,8 @@ def test_a_table_of_measured_and_published_numbers(tmp_path, small, capsys):
     evaluation.main(["--benchmark", clean, pairs, "--checkpoint", checkpoint, "--output-dir",
                      str(tmp_path / "out"), "--device", "cpu", "--threads", "1"])
     content = json.loads((tmp_path / "out" / "field.json").read_text())
-    ours, ensemble, dncnn, ffdnet = content["rows"]
+    noisy, ours, ensemble, dncnn, ffdnet = content["rows"]
+    assert noisy["ms"] is None and noisy["psnr_db"]["CBSD68"]["25"] == pytest.approx(20.17, abs=0.3)
     assert dncnn["psnr_db"] == {"CBSD68": {"15": 33.9, "25": 31.24, "50": 27.95}}
     assert "cszn/DPIR" in dncnn["source"] and ours["source"] == ensemble["source"] == "measured"
     assert ensemble["ms"] == 8 * ours["ms"] and ffdnet["parameters"] == 852_108
