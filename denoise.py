@@ -166,10 +166,10 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def like_original(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """A network's picture, which may be larger, in the mode of the original: grey or colour, and as
-    transparent. What the network saw over white is parted from the white; where nothing is to be seen, the
-    pixels are those of the original."""
-    mode = original.mode
+    """A network's picture, which may be larger, in the mode of the original: as transparent, and grey if that
+    or the picture is. What the network saw over white is parted from the white. Where all is transparent,
+    the pixels are those of the original."""
+    mode = original.mode.replace("RGB", picture.mode)
     if "A" not in original.getbands():
         return picture.convert(mode)
     original = original.convert("RGBA").resize(picture.size)

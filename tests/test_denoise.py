@@ -294,7 +294,8 @@ def test_a_picture_keeps_its_mode_and_what_is_transparent(mode):
     assert found.mode == mode and found.size == (11, 9)
     difference = np.abs(np.asarray(found, int) - np.asarray(original, int))
     assert difference.max() <= 2 and not difference[:2].any()
-    assert denoise.like_original(original.convert("RGB").resize((22, 18)), original).size == (22, 18)
+    grey = denoise.like_original(original.convert("L").resize((22, 18)), original)  # of a grey network
+    assert grey.size == (22, 18) and grey.mode == mode.replace("RGB", "L")
 
 
 @pytest.mark.parametrize("mode, is_grey, read_as", (
