@@ -305,7 +305,7 @@ class DRUNet(nn.Module):
     def forward(self, x: Tensor) -> Output:
         height, width = x.shape[-2:]
         padded = models.pad_to_multiple(x, 2 ** len(self.down))
-        features = [self.head(torch.cat((padded, noise_map(self.noise_level, x, padded)), 1))]
+        features = [self.head(torch.cat((padded, noise_map(self.noise_level, padded, padded)), 1))]
         for stage in self.down:
             features.append(stage(features[-1]))
         out = self.body(features[-1])

@@ -295,7 +295,7 @@ def _load_scenes(name, root, size, seed, counts, version):
 
 # --- Image files and folders --------------------------------------------------------------------------------
 def load_image(path):
-    """Read any image file as `load_original`, over white where it is transparent, as RGB."""
+    """An image file as an upright 8-bit RGB PIL image, over white where it is transparent."""
     return over_white(load_original(path))
 
 

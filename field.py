@@ -55,19 +55,18 @@ def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, 
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
     costs, setting = time_all(networks, device)
     one, eight = (measure(each, sets, device) for each in (network, SelfEnsemble(network)))
-    ours = [{"network": title, "source": "measured", "psnr_db": {
-        where: {level: record[column] for level, record in found[where].items()} for where in found}}
-        for title, found, column in (("noisy", one, "input_psnr_db"), (name, one, "psnr_db"),
-                                     (f"{name}, self-ensemble", eight, "psnr_db"))]
-    costs[:1] = [dict.fromkeys(costs[0]), costs[0],
-                 {**costs[0], "ms": 8 * costs[0]["ms"], "macs": 8 * costs[0]["macs"]}]
-    noisy = {name.lower(): name for name, pictures in sets.items() if not data.is_paired(pictures)}
-    rows = [*ours, *({"network": title, "model": model, "source": SOURCE, "psnr_db": {
-        noisy[where.lower()]: dict(zip(map(str, LEVELS), values))
-        for where, values in published.items() if where.lower() in noisy}}
-        for title, (model, published) in FIELD.items())]
-    for row, cost in zip(rows, costs, strict=True):
-        row |= cost
+    own, *others = costs
+    ensemble = {**own, "ms": 8 * own["ms"], "macs": 8 * own["macs"]}
+    rows, clean = [], {where.lower(): where for where in sets if not data.is_paired(sets[where])}
+    for title, cost, found, column in (("noisy", dict.fromkeys(own), one, "input_psnr_db"),
+                                       (name, own, one, "psnr_db"),
+                                       (f"{name}, self-ensemble", ensemble, eight, "psnr_db")):
+        rows.append({"network": title, "source": "measured", **cost, "psnr_db": {
+            where: {level: record[column] for level, record in found[where].items()} for where in found}})
+    for (title, (model, published)), cost in zip(FIELD.items(), others, strict=True):
+        rows.append({"network": title, "model": model, "source": SOURCE, **cost, "psnr_db": {
+            clean[where.lower()]: dict(zip(map(str, LEVELS), values))
+            for where, values in published.items() if where.lower() in clean}})
     content = {"format": FORMAT, "version": VERSION, **about, "folders": folders, "setting": vars(setting),
                "rows": rows}
     text = format_field(content)

@@ -104,10 +104,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--add, --name and --about belong together.")
         if args.add:
             add(args.add, args.name, args.about)
-        for entry in entries():
+        listed = entries()
+        for entry in listed:
             say("{name}: {parameters:,} parameters, {file}, {bytes:,} bytes; {command}; {date:.10}, torch "
                 "{torch}; {about}".format(**entry))
-        if not entries():
+        if not listed:
             say(f"There are none in {FOLDER}.")
 
 
