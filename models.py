@@ -119,28 +119,43 @@ def enlarge(x: Tensor, scale: int) -> Tensor:
 class NoiseLevel(nn.Module):
     """An estimate of log(variance of the noise): (B, 3, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
     White noise has its own variance in the diagonal detail of 2x2 pixels (Donoho and Johnstone 1994), and
-    pictures have little detail. Its mean square over 8x8 pixels is averaged as a logarithm: the few squares
-    full of texture count less. Nothing is learned. What is beyond a multiple of 8 is left out."""
+    pictures have little. The mean square of this detail is taken over each 8x8 pixels. Of what is texture,
+    the image of half the size has more, of white noise less: by that the share of noise is told. Of the squares
+    the mean of 1/sigma is taken: those full of texture count little. Nothing is learned. What is beyond a
+    multiple of 8 is left out. `scales` 1, in records without the field: the mean of the logarithm, and all
+    detail is noise."""
     FLOOR = 1e-5  # of the variance: 0.8/255, about the rounding of 8 bit
+    TEXTURE = 8.0  # detail at half the size over that at full size, where white noise is counted to have 1
+    LEAST = 0.04  # of a square's detail is noise at least: its contrast is no proof that it has none
 
-    def __init__(self):
+    def __init__(self, scales: int = 2):
         super().__init__()
+        self.scales = scales
         detail = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(3, 1, 1, 1)
         self.register_buffer("detail", detail, persistent=False)
         self.avgpool = nn.AdaptiveAvgPool2d(1)  # over a whole picture also where denoise.py takes it in tiles
 
-    def forward(self, x: Tensor) -> Tensor:
+    def energy(self, x: Tensor, side: int) -> Tensor:
+        """The mean square of the detail over squares of so many details."""
         detail = F.conv2d(x, self.detail, stride=2, groups=len(self.detail))
-        return self.avgpool((F.avg_pool2d(detail.square().mean(1, keepdim=True), 4) + self.FLOOR).log())
+        return F.avg_pool2d(detail.square().mean(1, keepdim=True), side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.energy(x, 4)
+        if self.scales == 1:
+            return self.avgpool((fine + self.FLOOR).log())
+        coarse = 4 * self.energy(F.avg_pool2d(x, 2), 2)  # of white noise as much as `fine`
+        variance = torch.maximum((self.TEXTURE * fine - coarse) / (self.TEXTURE - 1), self.LEAST * fine)
+        return -2 * self.avgpool((variance + self.FLOOR).rsqrt()).log()
 
 class Gate(nn.Module):
     """The least at full resolution, ours: an image y with a feature (B, 4, H, W) and the noisy image n
     (B, 3, H, W) -> for each pixel a mixture of n and y, by a sigmoid of the feature and of the NoiseLevel."""
     FEATURES = 1
 
-    def __init__(self):
+    def __init__(self, noise_scales: int = 2):
         super().__init__()
-        self.noise_level = NoiseLevel()
+        self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.full((1, 1, 1, 1), -2.0))
 
     def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
@@ -153,15 +168,15 @@ class FullResolution(nn.Module):
     features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each scale,
     keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask parts two, as
     strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at
-    0 and is weak where there is little noise. `hidden`: channels between these convolutions."""
+    0 and is weak where there is little noise, for each channel between them, `hidden`, at another level."""
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self, hidden: int = 12):
+    def __init__(self, hidden: int = 12, noise_scales: int = 2):
         super().__init__()
-        self.noise_level = NoiseLevel()
+        self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
-        self.fade = nn.Parameter(torch.full((hidden, 1, 1), 6.0))  # 1 at sigma 0.05, up to 2
+        self.fade = nn.Parameter(torch.linspace(5, 8, hidden).view(-1, 1, 1))  # 1 at sigma 21/255 ... 5/255
         self.mix = nn.Conv2d(6 + self.FEATURES, hidden, 3, padding=1)
         self.rest = nn.Conv2d(hidden, 3, 3, padding=1)
         nn.init.zeros_(self.rest.weight)
@@ -203,9 +218,9 @@ class Decoder(nn.Module):
     follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
     papers do not state widths and activation; here a level has the width of the encoder stage of its size,
     and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched. `branch`: channels of
-    FullResolution; 0: `Gate` in its place."""
+    FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
-                 branch: int = 12):
+                 branch: int = 12, noise_scales: int = 2):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, kernels: tuple) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
@@ -219,7 +234,9 @@ class Decoder(nn.Module):
         (l4, l3, l2, l1), kernels = zip(*(levels or zip((s5, s4, s3, s2), kernels)))
         widths = ((s6, l4, l3), (l3 + s4, l3, l2), (l2 + s3, l2, l1), (l1 + s2 + pixels, l1, l1))
         self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
-        self.full = (FullResolution(branch) if branch else Gate()) if kind == "sharp" else None
+        self.full = None
+        if kind == "sharp":
+            self.full = FullResolution(branch, noise_scales) if branch else Gate(noise_scales)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
     def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
@@ -328,7 +345,8 @@ class Network(nn.Module):
         widths = {block.stage: block.out_channels for block in arch.blocks}
         if arch.denoises:
             outputs = [*widths.values()][:len(self.encoder)]
-            self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch)
+            self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch,
+                                   arch.noise_scales)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
@@ -509,9 +527,9 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
-ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "activation": (*ACTIVATIONS,),
-           "kernel_size": (1, 3, 5, 7), "stride": (1, 2), "se_channels": range(65537),
-           "num_classes": range(65537), "branch": range(65537)}  # else: COUNTS
+ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
+           "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
+           "se_channels": range(65537), "num_classes": range(65537), "branch": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
@@ -539,6 +557,7 @@ class Arch:
     levels: tuple[tuple[int, tuple[int, ...]], ...] = ()
     branch: int = 12
     multiscale: bool = True
+    noise_scales: int = 2
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -587,7 +606,8 @@ class Arch:
             return cls(content["model"], blocks, content["num_classes"], content["stem_channels"],
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
-                       content.get("branch", 12), content.get("multiscale", False))
+                       content.get("branch", 12), content.get("multiscale", False),
+                       content.get("noise_scales", 1))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 

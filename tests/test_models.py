@@ -209,8 +209,9 @@ def test_decoder_costs_what_the_facts_say_at_224():
                                               for decoder in ("conv", "sharp"))]
     cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
-    # Two 3x3 convolutions, 10 features of 16 channels, the noise level, the noisy image to and in level 1.
-    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 + (12 * 12 + 9 * 12 * 16) / 4
+    # Two 3x3 convolutions, 10 features of 16 channels, the noise level of two scales, the noisy image to and in
+    # level 1.
+    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 * 1.25 + (12 * 12 + 9 * 12 * 16) / 4
     assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
@@ -223,6 +224,28 @@ def test_the_noise_level_is_that_of_the_noise_and_not_of_the_picture(sigma):
     assert found.shape == (4, 1, 1, 1) and found.sub(sigma).abs().max() < 0.3 * sigma
     flat = models.NoiseLevel()(torch.full((1, 3, 16, 16), 0.3))
     assert flat.item() == pytest.approx(math.log(models.NoiseLevel.FLOOR), abs=0.01)
+
+
+def test_a_clean_texture_is_not_noise_to_two_scales():
+    generator = torch.Generator().manual_seed(0)
+    texture = sum(F.interpolate(torch.randn(1, 3, side, side, generator=generator), 128, mode="bilinear")
+                  for side in (16, 32, 64)) / 6 + 0.5
+    two, one = (models.NoiseLevel(scales)(texture).div(2).exp().item() for scales in (2, 1))
+    assert two < 0.3 * one and one > 0.014
+    texture[..., 64:] = 0.5  # half of the picture is plain
+    noisy = 0.5 * texture + 0.05 * torch.randn(texture.shape, generator=generator)
+    assert models.NoiseLevel()(noisy).div(2).exp().item() == pytest.approx(0.05, rel=0.2)
+
+
+def test_old_records_keep_the_noise_level_of_one_scale():
+    content = named_arch("dnas-k3-e3", 0).to_dict()
+    assert models.make_network(Arch.from_dict(content)).decoder.full.noise_level.scales == 2
+    del content["noise_scales"]
+    for branch in (12, 0):
+        network = models.make_network(Arch.from_dict({**content, "branch": branch}))
+        assert network.decoder.full.noise_level.scales == 1
+    with pytest.raises(ValueError, match="noise_scales must be one of 1, 2|a whole number"):
+        Arch.from_dict({**content, "noise_scales": 3})
 
 
 def test_the_image_is_the_noisy_one_where_its_weight_is_one_and_a_clean_one_at_first():
