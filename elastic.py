@@ -550,11 +550,11 @@ class Comparison:
 
     @torch.no_grad()
     def measure(self, choices: tuple[int, ...]) -> None:
-        """Compute the losses of a network: of both, the denoising loss of the first batch only. An image has
-        thousands of pixels and one class, so its cross-entropy says far less about the network."""
+        """Compute the losses of a network: of both, the denoising loss of the first batches only. An image
+        has thousands of pixels and one class, so its cross-entropy says far less about the network."""
         arch, values = self.supernet.space.arch(choices), {name: [] for name in self.names}
         for place, (noisy, clean, labels) in enumerate(self.batches):
-            class_only = self.loss == "both" and place > 0
+            class_only = self.loss == "both" and place >= DENOISED
             with run.autocast(self.device, self.amp):
                 output = self.supernet(noisy, arch.with_model("cnas") if class_only else arch)
             _, parts = task_loss(output, clean, labels, "cls" if class_only else self.loss, 0.0)
@@ -675,7 +675,8 @@ def predictor(space: Space, scores: dict[tuple[int, ...], float]):
 
 ROUNDS, CHILDREN, PARENTS, DRAWN, PLAIN = 6, 10, 12, 32, 20  # networks, of the evolution
 TRIES = 2000  # of a random network near to a target
-IMAGES = 600  # held-out ones, by which networks are compared
+IMAGES, BATCH = 600, 64  # held-out ones, by which networks are compared; so many at once
+DENOISED = 2  # batches of them, by which networks are compared in denoising
 SPREAD = 24  # networks from all over the space, whose order judge.py compares with that after training
 
 
@@ -845,9 +846,9 @@ class Schedule:
         for batch in batches.epoch(0):
             images.append(batch)
             count += len(batch[0])
-            if count >= IMAGES:
+            if count >= (DENOISED * BATCH if self.loss == "den" else IMAGES):
                 break
-        size = -(-len(images) // max(1, round(count / 128)))  # about 128 a batch, for the norms' statistics
+        size = -(-len(images) // max(1, round(count / BATCH)))  # batches of the loader in one of these
         joined = [tuple(map(torch.cat, zip(*images[start:start + size])))
                   for start in range(0, len(images), size)]
         self.supernet.compare = Comparison(self.supernet, joined, self.loss, self.prefer, self.device,

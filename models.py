@@ -120,10 +120,9 @@ class NoiseLevel(nn.Module):
     """An estimate of log(variance of the noise): (B, 3, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
     White noise has its own variance in the diagonal detail of 2x2 pixels (Donoho and Johnstone 1994), and
     pictures have little. The mean square of this detail is taken over each 8x8 pixels. Of what is texture,
-    the image of half the size has more, of white noise less: by that the share of noise is told. Of the squares
-    the mean of 1/sigma is taken: those full of texture count little. Nothing is learned. What is beyond a
-    multiple of 8 is left out. `scales` 1, in records without the field: the mean of the logarithm, and all
-    detail is noise."""
+    the image of half the size has more, of white noise less: by that the share of noise is told. The mean is
+    of 1/sigma: squares full of texture count little. Nothing is learned. What is beyond a multiple of 8 is
+    left out. `scales` 1, in records without the field: the mean of the logarithm, and all detail is noise."""
     FLOOR = 1e-5  # of the variance: 0.8/255, about the rounding of 8 bit
     TEXTURE = 8.0  # detail at half the size over that at full size, where white noise is counted to have 1
     LEAST = 0.04  # of a square's detail is noise at least: its contrast is no proof that it has none
