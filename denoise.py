@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from data import MODES, list_images, load_original, over_white, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
-from models import ENCODER_STRIDE, Output, apply_network, channels_of, scale_of
+from models import (ENCODER_STRIDE, LAST_ENCODER_STAGE, Network, Output, apply_network, channels_of,
+                    scale_of)
 from run import Forecast, say, track
 
 TILE_CORE, TILE_MARGIN = 1024, 384  # pixels; multiples of every stride; k5 blocks see as far as the margin
@@ -54,6 +55,41 @@ class SelfEnsemble(nn.Module):
         image, logits = apply_network(self.network, x, boxes)
         others = (self.turn_back(self.network(self.turn(x, way)).image, way) for way in range(1, 8))
         return Output((image + sum(others)) / 8, logits)
+
+
+class LocalMean(nn.Module):
+    """The mean of `window` x `window` values around each of a map, inside the map: (B, C, H, W) -> the same
+    shape, or 1 in place of H or W where that is no larger than the window."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.window // 2, (self.window - 1) // 2
+        for dim, window, padding in ((2, (self.window, 1), (0, 0, before, after)),
+                                     (3, (1, self.window), (before, after, 0, 0))):
+            x = (x.mean(dim, keepdim=True) if x.shape[dim] <= self.window else
+                 F.pad(F.avg_pool2d(x, window, 1), padding, mode="replicate"))
+        return x
+
+
+def localised(network: nn.Module, size: int) -> nn.Module:
+    """The denoiser for pictures larger than the `size` x `size` pixels of its training: its
+    squeeze-and-excitation averages over as many pixels as it did there (Chu et al. 2022, "Improving image
+    restoration by revisiting global information aggregation"), not over the picture. A copy, or itself where
+    it has none."""
+    if not any(isinstance(module, Network) and module.denoises for module in network.modules()):
+        return network
+    network = copy.deepcopy(network)
+    for part in network.modules():
+        if isinstance(part, Network) and part.denoises:
+            stride = 2  # of the stem
+            for module, block in zip(part.blocks(), part.arch.blocks):
+                stride *= block.stride
+                if block.stage <= LAST_ENCODER_STAGE and block.se_channels:
+                    module.se.avgpool = LocalMean(max(1, size // stride))
+    return network
 
 
 class _Collected(Exception):

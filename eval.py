@@ -29,7 +29,8 @@ import registry
 import timing
 import weights
 from data import NOISES, Noise, Parser, is_grey, is_paired, number, split_labels, whole
-from denoise import SelfEnsemble, class_name, denoise_paths, find_pictures, output_names, to_picture
+from denoise import (SelfEnsemble, class_name, denoise_paths, find_pictures, localised, output_names,
+                     to_picture)
 from files import load_checkpoint, provenance, write_file, write_json
 from latency import device_name, measure_network, ms_at_table, this_setting
 from metrics import EQUAL_DB, WINDOW, luma, psnr, ssim, to_8bit
@@ -405,12 +406,13 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("--benchmark times networks: run it in one process.")
             import field  # which imports this file
             make_folder(output_dir)
-            field.report(network, checkpoint["record"]["model"], args.benchmark, output_dir, about, device)
+            field.report(network, checkpoint["record"]["model"], args.size, args.benchmark, output_dir, about,
+                         device)
             return
         if args.input is not None:
             paths = find_pictures(Path(args.input), output_dir)
-            sys.exit(report_pictures(network, paths, output_dir, protocol, args.sigma, about, args.overwrite,
-                                     **common))
+            sys.exit(report_pictures(localised(network, args.size), paths, output_dir, protocol, args.sigma,
+                                     about, args.overwrite, **common))
         dataset = load_split(network, checkpoint, args.split, protocol, vars(args))
         about |= {"data": args.data, "split": args.split, "data_seed": checkpoint["seed"]}
         searched = checkpoint["record"].get("latency") or {}
@@ -438,7 +440,7 @@ def shipped_checkpoint(args: argparse.Namespace) -> str:
     for colours. Where it is not there, --checkpoint: reading that then says so."""
     pictures = [] if args.input is None else find_pictures(Path(args.input), Path(args.output_dir))
     grey = {is_grey(path) for path in pictures} - {None} == {True}
-    path = (weights.find(1) if grey else None) or weights.find(3)
+    path = (weights.find("grey") if grey else None) or weights.find("colour")
     if not path:
         return args.checkpoint
     say(f"note: {args.checkpoint} is not there: {path.name}, a denoiser that comes with the project, is "
@@ -530,7 +532,7 @@ def report_evaluation(network: nn.Module, dataset, output_dir: Path, protocol: P
     rank, world = rank_and_world()
     loader = data.make_loader(dataset, batch_size, workers=workers, device=device, rank=rank, world=world)
     one_pass = network.network if isinstance(network, SelfEnsemble) else network
-    size, setting = size // scale_of(network), None
+    network, size, setting = localised(network, size), size // scale_of(network), None
     if searched is not None:  # the latency compares with the target where the kind of device is the same
         there = searched.get("setting") or {}
         names = ("batch", "threads", "dtype", "mode") if there.get("device_type") == device.type else ()

@@ -22,7 +22,7 @@ import files
 import latency
 import models
 import registry
-from denoise import SelfEnsemble
+from denoise import SelfEnsemble, localised
 from run import say
 
 FORMAT, VERSION = "joint-field", 1
@@ -44,9 +44,10 @@ FIELD = {
 }
 
 
-def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, about: dict,
+def report(network: nn.Module, name: str, size: int, folders: list[str], output_dir: Path, about: dict,
            device: torch.device) -> None:
-    """Measure a colour denoiser (eval mode, on `device`) on these folders, time all, write and print."""
+    """Measure a colour denoiser (eval mode, on `device`; `size`: pixels of its training) on these folders,
+    time all, write and print."""
     if not network.denoises or models.channels_of(network) != 3 or models.scale_of(network) != 1:
         raise ValueError("--benchmark is of networks that denoise colour pictures; give such a --checkpoint.")
     sets = {Path(folder).resolve().name: data.load_everything(folder).test for folder in folders}
@@ -54,7 +55,8 @@ def report(network: nn.Module, name: str, folders: list[str], output_dir: Path, 
         raise ValueError("Two folders of --benchmark have the same name; rename one.")
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
     costs, setting = time_all(networks, device)
-    one, eight = (measure(each, sets, device) for each in (network, SelfEnsemble(network)))
+    local = localised(network, size)
+    one, eight = (measure(each, sets, device) for each in (local, SelfEnsemble(local)))
     own, *others = costs
     ensemble = {**own, "ms": 8 * own["ms"], "macs": 8 * own["macs"]}
     rows, clean = [], {where.lower(): where for where in sets if not data.is_paired(sets[where])}

@@ -157,8 +157,8 @@ class Gate(nn.Module):
         self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.full((1, 1, 1, 1), -2.0))
 
-    def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
-        own = torch.sigmoid(x[:, 3:] + self.slope * (self.noise_level(noisy) + 4))  # -4: sigma 0.14
+    def forward(self, x: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        own = torch.sigmoid(x[:, 3:] + self.slope * (level + 4))  # -4: sigma 0.14
         return own * noisy + (1 - own) * x[:, :3]
 
 class FullResolution(nn.Module):
@@ -198,8 +198,8 @@ class FullResolution(nn.Module):
                 total = total + weight * mask / mean[:, 3:] * mean[:, :3]
         return total
 
-    def forward(self, x: Tensor, noisy: Tensor) -> Tensor:
-        level, count = self.noise_level(noisy), len(self.SCALES) + 2
+    def forward(self, x: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        count = len(self.SCALES) + 2
         logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
         logits = (logits + self.slope * (level + 4)).split(1, 1)  # -4: sigma 0.14
         top = reduce(torch.maximum, logits)  # a softmax channel by channel, since onnxruntime's takes long
@@ -212,12 +212,12 @@ class FullResolution(nn.Module):
 
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS: levels 4 to 1, then a 1x1 convolution.
-    forward: outputs of stages 2 to 6, noisy image -> image. `kind`: "conv": two 3x3 convolutions a level;
-    "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels, and `FullResolution`
-    follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst 2024, table 6). The
-    papers do not state widths and activation; here a level has the width of the encoder stage of its size,
-    and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched. `branch`: channels of
-    FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel."""
+    forward: outputs of stages 2 to 6, noisy image, its `noise_level` -> image. `kind`: "conv": two 3x3
+    convolutions a level; "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels,
+    and `FullResolution` follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst
+    2024, table 6). The papers do not state widths and activation; here a level has the width of the encoder
+    stage of its size, and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched.
+    `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
                  branch: int = 12, noise_scales: int = 2):
         super().__init__()
@@ -238,7 +238,11 @@ class Decoder(nn.Module):
             self.full = FullResolution(branch, noise_scales) if branch else Gate(noise_scales)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
-    def forward(self, features: list[Tensor], noisy: Tensor | None = None) -> Tensor:
+    def noise_level(self, noisy: Tensor) -> Tensor | None:
+        """What `FullResolution` or `Gate`, where one follows, needs to know of the whole noisy image."""
+        return None if self.full is None else self.full.noise_level(pad_to_multiple(noisy, ENCODER_STRIDE))
+
+    def forward(self, features: list[Tensor], noisy: Tensor, log_variance: Tensor | None) -> Tensor:
         s2, s3, s4, _, x = features
         if self.full is not None:
             noisy = pad_to_multiple(noisy, ENCODER_STRIDE)
@@ -247,7 +251,7 @@ class Decoder(nn.Module):
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x if self.full is None else self.full(x, noisy)
+        return x if self.full is None else self.full(x, noisy, log_variance)
 
 class MultiscaleStem(Conv2dNormActivation):
     """Ours: a 3x3 convolution of stride 2 on the image and on its means over squares of SCALES pixels, which
@@ -370,10 +374,12 @@ class Network(nn.Module):
         height, width = noisy.shape[-2:]
         stages, split, features = [*self.encoder[1:], *self.tail], len(self.encoder) - 1, [x]
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
+        # First, since a picture in tiles needs a pass of its own up to here.
+        level = self.decoder.noise_level(noisy) if self.denoises else None
         for stage, choice in steps[:split]:  # down to (B, 112, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
-            return self.decoder(features, noisy)[..., :height, :width] if self.denoises else None
+            return self.decoder(features, noisy, level)[..., :height, :width] if self.denoises else None
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
                 x = stage(x, *choice)

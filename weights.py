@@ -1,6 +1,6 @@
 """The denoisers that come with the project, and how a checkpoint becomes one of them.
 
-    python eval.py --input photo.jpg     # uses them where runs/train/best.pt is not there
+    python eval.py --input photo.jpg     # uses colour or grey where runs/train/best.pt is not there
     python weights.py                    # lists them
     python weights.py --add runs/train/best.pt --name colour --about "BSDS500, train and test; research use"
 
@@ -36,10 +36,10 @@ def entries() -> list[dict]:
     return content["weights"]
 
 
-def find(channels: int) -> Path | None:
-    """The checkpoint for pictures of so many channels; ValueError where it is damaged."""
+def find(name: str) -> Path | None:
+    """The checkpoint of that name, or None where there is none; ValueError where it is damaged."""
     for entry in entries():
-        if entry["channels"] == channels:
+        if entry["name"] == name:
             path = FOLDER / entry["file"]
             if not path.is_file() or checksum(path) != entry["sha256"]:
                 raise ValueError(f"{path} is missing or damaged; {REMEDY}.")
@@ -52,10 +52,10 @@ def checksum(path: Path) -> str:
 
 
 def add(source: str | Path, name: str, about: str) -> None:
-    """Write the network of a checkpoint, in 16 bit, as weights/NAME.pt, and its entry. It replaces that for
-    pictures of as many channels. ValueError where it is no denoiser or its numbers need more than 16 bit."""
+    """Write the network of a checkpoint, in 16 bit, as weights/NAME.pt, and its entry, in place of one of
+    that name. ValueError where it is no denoiser or its numbers need more than 16 bit."""
     network, content = files.load_checkpoint(source)
-    made, flags, channels = content.get("made"), content.get("flags") or {}, models.channels_of(network)
+    made, flags = content.get("made"), content.get("flags") or {}
     if not network.denoises or models.scale_of(network) != 1:
         raise ValueError(f"The network of {source} does not denoise; give a denoiser.")
     if not made:
@@ -70,8 +70,9 @@ def add(source: str | Path, name: str, about: str) -> None:
         "record": content["record"], "data": None, "network": state,
         "flags": {flag: flags.get(flag) for flag in ("noise", "sigma", "sigmas")}})
     entry = {"name": name, "file": path.name, "sha256": checksum(path), "bytes": path.stat().st_size,
-             "channels": channels, "parameters": models.count_parameters(network), "about": about, **made}
-    kept = [one for one in entries() if one["channels"] != channels]
+             "channels": models.channels_of(network), "parameters": models.count_parameters(network),
+             "about": about, **made}
+    kept = [one for one in entries() if one["name"] != name]
     files.write_json(FOLDER / "weights.json", {"format": FORMAT, "version": VERSION,
                                                "weights": [*kept, entry]})
 

@@ -77,6 +77,31 @@ def test_tiles_compute_what_the_whole_picture_does(name):
     assert all(module.avgpool is pool for module, pool in zip(modules, pools))
 
 
+def test_squeeze_and_excitation_averages_over_what_it_saw_in_training():
+    """Then a picture in tiles needs one pass, and that up to the noise level."""
+    network, picture, shares = make_network("squeezed"), smooth_picture(210, 505), []
+    local = denoise.localised(network, 64)
+    small = data.to_float(smooth_picture(64, 64), "cpu")
+    with torch.inference_mode():
+        torch.testing.assert_close(local(small), network(small))  # of the training's size it is the same
+        whole = local(data.to_float(picture, "cpu")).image.clamp(0, 1)
+        assert not torch.allclose(whole, network(data.to_float(picture, "cpu")).image.clamp(0, 1))
+    tiled = denoise.denoise_tiled(local, picture, "cpu", 128, 256, shares.append).float() / 255
+    assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3 and len(shares) == 8 * 2
+    bare = torch.nn.Linear(1, 1)
+    assert denoise.localised(bare, 64) is bare
+
+
+def test_a_local_mean_stays_inside_the_map():
+    x = torch.rand(2, 3, 9, 12, dtype=torch.float64)
+    local = denoise.LocalMean(4)(x)
+    assert local.shape == x.shape
+    for row, start in ((0, 0), (2, 0), (4, 2), (8, 5)):  # 2 before, itself and 1 after, where there are
+        torch.testing.assert_close(local[..., row, 6], x[..., start:start + 4, 4:8].mean((2, 3)))
+    assert denoise.LocalMean(9)(x).shape == (2, 3, 1, 12)
+    torch.testing.assert_close(denoise.LocalMean(12)(x), x.mean((2, 3), keepdim=True))
+
+
 def test_tiles_of_a_network_without_squeeze_and_excitation():
     torch.manual_seed(0)
     network = registry.build_network(registry.named_record("dcnet-s", 10, {})).eval()
@@ -328,13 +353,13 @@ def test_the_denoiser_that_comes_with_the_project(checkpoints, pictures, tmp_pat
     one, other = (np.asarray(Image.open(tmp_path / name / "twin_denoised.png"), int)
                   for name in ("packed", "own"))
     assert np.abs(one - other).max() <= 1
-    assert weights.find(1) is None
+    assert weights.find("grey") is None
     grey = {"record": registry.named_record("dncnn-grey", 10, {}), "network": registry.build_network(
         registry.named_record("dncnn-grey", 10, {})).state_dict(), "made": files.provenance("cpu"),
         "seed": 0, "classes": None, "size": 32, "epoch": 3}
     files.save_checkpoint(tmp_path / "grey.pt", grey)
     weights.main(["--add", str(tmp_path / "grey.pt"), "--name", "grey", "--about", "made for a test"])
-    assert len(weights.entries()) == 2  # one for each number of channels
+    assert [entry["name"] for entry in weights.entries()] == ["colour", "grey"]
     Image.open(pictures / "twin.png").convert("L").save(pictures / "twin.png")
     (pictures / "grey.jpg").write_bytes(b"damaged")
     code, printed = evaluate("of grey pictures")

@@ -209,8 +209,7 @@ def test_decoder_costs_what_the_facts_say_at_224():
                                               for decoder in ("conv", "sharp"))]
     cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
-    # Two 3x3 convolutions, 10 features of 16 channels, the noise level of two scales, the noisy image to and in
-    # level 1.
+    # Two 3x3 convolutions, 10 features of 16 channels, the noise level, the noisy image to and in level 1.
     pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 * 1.25 + (12 * 12 + 9 * 12 * 16) / 4
     assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
@@ -268,7 +267,8 @@ def test_a_branch_of_no_channels_is_a_gate_between_the_noisy_image_and_the_decod
     noisy = clean + torch.randn(clean.shape)
     with torch.no_grad():
         assert (network(clean).image - clean).abs().max() < 0.01 < (network(noisy).image - noisy).std()
-        decoded = network.decoder.full(torch.cat((clean, torch.full_like(clean[:, :1], -1e6)), 1), noisy)
+        decoded = network.decoder.full(torch.cat((clean, torch.full_like(clean[:, :1], -1e6)), 1), noisy,
+                                       network.decoder.noise_level(noisy))
         network.decoder.image.bias[3] = 1e6
         torch.testing.assert_close(network(noisy).image, noisy)
     torch.testing.assert_close(decoded, clean)
