@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import itertools
 import os
 import re
@@ -597,6 +598,21 @@ def _split_folder(folder, seed, train_folders, version):
     return found if len(found) == 3 else [*found, found[1]]  # version 1 chose and reported on the same images
 
 
+def _without(parts, folders):
+    """The Parts of training and val without pictures that are in these folders too, see leaks.py."""
+    _refuse(importlib.util.find_spec("leaks") is None, "--leave-out needs leaks.py beside data.py")
+    from leaks import files_of, find  # which imports this file
+    files = [files[0] for part in parts[:2] for files in part.files]
+    same = {other for _, other, _ in find(files_of(folders), files)}
+    def rest(part):
+        kept = [place for place, files in enumerate(part.files) if files[0] not in same]
+        left = len(part.files) - len(kept)
+        return part.take(kept, f"{part.source}{f', without {left} of --leave-out' if left else ''}")
+    kept = [*map(rest, parts[:2]), *parts[2:]]
+    _refuse(not all(part.files for part in kept), "--leave-out leaves no image to train on or to choose by")
+    return kept
+
+
 def _list_files(part, folder):
     """The pictures of a Part as text: a checksum, of size and last 4 KiB, and the path in each line."""
     def checksum(files):
@@ -650,14 +666,15 @@ def _name_classes(folder, codes):
 
 
 def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_images=None, test_images=None,
-              augment=True, grey=False, crops=1, train_folders=None, kept=None):
+              augment=True, grey=False, crops=1, train_folders=None, leave_out=None, kept=None):
     """Data of a name in SCENES (MNIST is found under root, or downloaded) or of the path of an image folder.
     size: side in pixels (None: 64 for scenes, 96 for pairs, 224 for a folder). *_images: limits, chosen by
     seed, in proportion to the classes. Of a folder: augment=False, training images get the transform of the
     others; grey, one channel (MODES); crops, of each training image without label an epoch; train_folders,
-    names of those for training. test: the folder test, else val, else a tenth of the training images; val:
-    the folder val if there is test too and no train_folders, else a tenth of the training images. kept: a
-    checkpoint, or its "splits" (version; in 1 val was what test is now) and "images", which are kept."""
+    names of those for training; leave_out, folders whose pictures are not for training or val. test: the
+    folder test, else val, else a tenth of the training images; val: the folder val if there is test too and
+    no train_folders, else a tenth of the training images. kept: a checkpoint, or its "splits" (version; in
+    1 val was what test is now) and "images", which are kept."""
     version, files = (VERSION, None) if kept is None else (kept.get("splits") or 1, kept.get("images"))
     size = SCENES.get(name, (224,))[0] if size is None else size
     counts = (train_images, val_images, test_images)
@@ -665,8 +682,9 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
     _refuse(any(n is not None and n < 1 for n in counts), "the number of images must be at least 1")
     channels, parts, classes = 1 if grey else 3, [], [str(digit) for digit in range(10)]
     if name in SCENES:
-        _refuse(grey or train_folders, f"{'--grey' if grey else '--train-folders'} is for image folders, and "
-                f"{name} is drawn: leave it out")
+        flag = "--grey" if grey else "--train-folders" if train_folders else "--leave-out"
+        _refuse(grey or train_folders or leave_out, f"{flag} is for image folders, and {name} is drawn: "
+                "leave it out")
         parts, listed, changes = _load_scenes(name, root, size, seed, counts, version), None, ""
     else:
         _refuse(not Path(name).is_dir(),
@@ -675,6 +693,7 @@ def load_data(name, *, root="data", size=None, seed=0, train_images=None, val_im
         if files:
             found, changes = _as_listed(found, files, Path(name), version, kept.get("accept"))
         listed = {split: _list_files(part, Path(name)) for split, part in zip(SPLITS, found)}
+        found = _without(found, leave_out) if leave_out else found
         classes = _name_classes(Path(name), found[0].classes)
         for part, count, training in zip(found, counts, (True, False, False)):
             part = part.take(_choose(part.targets, count, seed), part.source)
@@ -841,6 +860,9 @@ def add_data_arguments(parser, training=True, validation=True):
                 f"{SCENES['digits'][1][i]} drawn, {SCENES['mnist-pairs'][1][i]} mnist-pairs, else all)")
     add("--train-folders", nargs="+", metavar="NAME", help="folders in --data whose images are for training, "
         "all but a tenth for val; test is the folder test or val, or another tenth (default: train)")
+    if training:
+        add("--leave-out", nargs="+", metavar="DIR", help="folders of test pictures: what is in them, whole "
+            "or in part, is not learned from (python leaks.py names such pictures; default: none)")
     add("--workers", type=whole(0, 1024), default=0, metavar="N",
         help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:
@@ -852,7 +874,8 @@ def add_data_arguments(parser, training=True, validation=True):
 
 def data_from(flags, kept=None):
     """The Data that a dict of the flags of add_data_arguments and --seed asks for; kept: see load_data."""
-    names = ("size", "seed", *(f"{split}_images" for split in SPLITS), "grey", "crops", "train_folders")
+    names = ("size", "seed", *(f"{split}_images" for split in SPLITS), "grey", "crops", "train_folders",
+             "leave_out")
     return load_data(flags["data"], root=flags["data_root"], kept=kept,
                      **{name: flags[name] for name in names if name in flags})
 
@@ -875,8 +898,8 @@ def noise_from(flags, scale=1):  # the Noise that flags ask for, of a network th
 
 def image_flags(values):
     """The flags of images and noise that a record keeps, so that a training sees what the search saw."""
-    return {name: values[name]
-            for name in ("grey", "crops", "train_folders", "noise", "sigma", "sigma_levels", "sigmas")}
+    return {name: values[name] for name in ("grey", "crops", "train_folders", "leave_out", "noise", "sigma",
+                                            "sigma_levels", "sigmas")}
 
 
 def preview(data, path, seed=0, columns=10, sigmas=(0, 0.2, 0.5, 1.0)):

@@ -21,7 +21,7 @@ from fake_table import fake_table, quick_compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("registry", "data", "latency", "timing", "search", "train", "eval", "export", "benchmark",
-           "reproduce", "hinas", "weights")
+           "reproduce", "hinas", "weights", "leaks")
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCHED = [model for names in registry.METHODS.values() for model in names]  # --model of search.py

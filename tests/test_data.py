@@ -1156,8 +1156,8 @@ def test_flags_of_noise_and_data(tmp_path):
     assert counts(images) == (27, 1, 3) and images.channels == 1 and images.train.seed == 2
     assert counts(data.data_from(parse(*words), kept={"splits": 1})) == (27, 1, 1)
     kept = data.image_flags(parse(*words, "--sigmas", "25/255"))
-    assert kept == {"grey": True, "crops": 3, "train_folders": ["train", "more"], "noise": "gaussian",
-                    "sigma": None, "sigma_levels": 0, "sigmas": [25 / 255]}
+    assert kept == {"grey": True, "crops": 3, "train_folders": ["train", "more"], "leave_out": None,
+                    "noise": "gaussian", "sigma": None, "sigma_levels": 0, "sigmas": [25 / 255]}
     evaluation, search = parse(training=False), parse(validation=False)
     assert {"test_images", "val_images"} <= evaluation.keys()
     assert not {"grey", "crops", "train_images"} & evaluation.keys()
