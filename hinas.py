@@ -209,7 +209,7 @@ class Space:
         same = {"base_width": self.base_width, "channels": self.channels}
         names = [name for name, preset in PRESETS.items() if replace(preset, **same) == self]
         network = f" --network {names[0]} --width {self.base_width}" if names else ""
-        return f"--method hinas{network}" + (" --grey" if self.channels == 1 else "")
+        return f"--method hinas{network}" + (" --grey" if self.channels == 1 else " --no-grey")
 
     def widths_of(self, number: int) -> list[int]:
         """The possible widths of a layer (-1: of the stem) in channels per node, narrowest first."""
@@ -286,7 +286,7 @@ class Space:
 
 PRESETS = {  # HiNAS-ws, -w40, -wm (table 3), and super-resolution
     "denoise": Space(), "denoise-w40": Space(widths=(2.0,) * 3), "denoise-wm": Space(widths=(1.0, 2.0, 4.0)),
-    "sr-x2": Space("sr", 2), "sr-x3": Space("sr", 3), "sr-x4": Space("sr", 4)}
+    **{f"sr-x{scale}": Space("sr", scale, channels=3) for scale in (2, 3, 4)}}
 
 
 def random_nodes(nodes: int, rng: random.Random) -> tuple[tuple[Edge, Edge], ...]:

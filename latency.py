@@ -446,7 +446,7 @@ def space_of(args: argparse.Namespace):
     """The space that the flags of the command name."""
     spaces = spaces_of(args.method, dict(
         operations=args.space, min_width=args.min_width, num_classes=args.classes, base_width=args.width,
-        channels=1 if args.grey else 3))
+        channels={None: None, True: 1, False: 3}[args.grey]))
     network = args.network or next(iter(spaces))
     if network not in spaces:
         raise ValueError(f"There is no --network {network}; use one of: {', '.join(spaces)}")
@@ -833,7 +833,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of tfnas: smallest mid channels, in multiples of a block's input (default: %(default)s)")
     add("--network", metavar="NAME", help="of other methods: network, as in search.py (default: the first)")
     add("--width", **count, help="of other methods: base width, channels (default: the network's own)")
-    add("--grey", action="store_true", help="of other methods: images of one channel (default: three)")
+    add("--grey", action=argparse.BooleanOptionalAction, help="of other methods: images of one channel "
+        "(default: for denoising with hinas, as its search of a folder; else three)")
     add("--rounds", **count, default=3, help="networks that hold each part, at least (default: %(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the random networks (default: 0)")
     return parser

@@ -757,6 +757,13 @@ def test_the_command_for_a_table_names_its_space(space):
     assert latency.space_of(args).identity() == space.identity()
 
 
+@pytest.mark.parametrize("flags, channels", (
+    ("--method hinas", 1), ("--method hinas --network sr-x2", 3), ("--method hinas --no-grey", 3),
+    ("--method superkernel", 3), ("--method superkernel --grey", 1)))
+def test_a_table_is_of_the_channels_that_its_search_has_by_default(flags, channels):
+    assert latency.space_of(args_of(f"python latency.py {flags}")).channels == channels
+
+
 @pytest.mark.parametrize("record, flags", [
     (lambda: files.make_record("superkernel", superkernel.record_content(
         superkernel.Space("skipinit", 12, 3).random_design(random.Random(0))), {}),
