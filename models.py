@@ -149,7 +149,8 @@ class NoiseLevel(nn.Module):
 
 class Gate(nn.Module):
     """The least at full resolution, ours: an image y with a feature (B, 4, H, W) and the noisy image n
-    (B, 3, H, W) -> for each pixel a mixture of n and y, by a sigmoid of the feature and of the NoiseLevel."""
+    (B, 3, H, W) -> for each pixel a mixture of n and y, by a sigmoid of the feature and of `level`, the
+    NoiseLevel of n."""
     FEATURES = 1
 
     def __init__(self, noise_scales: int = 2):
@@ -164,10 +165,11 @@ class Gate(nn.Module):
 class FullResolution(nn.Module):
     """The branch at full resolution, ours: an image y with features (B, 3 + FEATURES, H, W) and the noisy
     image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
-    features and of the NoiseLevel: a clean picture comes out as it went in. The means, one for each scale,
-    keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask parts two, as
-    strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at
-    0 and is weak where there is little noise, for each channel between them, `hidden`, at another level."""
+    features and of `level`, the NoiseLevel of n: a clean picture comes out as it went in. The means, one for
+    each scale, keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask
+    parts two, as strokes and ground. A correction, two 3x3 convolutions of mixture, y and features, is added;
+    it begins at 0 and is weak where there is little noise: each channel between the two, of `hidden`, from
+    another level on."""
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
@@ -175,7 +177,9 @@ class FullResolution(nn.Module):
         super().__init__()
         self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
-        self.fade = nn.Parameter(torch.linspace(5, 8, hidden).view(-1, 1, 1))  # 1 at sigma 21/255 ... 5/255
+        fade = torch.linspace(5, 8, hidden)  # a channel has half its strength at sigma 21/255 ... 5/255
+        # So the first half, the slice that a narrow branch has of a supernet, has all levels too.
+        self.fade = nn.Parameter(torch.cat((fade[::2], fade[1::2])).view(-1, 1, 1))
         self.mix = nn.Conv2d(6 + self.FEATURES, hidden, 3, padding=1)
         self.rest = nn.Conv2d(hidden, 3, 3, padding=1)
         nn.init.zeros_(self.rest.weight)
