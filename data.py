@@ -862,7 +862,7 @@ def add_data_arguments(parser, training=True, validation=True):
         "all but a tenth for val; test is the folder test or val, or another tenth (default: train)")
     if training:
         add("--leave-out", nargs="+", metavar="DIR", help="folders of test pictures: what is in them, whole "
-            "or in part, is not learned from (python leaks.py names such pictures; default: none)")
+            "or in part, is not learned from; leaks.py names such pictures (default: none)")
     add("--workers", type=whole(0, 1024), default=0, metavar="N",
         help="processes that read images, 0: the main one reads (default: %(default)s)")
     if training:

@@ -833,8 +833,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of tfnas: smallest mid channels, in multiples of a block's input (default: %(default)s)")
     add("--network", metavar="NAME", help="of other methods: network, as in search.py (default: the first)")
     add("--width", **count, help="of other methods: base width, channels (default: the network's own)")
-    add("--grey", action=argparse.BooleanOptionalAction, help="of other methods: images of one channel "
-        "(default: for denoising with hinas, as its search of a folder; else three)")
+    add("--grey", action=argparse.BooleanOptionalAction, help="of other methods: images of one channel, "
+        "or with --no-grey of three (default: as in the method's own search of a folder)")
     add("--rounds", **count, default=3, help="networks that hold each part, at least (default: %(default)s)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the random networks (default: 0)")
     return parser
