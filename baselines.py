@@ -140,7 +140,7 @@ class MobileNetWithDecoder(nn.Module):
             x = layer(x)
             if index in self.taken:
                 features.append(x)
-        image = self.decoder([*features, features[-1]], noisy, self.decoder.noise_level(noisy))
+        image = self.decoder([*features, features[-1]], noisy, self.decoder.level_of(noisy))
         image = image[..., :height, :width]
         return Output(image, self.classifier(x.mean((2, 3))))
 

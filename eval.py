@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, distributed, nn
 
 import data
+import leaks
 import registry
 import timing
 import weights
@@ -414,6 +415,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(report_pictures(localised(network, args.size), paths, output_dir, protocol, args.sigma,
                                      about, args.overwrite, **common))
         dataset = load_split(network, checkpoint, args.split, protocol, vars(args))
+        if getattr(dataset, "whole", False) and rank_and_world()[0] == 0:
+            say_leaks(args.data, dataset, checkpoint)
         about |= {"data": args.data, "split": args.split, "data_seed": checkpoint["seed"]}
         searched = checkpoint["record"].get("latency") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
@@ -472,18 +475,20 @@ def is_same_data(name: str | None, other: str | None) -> bool:
         os.path.realpath(name) == os.path.realpath(other))
 
 
-def say_leaks(pictures: list[Path], checkpoint: dict, most: int = 2000) -> None:
-    """Name those of the pictures that the network was trained on, whole or in part, where its training images
+def say_leaks(name: str, dataset, checkpoint: dict, most: int = 2000) -> None:
+    """Name the pictures of a folder that are among the images of the training, whole or in part, where those
     are there and no more than `most`: for each it takes 20 ms."""
+    left_out = (checkpoint.get("flags") or {}).get("leave_out") or ()
+    if any(is_same_data(name, other) for other in (checkpoint.get("data"), *left_out)):
+        return
     folder, listed = Path(str(checkpoint.get("data"))), checkpoint.get("images") or {}
     lines = [line for split in ("train", "val") for line in listed.get(split, "").split("\n")]
     others = [path for line in lines if (path := folder / line.partition(" ")[2]).is_file()]
     if len(others) > most:
         return
-    import leaks  # which reads pictures as this file does
-    for picture, other, _ in leaks.find(pictures, others):
-        say(f"note: the network was trained on {other}, and {picture} is the same picture, so it says "
-            f"nothing about new ones; train.py --leave-out {picture.parent} trains without.", err=True)
+    for picture, other, _ in leaks.find([clean for clean, *_ in dataset.files], others):
+        say(f"note: {picture} is the same picture as {other}, of the training, and says nothing about new "
+            f"ones; train.py --leave-out {picture.parent} trains without.", err=True)
 
 
 def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Protocol, flags: dict):
@@ -506,7 +511,6 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
         if source.changes:
             say(f"note: the images of {name} are others than in the training: {source.changes}. Those that "
                 "are left are on the sides that they had; new ones are not used.", err=True)
-    left_out = (checkpoint.get("flags") or {}).get("leave_out") or []
     part = "val" if split == "val" else "test"
     dataset, known, scale = getattr(source, part), source.classes, scale_of(network)
     if scale > 1 and is_paired(dataset):
@@ -532,8 +536,6 @@ def load_split(network: nn.Module, checkpoint: dict, split: str, protocol: Proto
             raise ValueError(f"{file} has a side of {side} pixels, and the network enlarges {scale} times.")
         if side < 64:  # larger ones fit all networks
             registry.check_fits(network, f"{checkpoint['record']['model']} on {file}", side // scale)
-        if not any(is_same_data(name, other) for other in (checkpoint.get("data"), *left_out)):
-            say_leaks([clean for clean, *_ in dataset.files], checkpoint)
     if split == "test" and (checkpoint.get("splits") or 1) == 1:
         say("note: the checkpoint is of an older version; these images also chose its epoch.", err=True)
     say(f"{split}: {source.sources[part]}")

@@ -153,9 +153,8 @@ class Gate(nn.Module):
     NoiseLevel of n."""
     FEATURES = 1
 
-    def __init__(self, noise_scales: int = 2):
+    def __init__(self):
         super().__init__()
-        self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.full((1, 1, 1, 1), -2.0))
 
     def forward(self, x: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
@@ -173,9 +172,8 @@ class FullResolution(nn.Module):
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self, hidden: int = 12, noise_scales: int = 2):
+    def __init__(self, hidden: int = 12):
         super().__init__()
-        self.noise_level = NoiseLevel(noise_scales)
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
         fade = torch.linspace(5, 8, hidden)  # a channel has half its strength at sigma 21/255 ... 5/255
         # So the first half, the slice that a narrow branch has of a supernet, has all levels too.
@@ -216,7 +214,7 @@ class FullResolution(nn.Module):
 
 class Decoder(nn.Module):
     """The decoder of D-NAS and DC-NAS: levels 4 to 1, then a 1x1 convolution.
-    forward: outputs of stages 2 to 6, noisy image, its `noise_level` -> image. `kind`: "conv": two 3x3
+    forward: outputs of stages 2 to 6, noisy image, its `level_of` -> image. `kind`: "conv": two 3x3
     convolutions a level; "sharp" (ours): those, level 1 also takes the noisy image, 2x2 pixels as channels,
     and `FullResolution` follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst
     2024, table 6). The papers do not state widths and activation; here a level has the width of the encoder
@@ -237,16 +235,17 @@ class Decoder(nn.Module):
         (l4, l3, l2, l1), kernels = zip(*(levels or zip((s5, s4, s3, s2), kernels)))
         widths = ((s6, l4, l3), (l3 + s4, l3, l2), (l2 + s3, l2, l1), (l1 + s2 + pixels, l1, l1))
         self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
-        self.full = None
+        self.full = self.noise_level = None
         if kind == "sharp":
-            self.full = FullResolution(branch, noise_scales) if branch else Gate(noise_scales)
+            self.full = FullResolution(branch) if branch else Gate()
+            self.noise_level = NoiseLevel(noise_scales)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
-    def noise_level(self, noisy: Tensor) -> Tensor | None:
-        """What `FullResolution` or `Gate`, where one follows, needs to know of the whole noisy image."""
-        return None if self.full is None else self.full.noise_level(pad_to_multiple(noisy, ENCODER_STRIDE))
+    def level_of(self, noisy: Tensor) -> Tensor | None:
+        """The NoiseLevel of the whole noisy image, where `FullResolution` or `Gate` needs it."""
+        return None if self.full is None else self.noise_level(pad_to_multiple(noisy, ENCODER_STRIDE))
 
-    def forward(self, features: list[Tensor], noisy: Tensor, log_variance: Tensor | None) -> Tensor:
+    def forward(self, features: list[Tensor], noisy: Tensor, noise_level: Tensor | None) -> Tensor:
         s2, s3, s4, _, x = features
         if self.full is not None:
             noisy = pad_to_multiple(noisy, ENCODER_STRIDE)
@@ -255,7 +254,7 @@ class Decoder(nn.Module):
         for level, skip, then in zip(self.levels, (None, s4, s3, s2), (None, None, None, self.image)):
             x = level.convs(x if skip is None else torch.cat((x, skip), 1))
             x = level.up(x, then)
-        return x if self.full is None else self.full(x, noisy, log_variance)
+        return x if self.full is None else self.full(x, noisy, noise_level)
 
 class MultiscaleStem(Conv2dNormActivation):
     """Ours: a 3x3 convolution of stride 2 on the image and on its means over squares of SCALES pixels, which
@@ -379,7 +378,7 @@ class Network(nn.Module):
         stages, split, features = [*self.encoder[1:], *self.tail], len(self.encoder) - 1, [x]
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
         # First, since a picture in tiles needs a pass of its own up to here.
-        level = self.decoder.noise_level(noisy) if self.denoises else None
+        level = self.decoder.level_of(noisy) if self.denoises else None
         for stage, choice in steps[:split]:  # down to (B, 112, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:

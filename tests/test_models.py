@@ -238,11 +238,11 @@ def test_a_clean_texture_is_not_noise_to_two_scales():
 
 def test_old_records_keep_the_noise_level_of_one_scale():
     content = named_arch("dnas-k3-e3", 0).to_dict()
-    assert models.make_network(Arch.from_dict(content)).decoder.full.noise_level.scales == 2
+    assert models.make_network(Arch.from_dict(content)).decoder.noise_level.scales == 2
     del content["noise_scales"]
     for branch in (12, 0):
         network = models.make_network(Arch.from_dict({**content, "branch": branch}))
-        assert network.decoder.full.noise_level.scales == 1
+        assert network.decoder.noise_level.scales == 1
     with pytest.raises(ValueError, match="noise_scales must be one of 1, 2|a whole number"):
         Arch.from_dict({**content, "noise_scales": 3})
 
@@ -268,7 +268,7 @@ def test_a_branch_of_no_channels_is_a_gate_between_the_noisy_image_and_the_decod
     with torch.no_grad():
         assert (network(clean).image - clean).abs().max() < 0.01 < (network(noisy).image - noisy).std()
         decoded = network.decoder.full(torch.cat((clean, torch.full_like(clean[:, :1], -1e6)), 1), noisy,
-                                       network.decoder.noise_level(noisy))
+                                       network.decoder.level_of(noisy))
         network.decoder.image.bias[3] = 1e6
         torch.testing.assert_close(network(noisy).image, noisy)
     torch.testing.assert_close(decoded, clean)
