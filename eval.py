@@ -407,8 +407,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("--benchmark times networks: run it in one process.")
             import field  # which imports this file
             make_folder(output_dir)
-            field.report(network, checkpoint["record"]["model"], args.size, args.benchmark, output_dir, about,
-                         device)
+            field.report(network, checkpoint, args.size, args.benchmark, output_dir, about, device)
             return
         if args.input is not None:
             paths = find_pictures(Path(args.input), output_dir)

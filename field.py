@@ -44,15 +44,18 @@ FIELD = {
 }
 
 
-def report(network: nn.Module, name: str, size: int, folders: list[str], output_dir: Path, about: dict,
+def report(network: nn.Module, checkpoint: dict, size: int, folders: list[str], output_dir: Path, about: dict,
            device: torch.device) -> None:
     """Measure a colour denoiser (eval mode, on `device`; `size`: pixels of its training) on these folders,
-    time all, write and print."""
+    time all, write and print. The checkpoint tells its name and which pictures it has seen."""
     if not network.denoises or models.channels_of(network) != 3 or models.scale_of(network) != 1:
         raise ValueError("--benchmark is of networks that denoise colour pictures; give such a --checkpoint.")
     sets = {Path(folder).resolve().name: data.load_everything(folder).test for folder in folders}
     if len(sets) < len(folders):
         raise ValueError("Two folders of --benchmark have the same name; rename one.")
+    name = checkpoint["record"]["model"]
+    for folder, pictures in zip(folders, sets.values()):
+        evaluation.say_leaks(folder, pictures, checkpoint)
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
     costs, setting = time_all(networks, device)
     local = localised(network, size)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import data
 import eval as evaluation
+import field
 import files
 import leaks
 import registry
@@ -67,7 +68,11 @@ def test_what_is_left_out_is_neither_learned_from_nor_chosen_by(folders):
 
 
 @pytest.mark.parametrize("left_out", (False, True))
-def test_an_evaluation_names_pictures_of_the_training(folders, capsys, left_out):
+@pytest.mark.parametrize("flags", (["--benchmark"],
+                                   ["--split", "all", "--sigmas", "0.1", "--no-latency", "--data"]))
+def test_an_evaluation_names_pictures_of_the_training(folders, capsys, monkeypatch, flags, left_out):
+    monkeypatch.setattr(field, "SIZE", 16)
+    monkeypatch.setattr(field, "FIELD", {"DnCNN": field.FIELD["DnCNN"]})
     photos, network = str(folders / "photos"), registry.named_record("unet-s", 10, {})
     files.save_checkpoint(folders / "best.pt", {
         "record": network, "network": registry.build_network(network).state_dict(), "ema": None,
@@ -75,7 +80,6 @@ def test_an_evaluation_names_pictures_of_the_training(folders, capsys, left_out)
         "made": files.provenance("cpu"), "splits": data.VERSION,
         "images": data.load_data(photos, size=16).files,
         "flags": {"leave_out": [str(folders / "set")] if left_out else None}})
-    evaluation.main(["--checkpoint", str(folders / "best.pt"), "--data", str(folders / "set"),
-                     "--split", "all", "--sigmas", "0.1", "--no-latency",
-                     "--output-dir", str(folders / "out")])
+    evaluation.main(["--checkpoint", str(folders / "best.pt"), "--output-dir", str(folders / "out"), *flags,
+                     str(folders / "set")])
     assert ("is the same picture" in capsys.readouterr().err) != left_out
