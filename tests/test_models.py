@@ -236,13 +236,14 @@ def test_a_clean_texture_is_not_noise_to_two_scales():
     assert models.NoiseLevel()(noisy).div(2).exp().item() == pytest.approx(0.05, rel=0.2)
 
 
-def test_old_records_keep_the_noise_level_of_one_scale():
+def test_old_records_keep_the_noise_level_of_one_scale_and_the_plain_masks():
     content = named_arch("dnas-k3-e3", 0).to_dict()
-    assert models.make_network(Arch.from_dict(content)).decoder.noise_level.scales == 2
-    del content["noise_scales"]
-    for branch in (12, 0):
-        network = models.make_network(Arch.from_dict({**content, "branch": branch}))
-        assert network.decoder.noise_level.scales == 1
+    decoder = models.make_network(Arch.from_dict(content)).decoder
+    assert decoder.noise_level.scales == 2 == decoder.full.mask_power
+    del content["noise_scales"], content["mask_power"]
+    decoder, gate = (models.make_network(Arch.from_dict({**content, "branch": branch})).decoder
+                     for branch in (12, 0))
+    assert decoder.noise_level.scales == 1 == gate.noise_level.scales == decoder.full.mask_power
     with pytest.raises(ValueError, match="noise_scales must be one of 1, 2|a whole number"):
         Arch.from_dict({**content, "noise_scales": 3})
 
@@ -289,6 +290,13 @@ def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
     assert (mean(noisy, masks, 32) * stroke - wide).abs().max() < 0.1
     plain = F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2, mode="bilinear")
     torch.testing.assert_close(mean(clean, half, 2), plain)
+
+    soft = F.avg_pool2d(stroke, 3, 1, 1)  # pixels of an edge are of both colours
+    edged = soft * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - soft) * 0.3
+    errors = []
+    for branch in (models.FullResolution(mask_power=power) for power in (2, 1)):
+        errors.append(((mean(edged, [soft, 1 - soft], 8) - clean) * (soft == 1)).abs().max())
+    assert errors[0] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("scale", (2, 8))
