@@ -167,15 +167,15 @@ class FullResolution(nn.Module):
     features and of `level`, the NoiseLevel of n: a clean picture comes out as it went in. The means, one for
     each scale, keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask
     parts two, as strokes and ground. A pixel counts by the square of its mask, since those of edges have the
-    colours of both (`mask_power` 1, in records without the field: by the mask). A correction, two 3x3
-    convolutions of mixture, y and features, is added; it begins at 0 and is weak where there is little noise:
-    each channel between the two, of `hidden`, from another level on."""
+    colours of both. (Not `pure`, in records without the field: by the mask, and a region has a hundredth of
+    all pixels.) A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at 0 and
+    is weak where there is little noise: each channel between the two, of `hidden`, from another level on."""
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self, hidden: int = 12, mask_power: int = 2):
+    def __init__(self, hidden: int = 12, pure: bool = True):
         super().__init__()
-        self.mask_power = mask_power
+        self.power, self.others = (2, 0.001) if pure else (1, 0.01)
         self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
         fade = torch.linspace(5, 8, hidden)  # a channel has half its strength at sigma 21/255 ... 5/255
         # So the first half, the slice that a narrow branch has of a supernet, has all levels too.
@@ -190,12 +190,12 @@ class FullResolution(nn.Module):
         of these images over scales, with as many weights (B, 1, H, W)."""
         (height, width), top, total = noisy.shape[-2:], max(self.SCALES), 0.0
         counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
-        parts = torch.cat([mask**self.mask_power * counted for mask in masks], 1)
+        parts = torch.cat([mask**self.power * counted for mask in masks], 1)
         parts = F.pad(parts, (0, padding_to(width, top), 0, padding_to(height, top)))  # of area 0
         for scale, finer, weight in zip(self.SCALES, (1, *self.SCALES), weights):
             parts = F.avg_pool2d(parts, scale // finer)  # means of means
             regions = parts.split(4, 1)
-            every = 0.01 * sum(regions[1:], regions[0])  # all pixels: a region may have none nearby
+            every = self.others * sum(regions[1:], regions[0])  # all pixels: a region may have none nearby
             means = torch.cat([region + every for region in regions], 1)
             means = enlarge(means, scale)[..., :height, :width]
             for mask, mean in zip(masks, means.split(4, 1)):
@@ -221,10 +221,10 @@ class Decoder(nn.Module):
     and `FullResolution` follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst
     2024, table 6). The papers do not state widths and activation; here a level has the width of the encoder
     stage of its size, and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched.
-    `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel; `mask_power`:
-    of FullResolution."""
+    `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel;
+    `pure_regions`: of FullResolution."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
-                 branch: int = 12, noise_scales: int = 2, mask_power: int = 2):
+                 branch: int = 12, noise_scales: int = 2, pure_regions: bool = True):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, kernels: tuple) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
         self.full = self.noise_level = None
         if kind == "sharp":
-            self.full = FullResolution(branch, mask_power) if branch else Gate()
+            self.full = FullResolution(branch, pure_regions) if branch else Gate()
             self.noise_level = NoiseLevel(noise_scales)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
@@ -355,7 +355,7 @@ class Network(nn.Module):
         if arch.denoises:
             outputs = [*widths.values()][:len(self.encoder)]
             self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch,
-                                   arch.noise_scales, arch.mask_power)
+                                   arch.noise_scales, arch.pure_regions)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
@@ -539,7 +539,8 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
-           "mask_power": (1, 2), "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
+           "pure_regions": (True, False), "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
+           "stride": (1, 2),
            "se_channels": range(65537), "num_classes": range(65537), "branch": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
@@ -569,7 +570,7 @@ class Arch:
     branch: int = 12
     multiscale: bool = True
     noise_scales: int = 2
-    mask_power: int = 2
+    pure_regions: bool = True
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -619,7 +620,7 @@ class Arch:
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
                        content.get("branch", 12), content.get("multiscale", False),
-                       content.get("noise_scales", 1), content.get("mask_power", 1))
+                       content.get("noise_scales", 1), content.get("pure_regions", False))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 
