@@ -393,10 +393,10 @@ class Guard:
         self.skipped += 1
         self.what = "gradient is not finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
         if self.nonfinite == "stop" or self.skipped > self.SKIPS:
-            mend = (", or --nonfinite skip." if self.nonfinite == "stop" else
-                    f". {self.SKIPS} steps in a row were skipped before.")
-            raise TrainingError(f"The {self.what} at {where} (learning rate {lr:.2g}); the last checkpoint "
-                                f"is good: try a smaller --lr, --amp off{mend}")
+            mend = ("--resume with --nonfinite skip goes on from the last checkpoint, which is good."
+                    if self.nonfinite == "stop" else f"{self.SKIPS} steps in a row were skipped before.")
+            raise TrainingError(f"The {self.what} at {where} (learning rate {lr:.2g}): try a smaller --lr or "
+                                f"--amp off in a new run. {mend}")
         for buffer, value in self.buffers:
             buffer.copy_(value)
         say(f"skipped {where}: the {self.what} (learning rate {lr:.2g})")
@@ -429,8 +429,8 @@ class Guard:
     def end_of_epoch(self, number: int, taken: bool) -> None:
         """TrainingError where no step of the epoch was taken."""
         if not taken:
-            raise TrainingError(f"Every step of epoch {number} was skipped, since the {self.what} each time; "
-                                "the last checkpoint is good: try a smaller --lr, or --amp off.")
+            raise TrainingError(f"Every step of epoch {number} was skipped, since the {self.what} each time: "
+                                "try a smaller --lr or --amp off in a new run.")
 
     def save(self, save) -> None:
         """Call `save()`, on every process."""
