@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -459,8 +458,7 @@ def main(argv: list[str] | None = None) -> None:
         setting = set_up()
         how, sizes = (args.batch_size, args.size, args.amp, args.seconds), {args.size, registry.PAPER_SIZE}
         gpu = device.type == "cuda"
-        onnx = not gpu and importlib.util.find_spec("onnxruntime")
-        modes = args.modes or ["folded", *["graph"] * gpu, *["onnx"] * bool(onnx)]
+        modes = args.modes or [*dict.fromkeys(("folded", *["graph"] * gpu, latency.fast_mode(device.type)))]
         record = (files.load_record(args.arch) if args.arch else
                   registry.named_record("dcnas-k3-e3", setting.num_classes, {}))
         network = registry.build_network(record)

@@ -784,8 +784,10 @@ def to_float(images, device):
 
 def smallest(dataset):
     """(shortest side in pixels, file) of the smallest picture of a dataset, by the headers of the files."""
-    Image.MAX_IMAGE_PIXELS = None  # load_image has its own limit
-    return min((min(Image.open(file, formats=KINDS).size), str(file)) for file, *_ in _source(dataset).files)
+    def short_side(file):
+        with _opened(file) as image:
+            return min(image.size)
+    return min((short_side(file), str(file)) for file, *_ in _source(dataset).files)
 
 
 def split_pair(images, device):

@@ -1,7 +1,7 @@
 """The wide space of the joint method: every choice that costs time, searched by evaluation within a latency.
 
-    python search.py --target 12                       # search.py runs this file
-    python search.py --target 6,8,12                   # one supernet, three networks
+    python search.py --space wide --target 12          # search.py runs this file
+    python search.py --space wide --target 6,8,12      # one supernet, three networks
 
 The search chooses the depth and width of each stage, the operation and expansion of each block, the widths
 and convolutions of the decoder, its branch at full resolution, the stem and the head. The supernet holds the

@@ -382,7 +382,8 @@ def pictures(name: str, network: nn.Module, seed: int = 0, most: int = 512) -> l
         source = data.load_everything(name, grey=channels == 1).test
     generator, inputs = torch.Generator().manual_seed(seed), []
     for index in range(min(4, len(source))):
-        image = data.to_float(source[index][0][None, :channels, :most, :most], "cpu")
+        image, _ = data.split_pair(source[index][0][None, ..., :most, :most], "cpu")
+        image = image[:, :channels]
         boxes = example_inputs(network, 1, *image.shape[-2:])[1:]
         inputs.append((image + 0.1 * torch.randn(image.shape, generator=generator), *boxes))
     return inputs

@@ -10,7 +10,6 @@ Writes field.txt, field.json and, with matplotlib, field.png.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -98,9 +97,8 @@ def measure(network: nn.Module, sets: dict, device: torch.device) -> dict[str, d
 def time_all(networks: list[nn.Module], device: torch.device) -> tuple[list[dict], latency.Setting]:
     """Parameters, multiply-accumulates and milliseconds of each for a picture of SIZE x SIZE pixels, through
     onnxruntime where it is installed and the device is a CPU, else with folded batch norms."""
-    installed = device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
     setting = latency.this_setting(str(device), size=SIZE, num_classes=1, batch=1,
-                                   mode="onnx" if installed else "folded")
+                                   mode=latency.fast_mode(device.type))
     say(f"Timing {len(networks)} networks in turn for a picture of {SIZE}x{SIZE} pixels; the slowest takes "
         "about ten seconds on one core.")
     with contextlib.ExitStack() as stack:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MODELS = ("hinas",)  # what --model of search.py calls this method
 TRAIN_DEFAULTS = {"epochs": 20, "batch_size": 24, "optimizer": "adam", "lr": 2e-3,
                   "denoising_loss": "log-ssim"}
 TASKS = {"denoise": (3, 4), "sr": (2, 3)}  # task -> layers, nodes of a cell (section 4.1)
@@ -732,14 +731,6 @@ def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr:
             "arch_optimizer": torch.optim.Adam(structure, arch_lr, weight_decay=1e-3),
             "warmup_epochs": round(epochs / 5) if warmup_epochs is None else warmup_epochs,
             "keep_from": int(0.6 * epochs)}
-
-
-def explain_choice(supernet: SuperNet, design: Design, rows: list[dict] | None) -> list[str]:
-    """A note to the user where most decisions of a search stayed open."""
-    weak = [value > 0.95 for value in supernet.entropy().tolist()]
-    return [] if not rows or sum(weak) <= len(weak) / 2 else [
-        f"note: {sum(weak)} of {len(weak)} decisions stayed open (entropy above 0.95): the choice there is "
-        "weak. More epochs or images, or a higher --arch-lr, decide more."]
 
 
 def write_picture(folder: Path, design: Design, supernet: SuperNet, rows: list[dict] | None) -> list[str]:

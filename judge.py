@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import random
 import shlex
@@ -112,10 +111,10 @@ class Judge:
         self.search, self.train = shlex.split(args.search), shlex.split(args.train)
         what = data_module.load_data(args.data, root=args.data_root, size=8, train_images=1, val_images=1,
                                      test_images=1)
-        self.classes = len(what.classes or []) or 10
         if what.classes is None:
             raise ValueError(f"{args.data} has no labels, and all networks here classify: give a folder with "
                              "a folder per class.")
+        self.classes = len(what.classes)
 
     def command(self, script: str, *flags: str) -> None:
         run_command(script, *flags, device=self.args.device, threads=self.args.threads)
@@ -182,7 +181,7 @@ class Judge:
             targets = self.args.target
             path = folder / f"target_{contender.target:g}" / "arch.json"
         if contender.group == "random":
-            how = ["--strategy", "random"]
+            how = [*self.search, "--strategy", "random"]  # of the same space
         while not path.exists():
             try:
                 lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
@@ -393,9 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with Command(parser, stopped="the same command goes on"):
         check_device(args.device)
-        if args.mode is None:
-            installed = args.device == "cpu" and importlib.util.find_spec("onnxruntime")
-            args.mode = "onnx" if installed else "folded"
+        args.mode = args.mode or latency.fast_mode(args.device)
         runs = Judge(args)
         runs.run_all()
         results: dict = {}

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import importlib.util
 import math
 import platform
 import random
@@ -110,6 +111,12 @@ def this_setting(device: str, *, size: int, num_classes: int, batch: int | None 
         runtime = f"onnxruntime {optional('onnxruntime').__version__}"
     return Setting(device_name(device), kind, threads if kind == "cpu" else 0, dtype,
                    batch or (32 if kind == "cuda" else 1), size, "channels_last", num_classes, mode, runtime)
+
+
+def fast_mode(kind: str) -> str:
+    """The form to deploy on "cpu" or "cuda": "onnx" on a CPU where that is installed, else "folded"."""
+    packages = ("onnx", "onnxruntime")
+    return "onnx" if kind == "cpu" and all(map(importlib.util.find_spec, packages)) else "folded"
 
 
 # --- Fast forms of a network -------------------------------------------------------------------------------

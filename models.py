@@ -320,7 +320,8 @@ def begin_smooth(network: nn.Module) -> None:
     Not in the papers. Kernels of independent weights lose what noise hides: with them 25 epochs ended with
     grey digits. `Network` applies it to stem, stage 2 and decoder where it denoises (without in stem and
     stage 2, 8 epochs of Imagenette had 44.4 % instead of 48.2 %); a supernet of smooth blocks did not learn
-    to classify. C-NAS, UNet, DC-Net and the networks of baselines.py start without."""
+    to classify. C-NAS, UNet, DC-Net and the networks of baselines.py start without, but
+    for the decoder of MobileNets."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             mean, k = module.weight.mean((2, 3), keepdim=True), module.kernel_size[0]
@@ -371,7 +372,7 @@ class Network(nn.Module):
         return self.from_stem(self.encode_stem(x), x)
 
     def encode_stem(self, x: Tensor) -> Tensor:
-        """Stem and stage 2, which are not searched: (B, 3, H, W) -> (B, 16, H / 2, W / 2)."""
+        """Stem and stage 2, which TF-NAS does not search: (B, 3, H, W) -> (B, C, H / 2, W / 2)."""
         x = pad_to_multiple(x, ENCODER_STRIDE) if self.denoises else x
         return self.encoder[0](self.stem((x - self.mean) / self.std))
 
@@ -382,12 +383,12 @@ class Network(nn.Module):
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
         # First, since a picture in tiles needs a pass of its own up to here.
         level = self.decoder.level_of(noisy) if self.denoises else None
-        for stage, choice in steps[:split]:  # down to (B, 112, H / 16, W / 16)
+        for stage, choice in steps[:split]:  # down to (B, C, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
             return self.decoder(features, noisy, level)[..., :height, :width] if self.denoises else None
         def classify(x: Tensor) -> Tensor | None:
-            for stage, choice in steps[split:]:  # down to (B, 320, H / 32, W / 32)
+            for stage, choice in steps[split:]:  # down to (B, C, H / 32, W / 32)
                 x = stage(x, *choice)
             if not self.classifies:
                 return None
@@ -630,7 +631,7 @@ class Arch:
         return replace(self, model=model, blocks=keep, num_classes=0 if model == "dnas" else self.num_classes)
 
     def widened(self, factor: float) -> Arch:
-        """All channels times `factor`, in steps of WIDTH_STEP (thesis, table 4)."""
+        """All channels but the branch's times `factor`, in steps of WIDTH_STEP (thesis, table 4)."""
         def wider(part: Arch | Block) -> dict[str, int]:
             return {name: round_width(factor * value) for name, value in vars(part).items()
                     if name.endswith("_channels") and value}

@@ -341,7 +341,9 @@ class Runner:
         table = self.table(classes)
 
         def cost_range(**how) -> tuple[float, float]:
-            supernet = tfnas.SuperNet(tfnas.Space(num_classes=classes, model=own["--model"], **how))
+            decoder = "conv" if "sampled" in self.scale["search"] else "sharp"  # as search.py chooses it
+            space = tfnas.Space(num_classes=classes, model=own["--model"], decoder=decoder, **how)
+            supernet = tfnas.SuperNet(space)
             costs = search.costs_of_table(table, supernet, supernet.plan)
             return supernet.cost_range(costs.parts, costs.rest)
 

@@ -64,8 +64,9 @@ def costs_of_table(table: latency.Table, supernet: nn.Module, space, target: flo
 
 
 def obtain_table(space, setting: latency.Setting, *, file: str | None, state: dict | None, output_dir: Path,
-                 seed: int) -> latency.Table:
-    """The table in a file, that of the resumed run, or a new one, which is written to output_dir."""
+                 seed: int, results: tuple[str, ...]) -> latency.Table:
+    """The table in a file, that of the resumed run, or a new one, which is written to output_dir; there the
+    `results` of an earlier run move aside."""
     path = output_dir / "latency.json"
     if state is not None and file == state["flags"].get("table"):
         file = None  # the checkpoint holds it, also where the file has gone
@@ -81,7 +82,7 @@ def obtain_table(space, setting: latency.Setting, *, file: str | None, state: di
 
         def make() -> dict:
             content = latency.build_table(setting, space, seed=seed)
-            run.begin_folder(output_dir, (*RESULTS, path.name))
+            run.begin_folder(output_dir, (*results, path.name))
             files.write_json(path, content)
             return content
 
@@ -395,13 +396,13 @@ def obtain_costs(job: Job, supernet: nn.Module, argv: list[str]) -> tuple[Costs,
             flags["device"], size=job.input_size, num_classes=getattr(space, "num_classes", 0),
             batch=flags["batch"], threads=flags["latency_threads"], dtype=flags["dtype"], mode=flags["mode"])
         table = obtain_table(space, setting, file=flags["table"], state=job.state, output_dir=output_dir,
-                             seed=flags["seed"])
+                             seed=flags["seed"], results=() if flags["range"] else RESULTS)
         costs = costs_of_table(table, supernet, job.space)
     else:
         costs = Costs(*latency.part_macs(space, job.input_size), "M MACs")
     try:
         low, high = supernet.cost_range(costs.parts, costs.rest)
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise ValueError(f"The latency table is for another space ({str(error)[:90]}); make one with: "
                          f"{latency.table_command(setting, space.table_flags())}") from None
     if low <= 0:
@@ -417,6 +418,15 @@ def obtain_costs(job: Job, supernet: nn.Module, argv: list[str]) -> tuple[Costs,
                          f"{reach} This would work: {_command_with(argv, changed)}")
     run.say(reach)
     return costs, high
+
+
+def explain_open_decisions(supernet: nn.Module, design, rows: list[dict]) -> list[str]:
+    """A note to the user where most decisions of a search stayed open."""
+    values = supernet.entropy().tolist()
+    weak = sum(value > 0.95 for value in values)
+    return [] if weak <= len(values) / 2 else [
+        f"note: {weak} of {len(values)} decisions stayed open (entropy above 0.95): the choice there is "
+        "weak. More epochs or images decide more."]
 
 
 def search_targets(job: Job, argv: list[str]) -> None:
@@ -525,7 +535,8 @@ def find_network(job: Job, supernet: nn.Module, rows: list[dict], costs: Costs, 
         if rows and hasattr(job.method, "write_picture"):
             more += job.method.write_picture(folder, design, supernet, rows)
         report(job, supernet, design, record, costs, within_reach)
-        for note in job.method.explain_choice(supernet, design, rows) if rows else ():
+        explain = getattr(job.method, "explain_choice", explain_open_decisions)
+        for note in explain(supernet, design, rows) if rows else ():
             run.say(note)
         memory, names = latency.peak_memory_mib(flags["device"]), [str(folder / "arch.json"), *more]
         seconds = time.perf_counter() - start + sum(row["seconds"] for row in rows)
@@ -703,8 +714,9 @@ def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:
                       help="number format of the latency (default: %(default)s)")
     cost.add_argument("--mode", choices=latency.MODES, help="form of the network, see latency.py --help "
                       "(default: that of --table, else eager)")
-    cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="X",
-                      help="strength of the latency's gradient (default: that of the method)")
+    if "gradient" in strategies:
+        cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="X",
+                          help="strength of the latency's gradient (default: that of the method)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=whole(1, 100000), default=8, metavar="N",
                         help="passes over the images (default: %(default)s)")
@@ -712,8 +724,9 @@ def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:
                         help="images per step, of all processes together (default: %(default)s)")
     recipe.add_argument("--lr", type=number(1e-8, 100), default=5e-2, metavar="LR",
                         help="learning rate of the weights (default: %(default)s)")
-    recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
-                        help="learning rate of the architecture (default: %(default)s)")
+    if "gradient" in strategies:
+        recipe.add_argument("--arch-lr", type=number(1e-8, 100), default=1e-2, metavar="LR",
+                            help="learning rate of the architecture (default: %(default)s)")
     method.add_arguments(parser, model)
     data_module.add_data_arguments(parser, validation=not hasattr(method, "Schedule"))
     data_module.add_noise_arguments(parser)

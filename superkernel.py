@@ -785,7 +785,6 @@ class SuperNet(nn.Module):
 
 # --- How search.py searches ---------------------------------------------------------------------------------
 
-MODELS = ("superkernel",)  # of --model
 STRATEGIES = ("gradient", "random", "plain")  # plain: the network without superkernels
 TRAIN_DEFAULTS = {"epochs": 20, "batch_size": 4, "optimizer": "adam", "lr": 1e-3,
                   "denoising_loss": "charbonnier"}
@@ -872,11 +871,3 @@ def record_content(design: Design) -> dict:
     return {"model": "superkernel", "design": design.to_dict()}
 
 
-def explain_choice(supernet: SuperNet, design: Design, rows: list[dict] | None) -> list[str]:
-    """What a user must know about a search that left its decisions open."""
-    values = supernet.entropy().tolist()
-    weak = sum(value > 0.95 for value in values)
-    if not rows or weak <= len(values) / 2:
-        return []
-    return [f"note: {weak} of {len(values)} decisions stayed open (entropy above 0.95): the choice there is "
-            "weak. More epochs or images, or a higher --arch-lr, decide more."]

@@ -31,7 +31,6 @@ from data import Pairs, number, whole
 from models import Arch, Block
 from train import task_loss
 
-Design = Arch
 TABLE_DECODERS = ("sharp", "conv")  # those that a latency table holds
 TRAIN_DEFAULTS: dict = {}
 SPACES, STRATEGIES = ("4", "6", "8"), ("gradient", "random")  # names for --space and --strategy
@@ -428,14 +427,14 @@ class SuperNet(models.SuperNet):
 
     def describe(self, design: Arch, costs: dict[Part, float] | None = None, rest: float = 0.0) -> str:
         """A network as a table to read, with the ms of each part where costs are given."""
-        curves, lines = Curves(costs or {}), [f"{'part':>8} {'kernel':>6} {'in':>4} {'mid':>5} {'out':>4} "
+        curves, lines = Curves(costs or {}), [f"{'part':>15} {'kernel':>6} {'in':>4} {'mid':>5} {'out':>4} "
                                               f"{'stride':>6} {'SE':>4} {'ms':>7}"]
         for part in parts_of(design):
             cells = [part.kernel_size, part.in_channels, part.mid_channels, part.out_channels, part.stride,
                      part.se_channels] if part.place.startswith("stage") else [0] * 6
             text = " ".join(f"{value or '-':>{width}}" for value, width in zip(cells, (6, 4, 5, 4, 6, 4)))
-            lines.append(f"{part.place:>8} {text} " + (f"{curves.cost(part):>7.3f}" if costs else ""))
-        return "\n".join([*lines, f"{'the rest':>8} {'':<34} {rest:>7.3f}"] if costs else lines)
+            lines.append(f"{part.place:>15} {text} " + (f"{curves.cost(part):>7.3f}" if costs else ""))
+        return "\n".join([*lines, f"{'the rest':>15} {'':<34} {rest:>7.3f}"] if costs else lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,7 +445,8 @@ def add_arguments(parser, model: str) -> None:
     """The flags of this method."""
     space = parser.add_argument_group("search space and loss")
     space.add_argument("--space", type=int, choices=sorted(models.SPACES), default=4,
-                       help="operations per block (default: %(default)s, which the papers found most stable)")
+                       help="operations per block, or wide, whose flags --space wide --help lists (default: "
+                            "%(default)s, which the papers found most stable)")
     space.add_argument("--depth", choices=("fixed", "learned"), default="fixed",
                        help="fixed: all blocks are kept, as in Markhorst 2024; learned: the search decides "
                             "how many each stage keeps, as in TF-NAS (default: %(default)s)")

@@ -121,7 +121,8 @@ class Teacher:
         """The loss of an output against what the teacher makes of the same noisy images."""
         with torch.no_grad(), run.autocast(device, recipe.amp):
             image, logits = models.apply_network(self.network, noisy, boxes)
-        return taught_loss(output, models.Output(image, logits), clean, labels, recipe.loss, recipe.denoising)
+        return taught_loss(output, models.Output(image, logits), clean, labels, recipe.loss,
+                           recipe.denoising_loss)
 
 
 def choose_loss(network, labelled: bool, loss: str | None = None) -> str:
@@ -144,7 +145,7 @@ class Recipe:
     """How a network is trained, with the defaults of the command line; names as those of its flags."""
 
     loss: str  # one of LOSSES
-    denoising: str = "mixed"  # one of DENOISING_LOSSES
+    denoising_loss: str = "mixed"  # one of DENOISING_LOSSES
     epochs: int = 15
     optimizer: str = "adamw"
     lr: float | None = None  # None: that of the optimizer
@@ -253,7 +254,8 @@ class Training:
         labels, boxes = data_module.split_labels(labels, self.device)
         with run.autocast(self.device, recipe.amp):
             output = models.apply_network(self.network, noisy, boxes)
-        total, parts = task_loss(output, clean, labels, recipe.loss, recipe.label_smoothing, recipe.denoising)
+        total, parts = task_loss(output, clean, labels, recipe.loss, recipe.label_smoothing,
+                                 recipe.denoising_loss)
         if self.teacher is not None:
             taught = self.teacher.loss(output, noisy, clean, labels, boxes, recipe, self.device)
             total = (1 - self.teacher.weight) * total + self.teacher.weight * taught
@@ -316,7 +318,7 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
                 guard.end_of_step(lambda: save(step + 1))
             trained = network if training.average is None else training.average.module
             held_out = validate(trained, val_loader, loss=recipe.loss, device=device, noise=noise,
-                                amp=recipe.amp, denoising=recipe.denoising,
+                                amp=recipe.amp, denoising=recipe.denoising_loss,
                                 seed=VALIDATION_SEED if about.get("splits") != 1 else 0,
                                 each=lambda epoch=epoch: guard.between(lambda: save(steps)))
             forecast.done(work - steps)
@@ -375,6 +377,9 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
                              "remove it.")
 
 
+OF_SEARCH = ("latency", "weights")  # what a record says of the network as it was found, and of no other
+
+
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
                   widen: float | None = None) -> dict:
     """The record, without its latency, of the same encoder as another model, with another decoder or wider
@@ -393,7 +398,7 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     if decoder is not None:
         arch = replace(arch, decoder=decoder, multiscale=arch.multiscale and decoder == "sharp")
     arch = arch if widen is None else arch.widened(widen)
-    kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
+    kept = {name: value for name, value in record.items() if name not in OF_SEARCH}
     return {**kept, **arch.to_dict()}
 
 
@@ -466,7 +471,7 @@ def searched_flags(record: dict, given: dict) -> dict:
     images = record.get("images")
     flags = data_module.image_flags(defaultdict(lambda: None, images if isinstance(images, dict) else {}))
     if given.get("data", record.get("data")) != record.get("data"):
-        flags |= {"crops": None, "train_folders": None}
+        flags |= {"crops": None, "train_folders": None, "leave_out": None}
     return {**flags, **{name: record.get(name) for name in ("data", "data_root", "size")}}
 
 
@@ -576,8 +581,9 @@ def main(argv: list[str] | None = None) -> None:
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
             if args.recipe == "paper" and record["method"] in registry.JOINT:
-                record = {**record, "multiscale": False}
-                if record["model"] != "cnas":
+                record = {name: value for name, value in record.items() if name not in OF_SEARCH}
+                record["multiscale"] = False
+                if (args.train_as or record["model"]) != "cnas":
                     args.decoder = args.decoder or "conv"
             record = modify_record(record, args.train_as, args.decoder, args.widen)
         network, loss = make_network(args, record, data)
@@ -597,7 +603,7 @@ def main(argv: list[str] | None = None) -> None:
         about = {"record": record, "classes": data.classes, "size": data.size, "data": args.data,
                  "seed": args.seed, "loss": loss, "made": made, "flags": run.run_flags(vars(args)),
                  "splits": splits, "images": data.files}
-        values = {**vars(args), "loss": loss, "denoising": args.denoising_loss}
+        values = {**vars(args), "loss": loss}
         loaders = [data_module.make_loader(images, batch_size, shuffle=training, drop_last=training, **how)
                    for images, training in ((data.train, True), (data.val, False))]
         recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})

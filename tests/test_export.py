@@ -63,6 +63,14 @@ def inputs(made):
     return [export.example_inputs(made, *size) for size in export.SHAPES]
 
 
+def test_examples_of_pairs_are_their_clean_pictures(tmp_path):
+    for kind, value in (("noisy", 90), ("clean", 150)):
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", (40, 33), (value,) * 3).save(tmp_path / kind / "0.png")
+    ((image,),) = export.pictures(str(tmp_path), NETWORKS["unet-s"]())
+    assert image.shape == (1, 3, 33, 40) and image.mean().item() == pytest.approx(150 / 255, abs=0.01)
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_program_computes_what_the_network_does_at_any_size(name):
     made = network(name)

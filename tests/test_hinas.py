@@ -24,6 +24,7 @@ import files
 import hinas
 import latency
 import registry
+import search
 from hinas import Design, Edge, Part, Space, SuperNet
 
 ROOT = Path(hinas.__file__).parent
@@ -256,14 +257,14 @@ def test_entropy_is_one_for_undecided_and_zero_for_decided():
     supernet = SuperNet(SMALL, 2)
     decisions = 3 * 5 + 1 + 2 + 3  # operations on edges; widths, given the one before
     torch.testing.assert_close(supernet.entropy(), torch.ones(decisions))
-    notes = [hinas.explain_choice(supernet, supernet.likeliest(), rows) for rows in ([{}], [])]
-    assert f"{decisions} of {decisions} decisions stayed open" in notes[0][0] and notes[1] == []
+    (note,) = search.explain_open_decisions(supernet, supernet.likeliest(), [{}])
+    assert f"{decisions} of {decisions} decisions stayed open" in note
     assert supernet.decisions() == [{"entropy": 1.0}] * decisions
     with torch.no_grad():
         supernet.alpha[..., 2] = 100
         supernet.beta[..., 1] = 100
     torch.testing.assert_close(supernet.entropy(), torch.zeros(decisions))
-    assert hinas.explain_choice(supernet, supernet.likeliest(), [{}]) == []
+    assert search.explain_open_decisions(supernet, supernet.likeliest(), [{}]) == []
     assert len(SuperNet(replace(SMALL, widths=(1, 1, 1)), 2, layerwise=False).entropy()) == 5
 
 

@@ -79,12 +79,13 @@ def test_random_networks_come_from_the_space_of_the_found_ones(tmp_path, monkeyp
 
     asked = []
     monkeypatch.setattr(judge.Judge, "command", command)
-    flags = arguments(tmp_path, "--space", "wide", "--target", "5,10")
+    flags = arguments(tmp_path, "--space", "wide", "--target", "5,10", "--search", "--scale 0.7")
     runs = judge.Judge(judge.build_parser().parse_args(flags))
     for group in ("found", "random"):
         assert runs.record(judge.Contender(group, 5.0, 1)).parent.name == "target_5"
     assert [flags[flags.index("--target") + 1] for flags in asked] == ["5,10", "5,10"]
     assert "random" in asked[1] and "random" not in asked[0]
+    assert all("--scale 0.7" in " ".join(flags) for flags in asked)
 
 
 @pytest.mark.parametrize("space", ("4", "wide"))

@@ -1,13 +1,17 @@
 """reproduce.py: the tables fit together, and the smallest of each kind runs, goes on, and says what holds."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import files
+import latency
 import registry
 import reproduce
+import search
+import tfnas
 from fake_table import fake_table
 
 PAPER = [f"table-{number}" for number in range(1, 11)] + ["figure-5", "figure-6", "figure-9"]
@@ -83,6 +87,26 @@ def test_a_searched_table_runs(tmp_path, capfd, in_this_process):
     assert out.count("$ python search.py") == 1  # both rows train what one search found
     trained = files.read_checkpoint(tmp_path / "runs/tiny/photos/dcnas-m-clean-mb-1/seed-0/train/best.pt")
     assert trained["record"]["decoder"] == "mb-1"
+
+
+def test_targets_are_of_the_networks_that_the_searches_look_for(tmp_path, monkeypatch):
+    """At full scale --warmup sampled takes the papers' decoder, which is faster than ours."""
+    monkeypatch.setattr(reproduce, "load_data", lambda *_, **__: SimpleNamespace(classes=["cat", "dog"]))
+    run, targets = reproduce.searched("some", 0.5, "--model", "dcnas"), []
+    content = fake_table(8, 32, 2)
+    for part in content["parts"]:
+        part["ms"] *= 2 if part["place"] == "decoder sharp" else 1
+    table = latency.Table(content)
+    for decoder, warmup in (("conv", ("--warmup", "sampled")), ("sharp", ())):
+        runner = reproduce.Runner(reproduce.build_parser().parse_args(["table-3", "--data", str(tmp_path)]))
+        monkeypatch.setattr(reproduce.Runner, "table", lambda *_: table)
+        runner.scale = {**runner.scale, "search": warmup}
+        supernet = tfnas.SuperNet(tfnas.Space(num_classes=2, model="dcnas", decoder=decoder))
+        costs = search.costs_of_table(table, supernet, supernet.plan)
+        low, high = supernet.cost_range(costs.parts, costs.rest)
+        targets.append(runner.target_ms(run))
+        assert targets[-1] == pytest.approx((low + high) / 2)
+    assert targets[0] < targets[1]
 
 
 @pytest.mark.parametrize("arguments, message", (

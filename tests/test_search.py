@@ -609,6 +609,8 @@ def test_the_range_is_printed_and_nothing_searched(model, table, tmp_path, capsy
     flags = {"superkernel": SUPERKERNEL, "hinas": HINAS}.get(model, ["--model", model, *JOINT])
     flags = [*flags, "--train-images", "8", "--range", "--output-dir", tmp_path / "out"]
     monkeypatch.setattr(search, "trained_supernet", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/arch.json").write_text("of an earlier run")
     if model in SPACES:  # without --table one is made, and kept
         content = fake_parts(SPACES[model])
         monkeypatch.setattr(latency, "build_table", lambda *_, **__: content)
@@ -623,7 +625,8 @@ def test_the_range_is_printed_and_nothing_searched(model, table, tmp_path, capsy
     space = SPACES.get(model) or supernet.plan
     low, high = supernet.cost_range(*search.costs_of_table(latency.Table(content), supernet, space)[:2])
     assert f"{low:.4g} to {high:.4g} ms per batch of 1" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.rglob("*.*")} - {".lock"} == (
+    assert (tmp_path / "out/arch.json").exists()
+    assert {path.name for path in tmp_path.rglob("*.*")} - {".lock", "arch.json"} == (
         {"latency.json"} if model in SPACES else set()
     )
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import latency
 import models
+import search
 import superkernel
 from superkernel import BlockCosts, Design, Slice, Space, SuperConv2d, SuperNet
 
@@ -464,14 +465,13 @@ def test_weights_and_structure_are_trained_in_one_step_or_in_two():
 def test_a_random_network_is_drawn_by_its_seed_and_a_decided_one_needs_no_note(kind):
     space = SMALL["skipinit"]
     supernet = SuperNet(space, kind)
-    (note,) = superkernel.explain_choice(supernet, supernet.likeliest(), [{}])
-    assert note.startswith("note: 12 of 12 decisions stayed open")
-    assert superkernel.explain_choice(supernet, supernet.likeliest(), None) == []  # it was not searched
+    (note,) = search.explain_open_decisions(supernet, supernet.likeliest(), [{}])
+    assert note.startswith("note: 12 of 12 decisions stayed open") and "--arch-lr" not in note
     assert supernet.decisions()[0] == {"entropy": 1.0}
     supernet.draw_random(4)
     design = space.random_design(random.Random(4))
     assert supernet.likeliest() == design
-    assert superkernel.explain_choice(supernet, design, [{}]) == []
+    assert search.explain_open_decisions(supernet, design, [{}]) == []
     lines = supernet.describe(design, {}, 0.0).splitlines()
     first = design.blocks[0][0]
     assert len(lines) == 1 + len(design.blocks)

@@ -416,6 +416,23 @@ def test_the_recipe_of_the_papers_trains_their_network(tmp_path):
     assert state["record"]["decoder"] == "conv" and not state["record"]["multiscale"]
     assert network.means is None and network.stem[0].in_channels == 3 and network.decoder.full is None
 
+    # A found C-NAS: its decoder is the papers' too, and nothing is left of the network that was found.
+    found = models.named_arch("cnas-k3-e3", 10)
+    record = {**files.make_record("tfnas", found.to_dict(), {}), "latency": {"target_ms": 1.0},
+              "weights": "distilled.pt"}
+    files.write_json(tmp_path / "arch.json", record)
+    argv = ["--arch", str(tmp_path / "arch.json"), "--train-as", "dcnas", "--recipe", "paper", *SMALL,
+            "--epochs", "1", "--output-dir", str(tmp_path / "as")]
+    train.main(argv)
+    record = files.read_checkpoint(tmp_path / "as" / "last.pt")["record"]
+    assert record["decoder"] == "conv" and not {"latency", "weights"} & record.keys()
+
+
+def test_what_is_left_out_goes_with_its_data():
+    record = {"data": "photos", "images": {"leave_out": ["Set12"], "crops": 4}}
+    assert train.searched_flags(record, {})["leave_out"] == ["Set12"]
+    assert train.searched_flags(record, {"data": "mnist"})["leave_out"] is None
+
 
 def test_a_modified_record_drops_its_latency():
     record = {**registry.named_record("dcnas-k3-e3", 3, {}), "latency": {"target_ms": 1}, "data": "digits"}
