@@ -409,10 +409,11 @@ def main(argv: list[str] | None = None) -> None:
             make_folder(output_dir)
             field.report(network, checkpoint, args.size, args.benchmark, output_dir, about, device)
             return
-        for flag in {"sigma", "overwrite"} & given_flags(parser, argv).keys() if args.input is None else ():
-            raise ValueError(f"--{flag} is for --input" + ("; the levels of an evaluation are --sigmas."
-                                                           if flag == "sigma" else "; leave it out."))
-        if args.input is not None:
+        if args.input is None:
+            for flag, instead in (("sigma", "an evaluation takes --sigmas"), ("overwrite", "leave it out")):
+                if flag in given_flags(parser, argv):
+                    raise ValueError(f"--{flag} is for --input; {instead}.")
+        else:
             paths = find_pictures(Path(args.input), output_dir)
             sys.exit(report_pictures(localised(network, args.size), paths, output_dir, protocol, args.sigma,
                                      about, args.overwrite, **common))

@@ -398,7 +398,7 @@ def test_other_names_of_classes_are_told(checkpoints, tmp_path, capsys):
     (["--sigmas", "-1"], "from 0 to 100, not -1"),
     (["--sigmas", "nan"], "from 0 to 100, not nan"),
     (["--sigma", "x"], "--sigma"),
-    (["--sigma", "0.2"], "--sigma is for --input; the levels of an evaluation are --sigmas"),
+    (["--sigma", "0.2"], "--sigma is for --input; an evaluation takes --sigmas"),
     (["--overwrite"], "--overwrite is for --input; leave it out"),
     (["--split", "train"], "--split"),
     (["--batch-size", "0"], "--batch-size"),
