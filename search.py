@@ -402,8 +402,9 @@ def obtain_costs(job: Job, supernet: nn.Module, argv: list[str]) -> tuple[Costs,
         costs = Costs(*latency.part_macs(space, job.input_size), "M MACs")
     try:
         low, high = supernet.cost_range(costs.parts, costs.rest)
-    except KeyError as error:
-        raise ValueError(f"The latency table is for another space ({str(error)[:90]}); make one with: "
+    except (KeyError, ValueError) as error:
+        why = f"It has no {error}." if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"The latency table is for another space or version. {why} Make one with: "
                          f"{latency.table_command(setting, space.table_flags())}") from None
     if low <= 0:
         raise ValueError("By the latency table a network takes no time at all; make a new one with: "
