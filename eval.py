@@ -385,10 +385,11 @@ def main(argv: list[str] | None = None) -> None:
     with Command(parser) as command:
         args = parser.parse_args(argv)
         command.stopped = f"what is in {args.output_dir} may be of an earlier run"
-        network, checkpoint, device = load_network(args, given_flags(parser, argv))
+        given = given_flags(parser, argv)
+        network, checkpoint, device = load_network(args, given)
         defaults = as_trained(network, checkpoint)
         folders = defaults.pop("train_folders")
-        vars(args).update(defaults | given_flags(parser, argv))
+        vars(args).update(defaults | given)
         if is_same_data(args.data, checkpoint.get("data")):
             args.train_folders = args.train_folders or folders
         protocol = Protocol(tuple(args.sigmas), args.noise, args.noise_protocol, args.seed, args.clip,
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
         common = {"classes": checkpoint["classes"], "device": device, "size": args.size}
         output_dir = Path(args.output_dir)
         if args.benchmark:
-            if others := given_flags(parser, argv).keys() - WITH_BENCHMARK:
+            if others := given.keys() - WITH_BENCHMARK:
                 flag = min(others).replace("_", "-")
                 raise ValueError(f"--benchmark has a protocol of its own: leave --{flag} out.")
             if rank_and_world()[1] > 1:
@@ -411,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if args.input is None:
             for flag, instead in (("sigma", "an evaluation takes --sigmas"), ("overwrite", "leave it out")):
-                if flag in given_flags(parser, argv):
+                if flag in given:
                     raise ValueError(f"--{flag} is for --input; {instead}.")
         else:
             paths = find_pictures(Path(args.input), output_dir)
@@ -419,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
                                      about, args.overwrite, **common))
         dataset = load_split(network, checkpoint, args.split, protocol, vars(args))
         if getattr(dataset, "whole", False) and rank_and_world()[0] == 0:
-            say_leaks(args.data, dataset, checkpoint)
+            say_leaks({args.data: dataset}, checkpoint)
         about |= {"data": args.data, "split": args.split, "data_seed": checkpoint["seed"]}
         searched = checkpoint["record"].get("latency") or {}
         report_evaluation(network, dataset, output_dir, protocol, about, **common, batch_size=args.batch_size,
@@ -478,18 +479,17 @@ def is_same_data(name: str | None, other: str | None) -> bool:
         os.path.realpath(name) == os.path.realpath(other))
 
 
-def say_leaks(name: str, dataset, checkpoint: dict, most: int = 2000) -> None:
-    """Name the pictures of a folder that are among the images of the training, whole or in part, where those
-    are there and no more than `most`: for each it takes 20 ms."""
+def say_leaks(sets: dict, checkpoint: dict, most: int = 2000) -> None:
+    """Name the pictures of test sets, {folder: dataset}, that are among the images of the training, whole or
+    in part, where those are there and no more than `most`: for each it takes 20 ms."""
     left_out = (checkpoint.get("flags") or {}).get("leave_out") or ()
-    if any(is_same_data(name, other) for other in (checkpoint.get("data"), *left_out)):
-        return
+    known = (checkpoint.get("data"), *left_out)
+    pictures = [clean for name, dataset in sets.items() if not any(is_same_data(name, one) for one in known)
+                for clean, *_ in dataset.files]
     folder, listed = Path(str(checkpoint.get("data"))), checkpoint.get("images") or {}
     lines = [line for split in ("train", "val") for line in listed.get(split, "").split("\n")]
     others = [path for line in lines if (path := folder / line.partition(" ")[2]).is_file()]
-    if len(others) > most:
-        return
-    for picture, other, _ in leaks.find([clean for clean, *_ in dataset.files], others):
+    for picture, other, _ in leaks.find(pictures, others) if len(others) <= most else ():
         say(f"note: {picture} is the same picture as {other}, of the training, and says nothing about new "
             f"ones; train.py --leave-out {picture.parent} trains without.", err=True)
 

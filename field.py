@@ -53,8 +53,7 @@ def report(network: nn.Module, checkpoint: dict, size: int, folders: list[str], 
     if len(sets) < len(folders):
         raise ValueError("Two folders of --benchmark have the same name; rename one.")
     name = checkpoint["record"]["model"]
-    for folder, pictures in zip(folders, sets.values()):
-        evaluation.say_leaks(folder, pictures, checkpoint)
+    evaluation.say_leaks(dict(zip(folders, sets.values())), checkpoint)
     networks = [network, *(registry.find_named(model).build(1) for model, _ in FIELD.values())]
     costs, setting = time_all(networks, device)
     local = localised(network, size)

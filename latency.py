@@ -16,8 +16,8 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import json
 import importlib.util
+import json
 import math
 import platform
 import random

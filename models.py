@@ -166,10 +166,11 @@ class FullResolution(nn.Module):
     image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
     features and of `level`, the NoiseLevel of n: a clean picture comes out as it went in. The means, one for
     each scale, keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask
-    parts two, as strokes and ground. A pixel counts by the square of its mask, since those of edges have the
-    colours of both. (Not `pure`, in records without the field: by the mask, and a region has a hundredth of
-    all pixels.) A correction, two 3x3 convolutions of mixture, y and features, is added; it begins at 0 and
-    is weak where there is little noise: each channel between the two, of `hidden`, from another level on."""
+    parts two, as strokes and ground. If `pure`, a pixel counts by the square of its mask, since those of
+    edges have the colours of both, and a thousandth of all pixels nearby is added, since a region may have
+    none. If not, as in older records, it counts by its mask, and a hundredth is added. A correction, two 3x3
+    convolutions of mixture, y and features, is added to the mixture; it begins at 0 and is weak where there
+    is little noise: each channel between the two, of `hidden`, from another level on."""
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
     REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
@@ -195,7 +196,7 @@ class FullResolution(nn.Module):
         for scale, finer, weight in zip(self.SCALES, (1, *self.SCALES), weights):
             parts = F.avg_pool2d(parts, scale // finer)  # means of means
             regions = parts.split(4, 1)
-            every = self.others * sum(regions[1:], regions[0])  # all pixels: a region may have none nearby
+            every = self.others * sum(regions[1:], regions[0])
             means = torch.cat([region + every for region in regions], 1)
             means = enlarge(means, scale)[..., :height, :width]
             for mask, mean in zip(masks, means.split(4, 1)):
@@ -320,8 +321,8 @@ def begin_smooth(network: nn.Module) -> None:
     Not in the papers. Kernels of independent weights lose what noise hides: with them 25 epochs ended with
     grey digits. `Network` applies it to stem, stage 2 and decoder where it denoises (without in stem and
     stage 2, 8 epochs of Imagenette had 44.4 % instead of 48.2 %); a supernet of smooth blocks did not learn
-    to classify. C-NAS, UNet, DC-Net and the networks of baselines.py start without, but
-    for the decoder of MobileNets."""
+    to classify. C-NAS, UNet, DC-Net and the networks of baselines.py start without, but for the decoder of
+    MobileNets."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
             mean, k = module.weight.mean((2, 3), keepdim=True), module.kernel_size[0]
@@ -541,8 +542,8 @@ COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
            "pure_regions": (True, False), "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
-           "stride": (1, 2),
-           "se_channels": range(65537), "num_classes": range(65537), "branch": range(65537)}  # else: COUNTS
+           "stride": (1, 2), "se_channels": range(65537), "num_classes": range(65537),
+           "branch": range(65537)}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:

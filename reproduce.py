@@ -338,10 +338,10 @@ class Runner:
         """
         data = load_data(self.args.data, size=8, train_images=1, val_images=1, test_images=1)
         classes, own = len(data.classes or []), dict(zip(run.search[::2], run.search[1::2]))
-        table = self.table(classes)
+        table, flags = self.table(classes), self.scale["search"]
+        decoder = tfnas.default_decoder(dict(zip(flags[::2], flags[1::2])).get("--warmup", "inherit"))
 
         def cost_range(**how) -> tuple[float, float]:
-            decoder = "conv" if "sampled" in self.scale["search"] else "sharp"  # as search.py chooses it
             space = tfnas.Space(num_classes=classes, model=own["--model"], decoder=decoder, **how)
             supernet = tfnas.SuperNet(space)
             costs = search.costs_of_table(table, supernet, supernet.plan)

@@ -869,5 +869,3 @@ def design_of(record: dict) -> Design:
 
 def record_content(design: Design) -> dict:
     return {"model": "superkernel", "design": design.to_dict()}
-
-

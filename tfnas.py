@@ -502,6 +502,11 @@ def check_asked(data, model: str, target, range: bool) -> None:
                          "or give a folder with one folder per class in train/ and val/.")
 
 
+def default_decoder(warmup: str) -> str:
+    """With the papers' warm-up also the papers' decoder."""
+    return "conv" if warmup == "sampled" else "sharp"
+
+
 def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width: float, depth: str, target,
          range: bool, decoder: str | None = None, warmup: str = "inherit", **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not go together.
@@ -519,7 +524,7 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; possible: "
                          f"{', '.join(allowed)}.")
     result = Space(space, min_width, len(data.classes or []) or 10, model, SEARCH_LOSSES[loss], depth,
-                   decoder or ("conv" if warmup == "sampled" else "sharp"))
+                   decoder or default_decoder(warmup))
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 

@@ -377,14 +377,12 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
                              "remove it.")
 
 
-OF_SEARCH = ("latency", "weights")  # what a record says of the network as it was found, and of no other
-
-
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
-                  widen: float | None = None) -> dict:
-    """The record, without its latency, of the same encoder as another model, with another decoder or wider
-    channels; ValueError where it is not of C-NAS, D-NAS or DC-NAS, of which the first two are."""
-    if model is None and decoder is None and widen is None:
+                  widen: float | None = None, plain: bool = False) -> dict:
+    """The record, without its latency and weights, of the same encoder as another model, with another
+    decoder, wider channels or, `plain`, the papers' stem and head. Networks of other kinds can be made wider
+    only; ValueError where more is asked of them."""
+    if model is None and decoder is None and widen is None and not plain:
         return record
     if record["method"] == "named" and model is decoder is None:
         return {**record, "widen": widen}
@@ -397,8 +395,9 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     arch = arch if model is None else arch.with_model(model)
     if decoder is not None:
         arch = replace(arch, decoder=decoder, multiscale=arch.multiscale and decoder == "sharp")
+    arch = replace(arch, multiscale=False) if plain else arch
     arch = arch if widen is None else arch.widened(widen)
-    kept = {name: value for name, value in record.items() if name not in OF_SEARCH}
+    kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
     return {**kept, **arch.to_dict()}
 
 
@@ -580,12 +579,10 @@ def main(argv: list[str] | None = None) -> None:
         if not record:  # without labels choose_loss says what to do
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
         if state is None:
-            if args.recipe == "paper" and record["method"] in registry.JOINT:
-                record = {name: value for name, value in record.items() if name not in OF_SEARCH}
-                record["multiscale"] = False
-                if (args.train_as or record["model"]) != "cnas":
-                    args.decoder = args.decoder or "conv"
-            record = modify_record(record, args.train_as, args.decoder, args.widen)
+            papers = args.recipe == "paper" and record["method"] in registry.JOINT
+            if papers and (args.train_as or record["model"]) != "cnas":
+                args.decoder = args.decoder or "conv"
+            record = modify_record(record, args.train_as, args.decoder, args.widen, papers)
         network, loss = make_network(args, record, data)
         if state is None and record.get("weights") and not args.from_scratch:
             begin_as_found(network, record, args.arch)
