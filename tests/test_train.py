@@ -281,7 +281,7 @@ def test_a_long_training_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
     assert abs(minutes - 3 * 5.6 * 8 / 60) <= 1  # a batch looks twice; 5 batches, and 2 of validation at 0.3
 
 
-@pytest.mark.parametrize("optimizer, lr", [("adamw", 0.003), ("sgd", 0.03)])
+@pytest.mark.parametrize("optimizer, lr", [("muon", 0.004), ("adamw", 0.003), ("sgd", 0.03)])
 def test_training_learns(tmp_path, optimizer, lr):
     """A few images, clean: the loss must fall by a lot, or the loop does not learn."""
     digits = data.load_data("digits", size=32, train_images=10, val_images=10, test_images=1)
