@@ -17,11 +17,11 @@ STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # coefficients of Jordan et al.
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest matrices with orthonormal rows or columns, about: singular values become 0.7 to 1.2.
 
-    `matrices`: (..., M, N). Newton-Schulz iterations X = (a + b XX' + c (XX')^2) X. They run on the smaller of
-    XX' and X'X, and X is multiplied once at the end, which takes half the time.
+    `matrices`: (..., M, N). Newton-Schulz iterations X = (a + b XX' + c (XX')^2) X, of Jordan et al. Here
+    they run on XX' or X'X, whichever is smaller. X is multiplied once, at the end, in about half the time.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = (matrices.mT if tall else matrices).float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     gram, product = x @ x.mT, None
     for i, (a, b, c) in enumerate(STEPS):
@@ -39,14 +39,14 @@ class Muon(torch.optim.AdamW):
 
     A kernel is the matrix of its first dimension by all others. Its update is the orthogonalised Nesterov
     momentum, scaled to the size of AdamW's (Liu et al. 2025, eq. 4), so both share learning rate and weight
-    decay. Depthwise kernels, the first and last layers are AdamW's.
+    decay. Depthwise kernels and linear layers are AdamW's, and so are layers from or to an image.
     """
 
     def __init__(self, params, lr: float = 4e-3, weight_decay: float = 1e-2, momentum: float = 0.95):
         params = list(params)
         kernels = [p.ndim == 4 and min(p.shape[:2]) > 3 for p in params]
-        groups = [{"params": [p for p, is_kernel in zip(params, kernels) if is_kernel == kind], "kernels": kind}
-                  for kind in (False, True)]
+        groups = [{"params": [p for p, is_kernel in zip(params, kernels) if is_kernel == kind],
+                   "kernels": kind} for kind in (False, True)]
         super().__init__([group for group in groups if group["params"]], lr, weight_decay=weight_decay)
         self.momentum = momentum
 

@@ -446,7 +446,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=OPTIMIZERS, default="muon",
         help="muon learns most in few epochs; sgd, with momentum 0.9, is the papers' (default: %(default)s)")
     add("--lr", type=number(1e-8, 100), metavar="LR",
-        help="peak learning rate; the papers: 0.2 (default: 0.004 for muon, 0.0015 for adamw, 0.001 for adam, 0.15 for sgd)")
+        help="peak learning rate; the papers: 0.2 (default: 0.004 for muon, 0.0015 for adamw, 0.001 for "
+             "adam, 0.15 for sgd)")
     add("--schedule", choices=("cosine", "plateau"), default="cosine",
         help="learning rate: warm-up and cosine, or a fifth at each plateau (default: %(default)s)")
     add("--warmup-epochs", type=number(0, 1000), metavar="N",

@@ -158,7 +158,7 @@ def test_an_unknown_flag_ends_in_one_sentence(script, capsys):
     assert caught.value.code == 2 and "--no-such-flag" in error and len(error.strip().splitlines()) <= 2
 
 
-@pytest.mark.parametrize("name", ("superkernel", "metrics", "scenes", "timing"))
+@pytest.mark.parametrize("name", ("superkernel", "metrics", "muon", "scenes", "timing"))
 def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
     """Those without a command, or whose command needs none; the tests beside the others run theirs alone."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
@@ -170,7 +170,7 @@ def test_a_file_works_alone_in_an_empty_folder(name, tmp_path):
 def test_the_files_that_work_alone_are_documented():
     text = (ROOT / "docs" / "elsewhere.md").read_text()
     assert set(re.findall(r"^\| `(\w+)\.py` \|", text, re.M)) == {
-        "models", "superkernel", "hinas", "data", "scenes", "latency", "timing", "metrics"}
+        "models", "superkernel", "hinas", "data", "scenes", "latency", "timing", "metrics", "muon"}
 
 
 def test_only_the_list_of_methods_names_those_of_other_papers():
