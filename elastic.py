@@ -116,7 +116,8 @@ class Space:
     num_classes: int = 10
     model: str = "dcnas"
     scale: float = 1.0
-    channels = 3
+    grey: bool = False  # images of one channel; a latency table is for both
+    channels = property(lambda self: 1 if self.grey else 3)
 
     def identity(self) -> dict:
         return {"method": "elastic", "num_classes": self.num_classes}
@@ -169,13 +170,13 @@ class Space:
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
             return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"],
-                        multiscale=values["multiscale"])
+                        multiscale=values["multiscale"], grey=self.grey)
         levels = tuple((values[f"level {level} width"], values[f"level {level} convolutions"])
                        for level in (4, 3, 2, 1))
         classes, head = self.num_classes, values.get("head", models.HEAD_CHANNELS)
         return Arch(self.model, tuple(blocks), classes * (self.model != "dnas"), values["stem"], head,
                     "conv" if values["branch"] is None else "sharp", levels, values["branch"] or 0,
-                    values["multiscale"])
+                    values["multiscale"], grey=self.grey)
 
     def random_choices(self, rng: random.Random) -> tuple[int, ...]:
         return tuple(rng.randrange(len(decision.options)) for decision in self.decisions)
@@ -911,7 +912,7 @@ def search_defaults(given: dict) -> dict:
 def plan(data, /, *, model: str, target, range: bool, scale: float | None = None, **_) -> dict:
     """What is searched on these images; ValueError in one sentence where flags and images do not fit."""
     tfnas.check_asked(data, model, target, range)
-    space = Space(len(data.classes or []) or 10, model, scale or 1.0)
+    space = Space(len(data.classes or []) or 10, model, scale or 1.0, data.channels == 1)
     loss = {"dcnas": "both", "cnas": "cls", "dnas": "den"}[model]
     return {"space": space, "table_space": replace(space, model="dcnas"), "loss": loss, "weight_share": 0.8}
 

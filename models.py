@@ -337,11 +337,13 @@ ENCODER_STRIDE = 16
 class Network(nn.Module):
     """C-NAS, D-NAS or DC-NAS from its record (Markhorst 2024, fig. 7).
     forward: (B, 3, H, W), images in [0, 1] plus noise, any H and W -> image (B, 3, H, W), logits (B, K). It
-    pads, normalises and crops: PSNR is measured on [0, 1]. Drop-connect of block i of n: drop_connect * i / n
-    with i = 0 in stage 2 (TF-NAS: 1). `make_block(block, drop_connect)`: the supernet gives its own."""
+    pads, normalises and crops: PSNR is measured on [0, 1]. Images of a `grey` record are (B, 1, H, W); the
+    layers get three equal channels, and their mean comes out. Drop-connect of block i of n: drop_connect * i /
+    n with i = 0 in stage 2 (TF-NAS: 1). `make_block(block, drop_connect)`: the supernet gives its own."""
     def __init__(self, arch: Arch, dropout=0.0, drop_connect=0.0, make_block=None, norm_layer=nn.BatchNorm2d):
         super().__init__()
         self.arch, self.denoises, self.classifies = arch, arch.denoises, arch.classifies
+        self.channels = 1 if arch.grey else 3
         self.parallel = False  # True (in a CUDA graph): decoder and classifier at once, on two streams
         add_normalisation(self)
         self.stem = (MultiscaleStem(arch.stem_channels, norm_layer) if arch.multiscale else
@@ -372,14 +374,18 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Output:
         return self.from_stem(self.encode_stem(x), x)
 
+    def coloured(self, x: Tensor) -> Tensor:
+        return x.expand(-1, 3, -1, -1) if self.arch.grey else x
+
     def encode_stem(self, x: Tensor) -> Tensor:
         """Stem and stage 2, which TF-NAS does not search: (B, 3, H, W) -> (B, C, H / 2, W / 2)."""
+        x = self.coloured(x)
         x = pad_to_multiple(x, ENCODER_STRIDE) if self.denoises else x
         return self.encoder[0](self.stem((x - self.mean) / self.std))
 
     def from_stem(self, x: Tensor, noisy: Tensor, choices: list[tuple] | None = None) -> Output:
         """The other layers, from what `encode_stem` made of `noisy`; `choices`: what stages take beside x."""
-        height, width = noisy.shape[-2:]
+        (height, width), noisy = noisy.shape[-2:], self.coloured(noisy)
         stages, split, features = [*self.encoder[1:], *self.tail], len(self.encoder) - 1, [x]
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
         # First, since a picture in tiles needs a pass of its own up to here.
@@ -387,7 +393,10 @@ class Network(nn.Module):
         for stage, choice in steps[:split]:  # down to (B, C, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
-            return self.decoder(features, noisy, level)[..., :height, :width] if self.denoises else None
+            if not self.denoises:
+                return None
+            image = self.decoder(features, noisy, level)[..., :height, :width]
+            return image.mean(1, keepdim=True) if self.arch.grey else image
         def classify(x: Tensor) -> Tensor | None:
             for stage, choice in steps[split:]:  # down to (B, C, H / 32, W / 32)
                 x = stage(x, *choice)
@@ -415,7 +424,7 @@ class SequentialNetwork(nn.Module):
     def __init__(self, denoiser: nn.Module, classifier: nn.Module):
         super().__init__()
         self.denoiser, self.classifier = denoiser, classifier
-        self.takes_boxes = getattr(classifier, "takes_boxes", False)
+        self.takes_boxes, self.channels = getattr(classifier, "takes_boxes", False), channels_of(denoiser)
 
     def forward(self, x: Tensor, *boxes: Tensor) -> Output:
         image = self.denoiser(x).image
@@ -541,9 +550,9 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
-           "pure_regions": (True, False), "activation": (*ACTIVATIONS,), "kernel_size": (1, 3, 5, 7),
-           "stride": (1, 2), "se_channels": range(65537), "num_classes": range(65537),
-           "branch": range(65537)}  # else: COUNTS
+           "pure_regions": (True, False), "grey": (False, True), "activation": (*ACTIVATIONS,),
+           "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
+           **dict.fromkeys(("se_channels", "num_classes", "branch"), range(65537))}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
@@ -561,7 +570,8 @@ class Block:
 class Arch:
     """A complete C-NAS, D-NAS, DC-NAS or sequential DC-NAS network: the content of `arch.json`.
     `blocks` are in order from stage 2; those after stage 6 exist only in a classifier, and a "dcnas-seq" has
-    the others twice. `levels`, `branch`: see Decoder. ValueError where the blocks do not fit together."""
+    the others twice. `levels`, `branch`: see Decoder; `grey`: see Network. ValueError where the blocks do not
+    fit together."""
     model: str
     blocks: tuple[Block, ...]
     num_classes: int = 0
@@ -573,6 +583,7 @@ class Arch:
     multiscale: bool = True
     noise_scales: int = 2
     pure_regions: bool = True
+    grey: bool = False
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -622,7 +633,8 @@ class Arch:
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
                        content.get("branch", 12), content.get("multiscale", False),
-                       content.get("noise_scales", 1), content.get("pure_regions", False))
+                       content.get("noise_scales", 1), content.get("pure_regions", False),
+                       content.get("grey", False))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 
@@ -809,13 +821,13 @@ class SuperNet(nn.Module):
     (blocks, operations)."""
     def __init__(self, model: str, space: int = 4, num_classes: int = 0, min_width: float = MIN_WIDTH,
                  depth: str = "fixed", recompute: bool = False, gain: bool = False,
-                 decoder: str = DECODERS[0]):
+                 decoder: str = DECODERS[0], grey: bool = False):
         super().__init__()
         self.space, self.min_width, self.operations = space, min_width, SPACES[space]
         blocks = [fill(position, self.operations[0]) for position in searched_positions(model)]
         make_block = lambda block, _: (build_block(block, norm_layer=SearchNorm) if block.stage == 2 else
                                        MixedOp(block, self.operations, min_width, recompute, gain))
-        arch = make_arch(model, blocks, num_classes, decoder)
+        arch = replace(make_arch(model, blocks, num_classes, decoder), grey=grey)
         self.network = Network(arch, 0.0, 0.0, make_block, SearchNorm)
         for part, first in ((self.network.encoder, 1), (self.network.tail, 0)):
             for index in range(first, len(part)):

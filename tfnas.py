@@ -101,8 +101,8 @@ class Space:
     """The networks of a search: `model` is exported, `searched` is the model of the supernet.
 
     `operations`: candidates per block, 4, 6 or 8. `min_width`: smallest mid channels, in multiples of the
-    input. `depth`: "fixed" or "learned". `decoder`: one of TABLE_DECODERS. A latency table depends on
-    operations, min_width and num_classes only.
+    input. `depth`: "fixed" or "learned". `decoder`: one of TABLE_DECODERS. `grey`: images of one channel. A
+    latency table depends on operations, min_width and num_classes only.
     """
 
     operations: int = 4
@@ -112,7 +112,8 @@ class Space:
     searched: str = "cnas"
     depth: str = "fixed"
     decoder: str = models.DECODERS[0]
-    channels = 3
+    grey: bool = False
+    channels = property(lambda self: 1 if self.grey else 3)
     newer_parts = frozenset({  # which older tables lack; they serve without
         Part("decoder sharp"), Part("multiscale stem", out_channels=models.STEM_CHANNELS)})
 
@@ -264,7 +265,7 @@ class SuperNet(models.SuperNet):
     def __init__(self, space: Space, recompute: bool = False, gain: bool = False):
         classes = 0 if space.searched == "dnas" else space.num_classes
         super().__init__(space.searched, space.operations, classes, space.min_width, space.depth, recompute,
-                         gain, space.decoder)
+                         gain, space.decoder, space.grey)
         self.plan = space
 
     def _base(self, costs: dict[Part, float], rest: float) -> float:
@@ -524,7 +525,7 @@ def plan(data, /, *, model: str, search_loss: str | None, space: int, min_width:
         raise ValueError(f"--search-loss {loss} does not go with --model {model} on these images; possible: "
                          f"{', '.join(allowed)}.")
     result = Space(space, min_width, len(data.classes or []) or 10, model, SEARCH_LOSSES[loss], depth,
-                   decoder or default_decoder(warmup))
+                   decoder or default_decoder(warmup), data.channels == 1)
     return {"space": result, "table_space": result, "loss": loss, "weight_share": 0.8}
 
 

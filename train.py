@@ -380,11 +380,13 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
 
 
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
-                  widen: float | None = None, plain: bool = False) -> dict:
+                  widen: float | None = None, plain: bool = False, grey: bool | None = None) -> dict:
     """The record, without its latency and weights, of the same encoder as another model, with another
-    decoder, wider channels or, `plain`, the papers' stem and head. Networks of other kinds can be made wider
-    only; ValueError where more is asked of them."""
-    if model is None and decoder is None and widen is None and not plain:
+    decoder, wider channels, for `grey` images or, `plain`, with the papers' stem and head. Networks of other
+    kinds can be made wider only; ValueError where more is asked of them."""
+    if grey is not None and (record["method"] not in registry.JOINT or grey == record.get("grey", False)):
+        grey = None
+    if model is None and decoder is None and widen is None and not plain and grey is None:
         return record
     if record["method"] == "named" and model is decoder is None:
         return {**record, "widen": widen}
@@ -398,6 +400,7 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     if decoder is not None:
         arch = replace(arch, decoder=decoder, multiscale=arch.multiscale and decoder == "sharp")
     arch = replace(arch, multiscale=False) if plain else arch
+    arch = arch if grey is None else replace(arch, grey=grey)
     arch = arch if widen is None else arch.widened(widen)
     kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
     return {**kept, **arch.to_dict()}
@@ -585,7 +588,8 @@ def main(argv: list[str] | None = None) -> None:
             papers = args.recipe == "paper" and record["method"] in registry.JOINT
             if papers and (args.train_as or record["model"]) != "cnas":
                 args.decoder = args.decoder or "conv"
-            record = modify_record(record, args.train_as, args.decoder, args.widen, papers)
+            record = modify_record(record, args.train_as, args.decoder, args.widen, papers,
+                                   data.channels == 1)
         network, loss = make_network(args, record, data)
         if state is None and record.get("weights") and not args.from_scratch:
             begin_as_found(network, record, args.arch)

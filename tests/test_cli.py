@@ -124,18 +124,21 @@ def test_the_first_run_of_the_readme_works_in_its_smallest_form(folder, monkeypa
     assert {p.name for p in (folder / "denoised").iterdir()} >= {"grey_denoised.png", "clear_denoised.png"}
 
 
-def test_own_data_from_search_to_evaluation(folder, monkeypatch):
+@pytest.mark.parametrize("grey", ([], ["--grey"]), ids=("colour", "grey"))
+def test_own_data_from_search_to_evaluation(grey, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    own = f"own{len(grey)}"
     small = ["--size", "16", "--batch-size", "4", "--epochs", "1"]
     files.write_json(folder / "latency.json", fake_table(4, 16, 2))  # a real one is made by the first run
     for script, *words in (
             ["search", "--target", "50", "--table", "latency.json", "--data", "photos",
-             "--output-dir", "own/search", *small],
-            ["train", "--arch", "own/search/arch.json", "--output-dir", "own/train", *small],
-            ["eval", "--checkpoint", "own/train/best.pt", "--sigmas", "0.2", "--output-dir", "own/eval"]):
+             "--output-dir", f"{own}/search", *small, *grey],
+            ["train", "--arch", f"{own}/search/arch.json", "--output-dir", f"{own}/train", *small],
+            ["eval", "--checkpoint", f"{own}/train/best.pt", "--sigmas", "0.2", "--output-dir", f"{own}/eval"]):
         importlib.import_module(script).main(words)
-    metrics = json.loads((folder / "own" / "eval" / "metrics.json").read_text())
+    metrics = json.loads((folder / own / "eval" / "metrics.json").read_text())
     assert metrics["num_classes"] == 2 and metrics["images"] == 8
+    assert metrics["protocol"]["colour"] == ("grey" if grey else "RGB")
 
 
 @pytest.mark.parametrize("script, model", [(script, None) for script in SCRIPTS if script != "search"]

@@ -695,3 +695,19 @@ def test_widened():
     assert 3 < ratio < 4.2  # the square, but for depthwise convolutions and the image's three channels
     narrow = Network(named_arch("dcnas-k5-e6", 3).widened(0.5)).eval()
     assert narrow(torch.rand(1, 3, 32, 32)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ("dnas-k3-e3-shallow", "dcnas-k3-e3-shallow", "dcnas-seq-k3-e3-shallow"))
+def test_a_grey_network_is_that_of_three_equal_channels(name):
+    torch.manual_seed(0)
+    arch = models.named_arch(name, 3 if name.startswith("dc") else 0)
+    grey = models.make_network(replace(arch, grey=True)).eval()
+    colour = models.make_network(arch).eval()
+    colour.load_state_dict(grey.state_dict())
+    image = torch.rand(2, 1, 33, 47)
+    ours, theirs = grey(image), colour(image.expand(-1, 3, -1, -1))
+    assert models.channels_of(grey) == 1 and models.channels_of(colour) == 3
+    assert ours.image.shape == image.shape
+    torch.testing.assert_close(ours.image, theirs.image.mean(1, keepdim=True))
+    if name == "dcnas-k3-e3-shallow":
+        torch.testing.assert_close(ours.logits, theirs.logits)

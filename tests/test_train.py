@@ -442,6 +442,8 @@ def test_a_modified_record_drops_its_latency():
     assert "latency" not in other and other["data"] == "digits" and other["decoder"] == "mb"
     assert not other["multiscale"]  # that of the papers
     assert models.Arch.from_dict({**other, "decoder": "sharp", "multiscale": True}) == arch
+    grey = train.modify_record(record, grey=True)
+    assert grey["grey"] and "latency" not in grey and train.modify_record(grey, grey=True) is grey
     for bad, model in ((registry.named_record("unet-s", 3, {}), "dnas"), (other, "cnas")):
         with pytest.raises(ValueError, match="--train-as, --decoder and --widen|has no classifier"):
             train.modify_record(bad, model)
@@ -581,7 +583,7 @@ def test_a_grey_network_of_a_method_trains_on_grey_images_and_on_no_others(tmp_p
     assert (flags["recipe"], flags["epochs"], flags["denoising_loss"]) == ("a_method", 1, "mse")
     assert files.load_checkpoint(tmp_path / "run" / "best.pt")[0].channels == 1
     train.main(["--resume", str(tmp_path / "run")])  # done already: the flag is kept
-    named = ["--model", "dnas-k3-e3", *command[2:], "--grey"]
+    named = ["--model", "unet-s", *command[2:], "--grey"]
     for argv, words in (
             (command, "takes images of 1 channel, and those of .* are read with 3: give --grey"),
             (named, "takes images of 3 channels, and those of .* are read with 1: leave out --grey")):
