@@ -719,7 +719,7 @@ def build_parser(model: str = "dcnas", method=None) -> argparse.ArgumentParser:
         cost.add_argument("--latency-weight", type=number(0, 1e6), metavar="X",
                           help="strength of the latency's gradient (default: that of the method)")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=whole(1, 100000), default=8, metavar="N",
+    recipe.add_argument("--epochs", type=whole(1, 100000), default=7, metavar="N",
                         help="passes over the images (default: %(default)s)")
     recipe.add_argument("--batch-size", type=whole(2, 65536), default=32, metavar="N",
                         help="images per step, of all processes together (default: %(default)s)")
