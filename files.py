@@ -153,7 +153,10 @@ def make_record(method: str, content: dict, made: dict, **more) -> dict:
 
 
 def load_record(path: str | Path) -> dict:
-    """Read and check an `arch.json`; ValueError in one sentence when it is missing, damaged or not valid."""
+    """Read and check an `arch.json`, or the record in a checkpoint, whose `weights` are then its own;
+    ValueError in one sentence when it is missing, damaged or not valid."""
+    if Path(path).suffix == ".pt":
+        return {**load_checkpoint(path)[1]["record"], "weights": Path(path).name}
     record = read_json(path, *registry.RECORD.values(), "make one with: python search.py --target 12")
     check_fields(path, record, RECORD)
     try:

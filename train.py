@@ -381,15 +381,18 @@ def check_images(data: data_module.Data, loss: str, channels: int = 3, scale: in
 
 def modify_record(record: dict, model: str | None = None, decoder: str | None = None,
                   widen: float | None = None, plain: bool = False, grey: bool | None = None) -> dict:
-    """The record, without its latency and weights, of the same encoder as another model, with another
-    decoder, wider channels, for `grey` images or, `plain`, with the papers' stem and head. Networks of other
-    kinds can be made wider only; ValueError where more is asked of them."""
+    """The record, without its latency and the weights that no longer fit, of the same encoder as another
+    model, with another decoder, wider channels, for `grey` images or, `plain`, with the papers' stem and
+    head. Networks of other kinds can be made wider only; ValueError where more is asked of them."""
     if grey is not None and (record["method"] not in registry.JOINT or grey == record.get("grey", False)):
         grey = None
     if model is None and decoder is None and widen is None and not plain and grey is None:
         return record
+    same = model is decoder is widen is None and not plain  # the weights still fit
+    kept = {name: value for name, value in record.items()
+            if name != "latency" and (same or name != "weights")}
     if record["method"] == "named" and model is decoder is None:
-        return {**record, "widen": widen}
+        return {**kept, "widen": widen}
     if record["method"] not in registry.JOINT:
         raise ValueError("--train-as, --decoder and --widen are for C-NAS, D-NAS and DC-NAS, not for "
                          f"{record['model']}.")
@@ -402,7 +405,6 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     arch = replace(arch, multiscale=False) if plain else arch
     arch = arch if grey is None else replace(arch, grey=grey)
     arch = arch if widen is None else arch.widened(widen)
-    kept = {name: value for name, value in record.items() if name not in ("latency", "weights")}
     return {**kept, **arch.to_dict()}
 
 
@@ -416,7 +418,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("network", "what is trained").add_argument
     add("--arch", default="runs/search/arch.json", metavar="FILE",
-        help="record of the network, from search.py (default: %(default)s)")
+        help="record of the network, from search.py, or a checkpoint, with whose weights it begins "
+             "(default: %(default)s)")
     add("--model", type=registry.model_name, metavar="NAME",
         help="a named model, python registry.py lists them (default: the network of --arch)")
     add("--train-as", choices=models.MODELS, help="train the encoder as another model (default: as found)")
@@ -424,8 +427,8 @@ def build_parser() -> argparse.ArgumentParser:
         "with the noisy image and a branch at full resolution; mb: two MBConvs a level; mb-1: one; "
         "mb-3level: two, none at level 4 (default: as found; with --recipe paper conv)")
     add("--widen", type=number(0.1, 16), metavar="X", help="multiply all channels by X (default: 1)")
-    add("--from-scratch", action="store_true", help="begin with random weights (default: with those that the "
-        "search has for the network, where it has some)")
+    add("--from-scratch", action="store_true", help="begin with random weights (default: with those of the "
+        "search or of a checkpoint, where there are some)")
     add("--loss", choices=LOSSES,
         help="both: 0.1 cross-entropy + 0.9 denoising; cls, den: one (default: what the network can)")
     add("--dropout", type=number(0, 0.9), default=0.0, metavar="P", help="probability of dropout before the "
@@ -531,14 +534,15 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
 
 
 def begin_as_found(network: nn.Module, record: dict, arch: str) -> None:
-    """Give a fresh network the weights that its search had for it, where the record names their file."""
+    """Give a fresh network the weights that its record names: those of its search, or of a checkpoint."""
     path = Path(arch).with_name(Path(str(record["weights"])).name)
     if not path.is_file():
         run.say(f"note: {path} is not there, so that the training begins from scratch.")
         return
     with files.reading(path):
-        network.load_state_dict(files.read_checkpoint(path)["network"])
-    run.say(f"It begins with the weights of the search, {path}; --from-scratch: without.")
+        content = files.read_checkpoint(path)
+        network.load_state_dict(content.get("ema") or content["network"])
+    run.say(f"It begins with the weights in {path}; --from-scratch: without.")
 
 
 def begin_as_papers(network: nn.Module) -> None:
@@ -588,11 +592,14 @@ def main(argv: list[str] | None = None) -> None:
             papers = args.recipe == "paper" and record["method"] in registry.JOINT
             if papers and (args.train_as or record["model"]) != "cnas":
                 args.decoder = args.decoder or "conv"
+            has_weights = "weights" in record
             record = modify_record(record, args.train_as, args.decoder, args.widen, papers,
                                    data.channels == 1)
         network, loss = make_network(args, record, data)
         if state is None and record.get("weights") and not args.from_scratch:
             begin_as_found(network, record, args.arch)
+        elif state is None and has_weights and not args.from_scratch:
+            run.say("note: the changed network begins with random weights.")
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         teacher = None
         if args.teacher:

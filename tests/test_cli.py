@@ -134,7 +134,8 @@ def test_own_data_from_search_to_evaluation(grey, folder, monkeypatch):
             ["search", "--target", "50", "--table", "latency.json", "--data", "photos",
              "--output-dir", f"{own}/search", *small, *grey],
             ["train", "--arch", f"{own}/search/arch.json", "--output-dir", f"{own}/train", *small],
-            ["eval", "--checkpoint", f"{own}/train/best.pt", "--sigmas", "0.2", "--output-dir", f"{own}/eval"]):
+            ["eval", "--checkpoint", f"{own}/train/best.pt", "--sigmas", "0.2",
+             "--output-dir", f"{own}/eval"]):
         importlib.import_module(script).main(words)
     metrics = json.loads((folder / own / "eval" / "metrics.json").read_text())
     assert metrics["num_classes"] == 2 and metrics["images"] == 8

@@ -383,7 +383,7 @@ def test_the_same_seed_and_table_find_the_same_and_its_weights_are_trained_on(qu
         same = [torch.allclose(one, other, atol=1e-5)
                 for one, other in zip(trained.parameters(), network.parameters()) if one.ndim == 4]
         assert all(same) == begins_there
-        assert ("begins with the weights of the search" in capsys.readouterr().out) == begins_there
+        assert ("It begins with the weights in" in capsys.readouterr().out) == begins_there
     (tmp_path / "a/distilled.pt").unlink()
     train.main(flags)
     assert "is not there, so that the training begins from scratch" in capsys.readouterr().out
