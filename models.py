@@ -339,7 +339,7 @@ class Network(nn.Module):
     forward: (B, 3, H, W), images in [0, 1] plus noise, any H and W -> image (B, 3, H, W), logits (B, K). It
     pads, normalises and crops: PSNR is measured on [0, 1]. Images of a `grey` record are (B, 1, H, W);
     the layers get three equal channels, and their mean comes out. Drop-connect of block i of n: drop_connect
-    * i / n with i = 0 in stage 2 (TF-NAS: 1). `make_block(block, drop_connect)`: the supernet gives its own."""
+    * i / n, i = 0 in stage 2 (TF-NAS: 1). `make_block(block, drop_connect)`: the supernet gives its own."""
     def __init__(self, arch: Arch, dropout=0.0, drop_connect=0.0, make_block=None, norm_layer=nn.BatchNorm2d):
         super().__init__()
         self.arch, self.denoises, self.classifies = arch, arch.denoises, arch.classifies

@@ -454,8 +454,8 @@ def test_a_modified_record_drops_its_latency():
 def test_a_training_begins_with_the_weights_of_a_checkpoint(flags, begins, trained, tmp_path, capsys):
     given = files.load_checkpoint(trained[0] / "best.pt")[0]
     command = ["--arch", str(trained[0] / "best.pt"), "--data", "digits", "--epochs", "1", "--train-images",
-               "8", "--val-images", "8", "--batch-size", "4", "--lr", "1e-8", "--weight-decay", "0", "--device",
-               "cpu", "--threads", "1", "--output-dir", str(tmp_path), *flags]
+               "8", "--val-images", "8", "--batch-size", "4", "--lr", "1e-8", "--weight-decay", "0",
+               "--device", "cpu", "--threads", "1", "--output-dir", str(tmp_path), *flags]
     train.main(command)
     network, out = files.load_checkpoint(tmp_path / "best.pt")[0], capsys.readouterr().out
     pairs = [(one, other) for one, other in zip(network.parameters(), given.parameters()) if one.ndim == 4]
