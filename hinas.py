@@ -856,7 +856,8 @@ def main(argv: list[str] | None = None) -> None:
             files.write_file(output, lambda temporary: temporary.write_text(draw_network(design)))
         else:
             new = random_cells(design, rng) if args.change == "random" else perturb(design, args.change, rng)
-            kept = {x: value for x, value in record.items() if x not in ("latency", "macs", "decisions", "weights")}
+            kept = {x: value for x, value in record.items()
+                    if x not in ("latency", "macs", "decisions", "weights")}
             files.write_json(output, kept | record_content(new) | {
                 "made": files.provenance("none", args.seed), "parameters": count_parameters(build, new)})
             print(f"{count_parameters(build, design):,} parameters before, "

@@ -452,8 +452,8 @@ def flags_of(*words):
 
 
 def test_flags_and_images_say_what_is_searched():
-    digits = SimpleNamespace(name="digits", train=[], classes=["a", "b", "c"])
-    photos = SimpleNamespace(name="photos", train=[], classes=None)
+    digits = SimpleNamespace(name="digits", train=[], channels=3, classes=["a", "b", "c"])
+    photos = SimpleNamespace(name="photos", train=[], channels=3, classes=None)
     for model, words, searched, loss in (("dcnas", (), "cnas", "cls"), ("dcnas-seq", (), "cnas", "cls"),
                                          ("cnas", (), "cnas", "cls"), ("dnas", (), "cnas", "cls"),
                                          ("dcnas", ("--search-loss", "both"), "dcnas", "both"),
