@@ -375,6 +375,7 @@ class Network(nn.Module):
         return self.from_stem(self.encode_stem(x), x)
 
     def coloured(self, x: Tensor) -> Tensor:
+        """The images with three channels."""
         return x.expand(-1, 3, -1, -1) if self.arch.grey else x
 
     def encode_stem(self, x: Tensor) -> Tensor:

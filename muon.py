@@ -11,25 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # coefficients of Jordan et al.
+STEPS, (A, B, C) = 5, (3.4445, -4.7750, 2.0315)  # of the iteration, as in Jordan et al.
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest matrices with orthonormal rows or columns, about: singular values become 0.7 to 1.2.
+    """Matrices (..., M, N) with nearly orthonormal rows or columns: the singular vectors stay, the singular
+    values become 0.7 to 1.2, those that are very small less.
 
-    `matrices`: (..., M, N). Newton-Schulz iterations X = (a + b XX' + c (XX')^2) X, of Jordan et al. Here
-    they run on XX' or X'X, whichever is smaller, and need float32. X is multiplied once, at the end, which is
-    1.8 times as fast for 320 x 1280.
+    Jordan et al. repeat X = (a + b XX' + c (XX')^2) X. Here XX' and the product of the brackets are followed
+    instead (X'X where it is smaller), and X is multiplied once. That is 1.8 times as fast for 320 x 1280. It
+    needs float32.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     gram, product = x @ x.mT, None
-    for i, (a, b, c) in enumerate(STEPS):
-        step = b * gram + c * (gram @ gram)
-        step.diagonal(dim1=-2, dim2=-1).add_(a)
+    for number in range(STEPS):
+        step = B * gram + C * (gram @ gram)
+        step.diagonal(dim1=-2, dim2=-1).add_(A)
         product = step if product is None else step @ product
-        if i < len(STEPS) - 1:
+        if number < STEPS - 1:
             gram = step @ gram @ step
     x = product @ x
     return x.mT if tall else x

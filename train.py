@@ -384,16 +384,15 @@ def modify_record(record: dict, model: str | None = None, decoder: str | None = 
     """The record, without its latency and the weights that no longer fit, of the same encoder as another
     model, with another decoder, wider channels, for `grey` images or, `plain`, with the papers' stem and
     head. Networks of other kinds can be made wider only; ValueError where more is asked of them."""
-    if grey is not None and (record["method"] not in registry.JOINT or grey == record.get("grey", False)):
-        grey = None
-    if model is None and decoder is None and widen is None and not plain and grey is None:
-        return record
     same = model is decoder is widen is None and not plain  # the weights still fit
+    joint = record["method"] in registry.JOINT
+    if same and (not joint or grey in (None, record.get("grey", False))):
+        return record
     kept = {name: value for name, value in record.items()
             if name != "latency" and (same or name != "weights")}
     if record["method"] == "named" and model is decoder is None:
         return {**kept, "widen": widen}
-    if record["method"] not in registry.JOINT:
+    if not joint:
         raise ValueError("--train-as, --decoder and --widen are for C-NAS, D-NAS and DC-NAS, not for "
                          f"{record['model']}.")
     arch = models.Arch.from_dict(record)
@@ -534,14 +533,17 @@ def make_network(args: argparse.Namespace, record: dict, data: data_module.Data)
 
 
 def begin_as_found(network: nn.Module, record: dict, arch: str) -> None:
-    """Give a fresh network the weights that its record names: those of its search, or of a checkpoint."""
+    """Give a fresh network the weights that its record names, of its search or of a checkpoint; say so, or
+    why not."""
+    if not record.get("weights"):
+        run.say("note: the changed network begins with random weights.")
+        return
     path = Path(arch).with_name(Path(str(record["weights"])).name)
     if not path.is_file():
         run.say(f"note: {path} is not there, so that the training begins from scratch.")
         return
     with files.reading(path):
-        content = files.read_checkpoint(path)
-        network.load_state_dict(content.get("ema") or content["network"])
+        network.load_state_dict(files.load_checkpoint(path)[0].state_dict())
     run.say(f"It begins with the weights in {path}; --from-scratch: without.")
 
 
@@ -588,18 +590,16 @@ def main(argv: list[str] | None = None) -> None:
         made = files.provenance(latency.device_name(device), args.seed)
         if not record:  # without labels choose_loss says what to do
             record = registry.named_record(args.model, len(data.classes or []) or 1, made)
+        begins = state is None and record.get("weights") and not args.from_scratch
         if state is None:
             papers = args.recipe == "paper" and record["method"] in registry.JOINT
             if papers and (args.train_as or record["model"]) != "cnas":
                 args.decoder = args.decoder or "conv"
-            has_weights = "weights" in record
             record = modify_record(record, args.train_as, args.decoder, args.widen, papers,
                                    data.channels == 1)
         network, loss = make_network(args, record, data)
-        if state is None and record.get("weights") and not args.from_scratch:
+        if begins:
             begin_as_found(network, record, args.arch)
-        elif state is None and has_weights and not args.from_scratch:
-            run.say("note: the changed network begins with random weights.")
         noise = data_module.noise_from(vars(args), models.scale_of(network))
         teacher = None
         if args.teacher:
