@@ -372,7 +372,12 @@ class Network(nn.Module):
         return [block for stage in (*self.encoder, *self.tail) for block in stage]
 
     def forward(self, x: Tensor) -> Output:
-        return self.from_stem(self.encode_stem(x), x)
+        level = self.noise_level(x)  # first, since a picture in tiles needs a pass of its own up to here
+        return self.from_stem(self.encode_stem(x), x, level=level)
+
+    def noise_level(self, noisy: Tensor) -> Tensor | None:
+        """See Decoder.level_of."""
+        return self.decoder.level_of(self.coloured(noisy)) if self.denoises else None
 
     def coloured(self, x: Tensor) -> Tensor:
         """The images with three channels."""
@@ -384,13 +389,14 @@ class Network(nn.Module):
         x = pad_to_multiple(x, ENCODER_STRIDE) if self.denoises else x
         return self.encoder[0](self.stem((x - self.mean) / self.std))
 
-    def from_stem(self, x: Tensor, noisy: Tensor, choices: list[tuple] | None = None) -> Output:
-        """The other layers, from what `encode_stem` made of `noisy`; `choices`: what stages take beside x."""
+    def from_stem(self, x: Tensor, noisy: Tensor, choices: list[tuple] | None = None,
+                  level: Tensor | None = None) -> Output:
+        """The other layers, from what `encode_stem` made of `noisy`; `choices`: what stages take beside x;
+        `level`: the `noise_level` of `noisy` where it is known."""
+        level = self.noise_level(noisy) if level is None else level
         (height, width), noisy = noisy.shape[-2:], self.coloured(noisy)
         stages, split, features = [*self.encoder[1:], *self.tail], len(self.encoder) - 1, [x]
         steps = list(zip(stages, choices or [()] * len(stages), strict=True))
-        # First, since a picture in tiles needs a pass of its own up to here.
-        level = self.decoder.level_of(noisy) if self.denoises else None
         for stage, choice in steps[:split]:  # down to (B, C, H / 16, W / 16)
             features.append(stage(features[-1], *choice))
         def denoise() -> Tensor | None:
