@@ -35,6 +35,7 @@ import run
 import tfnas
 from data import number, whole
 from models import Arch, Block
+from muon import Muon
 from train import task_loss, taught_loss
 
 # oneDNN computes the convolutions on a CPU and keeps the last 1,024 that it compiled. The space has more: it
@@ -767,9 +768,7 @@ class Schedule:
         self.guard = run.Guard()
         self.warmup_epochs = round(epochs * 3 / 4) if warmup_epochs is None else warmup_epochs
         self.weights = supernet.weight_parameters()
-        groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decays],
-                   "weight_decay": 1e-2 * decays} for decays in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, lr, fused=True)
+        self.optimizer = Muon(self.weights, lr)
         warm, all_steps = self.warmup_epochs * steps, max(1, epochs * steps)
 
         def rate(step: int) -> float:
@@ -906,7 +905,7 @@ def add_arguments(parser, model: str) -> None:
 
 
 def search_defaults(given: dict) -> dict:
-    return {"epochs": 11, "batch_size": 16, "lr": 1.5e-3}
+    return {"epochs": 11, "batch_size": 16, "lr": 4e-3}
 
 
 def plan(data, /, *, model: str, target, range: bool, scale: float | None = None, **_) -> dict:

@@ -26,6 +26,7 @@ import latency
 import registry
 import search
 from hinas import Design, Edge, Part, Space, SuperNet
+from muon import Muon
 
 ROOT = Path(hinas.__file__).parent
 SMALL = Space(layers=3, nodes=2, base_width=4)
@@ -605,18 +606,20 @@ def test_flags_plan_a_space_make_its_supernet_and_train_it():
     assert len(supernet.layers[1].cells[1]) == 2  # unshared
     assert plan["space"].table_flags() == "--method hinas --grey"  # no preset
     assert plan["table_space"].table_flags() == "--method hinas --network sr-x2 --width 3 --grey"
-    for optimizer, kind in (("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
+    for optimizer, kind, decay in (("muon", Muon, 0.0), ("sgd", torch.optim.SGD, 1e-3)):
         how = hinas.training(supernet, 7, **flags | {"optimizer": optimizer})
         weights, structure = how["weight_optimizer"], how["arch_optimizer"]
-        assert type(weights) is kind and weights.param_groups[0]["params"] == supernet.weight_parameters()
+        trained = [weight for group in weights.param_groups for weight in group["params"]]
+        assert type(weights) is kind and {*trained} == {*supernet.weight_parameters()}
         assert structure.param_groups[0]["params"] == supernet.arch_parameters()
-        assert (structure.defaults["lr"], structure.defaults["weight_decay"]) == (1e-3, 1e-3)
+        assert (structure.defaults["lr"], structure.defaults["weight_decay"]) == (1e-3, decay)
         assert (how["warmup_epochs"], how["keep_from"], how["temperature"]) == (20, 60, None)
         for rate in (0.013, 0.001):
             for _ in range(350):
                 weights.step()
                 how["lr_schedule"].step()
-            assert how["lr_schedule"].get_last_lr() == pytest.approx([rate])
+            rates = how["lr_schedule"].get_last_lr()
+            assert rates == pytest.approx([rate] * len(rates))
     assert hinas.training(supernet, 7, **flags | {"warmup_epochs": 3})["warmup_epochs"] == 3
 
 
