@@ -63,7 +63,7 @@ class Stage(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """The form of a block: its depthwise kernel, and whether it has squeeze-and-excitation (SE)."""
+    """The form of a block: the size of its kernel, and whether it has squeeze-and-excitation (SE)."""
 
     kernel_size: int
     se: bool
@@ -92,7 +92,7 @@ STAGES = (Stage(2, 32, 2, 1, "relu"), Stage(3, 48, 3, 2, "relu"), Stage(4, 64, 3
           Stage(5, 96, 4, 2, "silu"), Stage(6, 128, 4, 1, "silu"), Stage(7, 192, 3, 2, "silu"),
           Stage(8, 256, 2, 1, "silu"))
 OPERATIONS = Operation(3, False), Operation(5, False), Operation(3, True), Operation(5, True)
-EXPANSIONS = (2, 4, 6)
+EXPANSIONS, FUSED_EXPANSIONS = (2, 4, 6), (1, 2, 4)  # those of fused blocks, in models.FUSED_STAGES
 KERNELS = ((1,), (3,), (3, 3))  # of the convolutions of a level of the decoder
 WIDTHS = (0.5, 0.75, 1.0)  # shares of the widest
 TAIL, TAIL_STRIDES = 7, (2, 1)  # of the first block of this stage; 1: the classifier keeps larger maps
@@ -139,9 +139,10 @@ class Space:
             rows += [Decision(f"{name} width", self.widths(stage.channels)),
                      Decision(f"{name} depth", tuple(range(1, stage.blocks + 1)))]
             rows += [Decision(f"{name} stride", TAIL_STRIDES)] if stage.number == TAIL else []
+            expansions = FUSED_EXPANSIONS if stage.number in models.FUSED_STAGES else EXPANSIONS
             for block in range(1, stage.blocks + 1):
                 rows += [Decision(f"{name} block {block} operation", OPERATIONS),
-                         Decision(f"{name} block {block} expansion", EXPANSIONS)]
+                         Decision(f"{name} block {block} expansion", expansions)]
         for level, widest in zip((4, 3, 2, 1), LEVELS) if self.model != "cnas" else ():
             rows += [Decision(f"level {level} width", self.widths(widest)),
                      Decision(f"level {level} convolutions", KERNELS)]
@@ -167,7 +168,8 @@ class Space:
                 stride = values.get(f"stage {stage.number} stride", stage.stride)
                 blocks.append(Block(stage.number, channels, mid, values[f"stage {stage.number} width"],
                                     operation.kernel_size, 1 if index else stride,
-                                    round_width(mid / 8) if operation.se else 0, stage.activation))
+                                    round_width(mid / 8) if operation.se else 0, stage.activation,
+                                    stage.number in models.FUSED_STAGES))
                 channels = values[f"stage {stage.number} width"]
         if self.model == "cnas":
             return Arch("cnas", tuple(blocks), self.num_classes, values["stem"], values["head"],
@@ -329,11 +331,16 @@ def amounts(piece: Piece) -> dict[Part, float]:
     if isinstance(of, Block):
         after, before = 1 / stride**2, of.stride**2 / stride**2  # maps' sizes, in pixels of the input
         inner, mid, outer = of.in_channels, of.mid_channels, of.out_channels
-        units = {"block": 1.0, "projection": mid * outer * after / 1e3,
-                 f"depthwise {of.kernel_size}x{of.kernel_size}": mid * after}
-        weights = mid * (inner + 2 * of.se_channels + outer)
-        if mid > inner:
-            units |= {"expansion": inner * mid * before / 1e3, "expanded values": mid * before}
+        kernel = f"{of.kernel_size}x{of.kernel_size}"
+        units = {"block": 1.0, "projection": mid * outer * after / 1e3}
+        weights = mid * (inner * (of.kernel_size**2 if of.fused else 1) + 2 * of.se_channels + outer)
+        if of.fused:
+            units |= {f"convolution {kernel}": of.kernel_size**2 * inner * mid * after / 1e3,
+                      "values": mid * after}
+        else:
+            units[f"depthwise {kernel}"] = mid * after
+            if mid > inner:
+                units |= {"expansion": inner * mid * before / 1e3, "expanded values": mid * before}
         if of.se_channels:
             units |= {"SE": 1.0, "SE values": mid * after, "SE weights": mid * of.se_channels / 1e6}
         if of.stride == 1 and inner == outer:

@@ -60,17 +60,20 @@ class MBConv(nn.Module):
     mid_channels equals in_channels; a residual where the shape stays, and training then drops the block for
     a sample with probability `drop_connect`. Only SE has biases, random at first (TF-NAS: zero). A residual
     block begins as the identity, since depth then costs no learning: its last norm has weight 0 (TF-NAS: 1,
-    see train.begin_as_papers)."""
+    see train.begin_as_papers). `fused`: one k x k convolution in place of the expansion and the depthwise one
+    (Tan and Le 2021, EfficientNetV2): more multiply-accumulates, but on large maps of few channels fast."""
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, kernel_size=3, stride=1,
-                 se_channels=0, activation="relu", drop_connect=0.0, norm_layer=nn.BatchNorm2d):
+                 se_channels=0, activation="relu", fused=False, drop_connect=0.0, norm_layer=nn.BatchNorm2d):
         super().__init__()
         if mid_channels < in_channels:
             raise ValueError(f"mid_channels ({mid_channels}) must be at least in_channels ({in_channels}).")
         act = ACTIVATIONS[activation]
         layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=act)
-        self.expand = layer(in_channels, mid_channels, 1) if mid_channels > in_channels else nn.Identity()
-        depthwise = DepthwiseConv(mid_channels, kernel_size, stride)
-        self.depthwise = nn.Sequential(depthwise, norm_layer(mid_channels), act(inplace=True))
+        expands = mid_channels > in_channels and not fused
+        self.expand = layer(in_channels, mid_channels, 1) if expands else nn.Identity()
+        spatial = (nn.Conv2d(in_channels, mid_channels, kernel_size, stride, kernel_size // 2, bias=False)
+                   if fused else DepthwiseConv(mid_channels, kernel_size, stride))
+        self.depthwise = nn.Sequential(spatial, norm_layer(mid_channels), act(inplace=True))
         self.se = SqueezeExcitation(mid_channels, se_channels, act) if se_channels else nn.Identity()
         self.project = layer(mid_channels, out_channels, 1, activation_layer=None)
         self.drop_connect = StochasticDepth(drop_connect, "row") if drop_connect else nn.Identity()
@@ -557,13 +560,15 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
-           "pure_regions": (True, False), "grey": (False, True), "activation": (*ACTIVATIONS,),
+           "pure_regions": (True, False), "grey": (False, True), "fused": (False, True),
+           "activation": (*ACTIVATIONS,),
            "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
            **dict.fromkeys(("se_channels", "num_classes", "branch"), range(65537))}  # else: COUNTS
 
 @dataclass(frozen=True)
 class Block:
-    """One MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation."""
+    """One MBConv of a network with all its numbers. `se_channels` 0 means no squeeze-and-excitation; records
+    without `fused` have none."""
     stage: int
     in_channels: int
     mid_channels: int
@@ -572,6 +577,7 @@ class Block:
     stride: int
     se_channels: int
     activation: str
+    fused: bool = False
 
 @dataclass(frozen=True)
 class Arch:
@@ -942,14 +948,19 @@ class SuperNet(nn.Module):
         network.load_state_dict(fixed, strict=False)
 
 # --- Named architectures, and what the scripts ask of any network -----------------------------------------
-def _uniform(model: str, operation: Operation, shallow: bool, num_classes: int) -> Arch:
-    """All searched blocks have this operation at its starting width; `shallow`: one block a stage."""
-    places = [place for place in searched_positions(model)
-              if not shallow or place.in_channels != place.out_channels]  # the first of its stage
-    return make_arch(model, [fill(place, operation) for place in places], num_classes)
+FUSED_STAGES = 2, 3, 4  # on the largest maps, where depthwise convolutions take most of the time
 
-UNIFORM = {f"{model}-{operation.name}{end}": partial(_uniform, model, operation, bool(end))  # of num_classes
-           for end in ("", "-shallow") for model in MODELS for operation in SPACES[4]}
+def _uniform(model: str, operation: Operation, form: str, num_classes: int) -> Arch:
+    """All searched blocks have this operation at its starting width; "shallow": one block a stage; "fused":
+    that, and those of FUSED_STAGES are fused."""
+    places = [place for place in searched_positions(model)
+              if not form or place.in_channels != place.out_channels]  # the first of its stage
+    arch = make_arch(model, [fill(place, operation) for place in places], num_classes)
+    return replace(arch, blocks=tuple(replace(block, fused=form == "fused" and block.stage in FUSED_STAGES)
+                                      for block in arch.blocks))
+
+UNIFORM = {"-".join(filter(None, (model, operation.name, form))): partial(_uniform, model, operation, form)
+           for form in ("", "shallow", "fused") for model in MODELS for operation in SPACES[4]}
 
 def named_arch(name: str, num_classes: int = 0) -> Arch:
     """The architecture of a named network of the search space; ValueError with the names if unknown."""

@@ -134,7 +134,7 @@ def test_slices_are_the_first_channels_blocks_and_sources_and_the_centre_of_kern
     largest, arch = SMALL.arch(SMALL.largest()), SMALL.arch(SMALL.uniform(0, 0, 0, 0))
     whole, own = supernet.slices(largest), supernet.slices(arch)
     name = "encoder.2.0.depthwise.0.weight"
-    assert torch.equal(own[name], whole[name][:len(own[name]), :, 1:4, 1:4])
+    assert torch.equal(own[name], whole[name][:len(own[name]), :own[name].shape[1], 1:4, 1:4])
     name = "decoder.levels.3.convs.0.0.weight"  # from below, from stage 2, the noisy image
     (below, skip), outputs = (arch.levels[3][0], arch.blocks[0].out_channels), len(own[name])
     wide = largest.levels[3][0], largest.blocks[0].out_channels

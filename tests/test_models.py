@@ -142,6 +142,13 @@ def test_a_shallow_network_has_one_block_a_stage(model):
     assert [block.stage for block in arch.blocks] == list(range(2, 7 if model == "dnas" else 9))
     assert {block.kernel_size for block in arch.blocks[1:]} == {5}
     assert {*arch.blocks} < {*named_arch(f"{model}-k5-e6", 5).blocks}
+    fused = named_arch(f"{model}-k5-e6-fused", 5)
+    assert [block.fused for block in fused.blocks] == [block.stage < 5 for block in arch.blocks]
+    assert [replace(block, fused=False) for block in fused.blocks] == [*arch.blocks]
+    content = arch.to_dict()
+    for block in content["blocks"]:
+        del block["fused"]  # as in records of before
+    assert Arch.from_dict(content) == arch
 
 
 def test_a_learned_depth_begins_deep():
@@ -345,6 +352,19 @@ def test_macs_of_one_mbconv_by_hand():
     with FlopCounterMode(display=False) as counter:
         block(torch.rand(1, 8, 32, 32))
     assert counter.get_total_flops() == 2 * expected
+
+
+def test_a_fused_block_has_a_dense_convolution_in_place_of_two():
+    block = MBConv(8, 24, 8, 5, se_channels=4, fused=True).eval()
+    x = torch.rand(2, 8, 12, 12)
+    assert torch.equal(block(x), x)  # at first
+    torch.nn.init.ones_(block.project[1].weight)
+    features = F.relu(F.conv2d(x, block.depthwise[0].weight, padding=2) / math.sqrt(1 + 1e-5))  # a fresh norm
+    expected = F.conv2d(block.se(features), block.project[0].weight) / math.sqrt(1 + 1e-5)
+    torch.testing.assert_close(block(x), x + expected)
+    with FlopCounterMode(display=False) as counter:
+        MBConv(8, 24, 16, 5, stride=2, fused=True)(torch.rand(1, 8, 32, 32))
+    assert counter.get_total_flops() == 2 * (24 * 8 * 25 + 16 * 24) * 16 * 16
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 50), (16, 16), (33, 47), (64, 64)])
