@@ -198,8 +198,8 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
 
 
 def keep_memory() -> None:
-    """Let the process keep the memory of freed tensors, where its C library is glibc. It gives large ones back
-    after every layer, and to get them again took half of the time of a large picture."""
+    """Let the process keep the memory of freed tensors, where its C library is glibc. That gives large ones
+    back after every layer; to get them again took half of the time of a large picture."""
     with contextlib.suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: none of its own for a large tensor
