@@ -759,8 +759,8 @@ class Schedule:
     random widths a supernet learns its first features many times slower. Then every other step trains the
     widest and deepest network and a random one, the steps between two random ones, the smallest among them
     every fourth time. Beside the largest the others learn its images and logits as well. (In the papers every
-    step trains the largest, the smallest and two random ones, which is 1.8 times as much work.) AdamW, weight
-    decay 0.01, clip 5; the learning rate is constant, then a cosine to 0.
+    step trains the largest, the smallest and two random ones, which is 1.8 times as much work.) Muon, clip 5;
+    the learning rate is constant, then a cosine to 0.
     """
 
     GRAD_CLIP, LABEL_SMOOTHING, TAUGHT, WARM_STEPS = 5.0, 0.1, 0.5, 100
