@@ -121,20 +121,23 @@ def enlarge(x: Tensor, scale: int) -> Tensor:
 
 class NoiseLevel(nn.Module):
     """An estimate of log(variance of the noise): (B, 3, H, W), images in [0, 1] plus noise -> (B, 1, 1, 1).
-    White noise has its own variance in the diagonal detail of 2x2 pixels (Donoho and Johnstone 1994), and
-    pictures have little. The mean square of this detail is taken over each 8x8 pixels. Of what is texture,
-    the image of half the size has more, of white noise less: by that the share of noise is told. The mean is
-    of 1/sigma: squares full of texture count little. Nothing is learned. What is beyond a multiple of 8 is
-    left out. `scales` 1, in records without the field: the mean of the logarithm, and all detail is noise."""
+    White noise has its own variance in the diagonal detail (Donoho and Johnstone 1994), and pictures have
+    little. Here it is the fifth difference along both axes, of `taps` pixels each; in records without the
+    field the first, of 2x2 pixels, which finds more in textures. Its mean square is taken over each 8x8
+    pixels. Of what is texture, the image of half the size has more, of white noise less: by that the share of
+    noise is told. The mean is of 1/sigma: squares full of texture count little. Nothing is learned. What is
+    beyond a multiple of 8 is left out. `scales` 1, in records without the field: the mean of the logarithm,
+    and all detail is noise."""
     FLOOR = 1e-5  # of the variance: 0.8/255, about the rounding of 8 bit
     TEXTURE = 8.0  # detail at half the size over that at full size, where white noise is counted to have 1
     LEAST = 0.04  # of a square's detail is noise at least: its contrast is no proof that it has none
 
-    def __init__(self, scales: int = 2):
+    def __init__(self, scales: int = 2, taps: int = 6):
         super().__init__()
         self.scales = scales
-        detail = torch.tensor([[0.5, -0.5], [-0.5, 0.5]]).repeat(3, 1, 1, 1)
-        self.register_buffer("detail", detail, persistent=False)
+        row = torch.tensor([(-1.0)**place * math.comb(taps - 1, place) for place in range(taps)])
+        detail = torch.outer(row, row) / row.square().sum()  # of white noise it has the variance
+        self.register_buffer("detail", detail.repeat(3, 1, 1, 1), persistent=False)
         self.avgpool = nn.AdaptiveAvgPool2d(1)  # over a whole picture also where denoise.py takes it in tiles
 
     def energy(self, x: Tensor, side: int) -> Tensor:
@@ -225,10 +228,10 @@ class Decoder(nn.Module):
     and `FullResolution` follows; "mb": two MB-k3-e3; "mb-1": one; "mb-3level": two, level 4 none (Markhorst
     2024, table 6). The papers do not state widths and activation; here a level has the width of the encoder
     stage of its size, and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched.
-    `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`: of NoiseLevel;
+    `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`, `noise_taps`: of NoiseLevel;
     `pure_regions`: of FullResolution."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
-                 branch: int = 12, noise_scales: int = 2, pure_regions: bool = True):
+                 branch: int = 12, noise_scales: int = 2, pure_regions: bool = True, noise_taps: int = 6):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, kernels: tuple) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
@@ -245,7 +248,7 @@ class Decoder(nn.Module):
         self.full = self.noise_level = None
         if kind == "sharp":
             self.full = FullResolution(branch, pure_regions) if branch else Gate()
-            self.noise_level = NoiseLevel(noise_scales)
+            self.noise_level = NoiseLevel(noise_scales, noise_taps)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
     def level_of(self, noisy: Tensor) -> Tensor | None:
@@ -362,7 +365,7 @@ class Network(nn.Module):
         if arch.denoises:
             outputs = [*widths.values()][:len(self.encoder)]
             self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch,
-                                   arch.noise_scales, arch.pure_regions)
+                                   arch.noise_scales, arch.pure_regions, arch.noise_taps)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
@@ -560,6 +563,7 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
+           "noise_taps": (2, 6),
            "pure_regions": (True, False), "grey": (False, True), "fused": (False, True),
            "activation": (*ACTIVATIONS,),
            "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
@@ -597,6 +601,7 @@ class Arch:
     noise_scales: int = 2
     pure_regions: bool = True
     grey: bool = False
+    noise_taps: int = 6
     denoises = property(lambda self: self.model != "cnas")
     classifies = property(lambda self: self.model != "dnas")
 
@@ -647,7 +652,7 @@ class Arch:
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
                        content.get("branch", 12), content.get("multiscale", False),
                        content.get("noise_scales", 1), content.get("pure_regions", False),
-                       content.get("grey", False))
+                       content.get("grey", False), content.get("noise_taps", 2))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None
 

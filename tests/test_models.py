@@ -236,8 +236,8 @@ def test_a_clean_texture_is_not_noise_to_two_scales():
     generator = torch.Generator().manual_seed(0)
     texture = sum(F.interpolate(torch.randn(1, 3, side, side, generator=generator), 128, mode="bilinear")
                   for side in (16, 32, 64)) / 6 + 0.5
-    two, one = (models.NoiseLevel(scales)(texture).div(2).exp().item() for scales in (2, 1))
-    assert two < 0.3 * one and one > 0.014
+    six, two, one = (models.NoiseLevel(*how)(texture).div(2).exp().item() for how in ((), (2, 2), (1, 2)))
+    assert six < two < 0.3 * one and one > 0.014
     texture[..., 64:] = 0.5  # half of the picture is plain
     noisy = 0.5 * texture + 0.05 * torch.randn(texture.shape, generator=generator)
     assert models.NoiseLevel()(noisy).div(2).exp().item() == pytest.approx(0.05, rel=0.2)
@@ -247,10 +247,12 @@ def test_old_records_keep_their_noise_level_and_region_means():
     content = named_arch("dnas-k3-e3", 0).to_dict()
     decoder = models.make_network(Arch.from_dict(content)).decoder
     assert decoder.noise_level.scales == 2 == decoder.full.power
-    del content["noise_scales"], content["pure_regions"]
+    assert decoder.noise_level.detail.shape == (3, 1, 6, 6)
+    del content["noise_scales"], content["pure_regions"], content["noise_taps"]
     decoder, gate = (models.make_network(Arch.from_dict({**content, "branch": branch})).decoder
                      for branch in (12, 0))
     assert decoder.noise_level.scales == 1 == gate.noise_level.scales == decoder.full.power
+    assert torch.equal(decoder.noise_level.detail[0, 0], torch.tensor([[0.5, -0.5], [-0.5, 0.5]]))
     with pytest.raises(ValueError, match="noise_scales must be one of 1, 2|a whole number"):
         Arch.from_dict({**content, "noise_scales": 3})
 
