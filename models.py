@@ -142,6 +142,8 @@ class NoiseLevel(nn.Module):
 
     def energy(self, x: Tensor, side: int) -> Tensor:
         """The mean square of the detail over squares of so many details."""
+        beyond = self.detail.shape[-1] // 2 - 1  # mirrored, so that any taps give maps of the same size
+        x = F.pad(x, [beyond] * 4, mode="reflect") if beyond else x
         detail = F.conv2d(x, self.detail, stride=2, groups=len(self.detail))
         return F.avg_pool2d(detail.square().mean(1, keepdim=True), side)
 

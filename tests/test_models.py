@@ -217,7 +217,7 @@ def test_decoder_costs_what_the_facts_say_at_224():
     cnas, dcnas, full = (models.count_macs(Network(arch), 224) for arch in archs)
     assert (dcnas - cnas) / 1e6 == pytest.approx(222, abs=1)
     # Two 3x3 convolutions, 10 features of 16 channels, the noise level, the noisy image to and in level 1.
-    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 3 * 1.25 + (12 * 12 + 9 * 12 * 16) / 4
+    pixel = 9 * (16 * 12 + 12 * 3) + 10 * 16 + 27 * 1.25 + (12 * 12 + 9 * 12 * 16) / 4
     assert full - dcnas == pytest.approx(pixel * 224**2, rel=1e-6)
 
 
