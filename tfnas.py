@@ -237,7 +237,7 @@ def table_of_version_1(content: dict) -> dict:
     parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts() - space.newer_parts)
              if not part.is_searched]
     for row in content["operations"]:
-        fields = {name: row[name] for name in Block.__dataclass_fields__}
+        fields = {name: row[name] for name in Block.__dataclass_fields__ if name != "fused"}  # newer
         for width, ms in zip(row["mid_channels"], row["ms"], strict=True):
             block = Block(**fields | {"mid_channels": width})
             parts.append({**part_of(block)._asdict(), "ms": ms})
