@@ -174,15 +174,17 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
         for module in pooling:
             module.avgpool = _WholePool(order)
         network(torch.zeros(1, image.shape[1], 64, 64, device=device))
-        # A pass to the k-th of n pools is about k of n + 1 parts of a whole one.
-        part = 1 / len(tiles) / sum(range(len(order) + 2))
-        for number, pool in enumerate(order, 1):
+        # A pass to the first pool, the noise level, is short; one to the k-th of n is k - 1 of n parts of a
+        # whole one, which comes last.
+        work = [max(0.05, number) for number in range(len(order))] + [max(1, len(order))]
+        shares = [passed / sum(work) / len(tiles) for passed in work]
+        for pool, share in zip(order, shares):
             for tile in tiles:
                 pool.core = [(start - low, start - low + core, -(-(high - low) // stride) * stride)
                              for start, low, high in tile]
                 with contextlib.suppress(_Collected):
                     compute(tile)
-                progress(number * part)
+                progress(share)
             pool.core = None
         result = torch.empty(*image.shape[:2], *(scale * n for n in image.shape[-2:]), dtype=torch.uint8)
         side = scale * core
@@ -190,7 +192,7 @@ def denoise_tiled(network: nn.Module, image: Tensor, device: torch.device | str 
             (y, top, _), (x, left, _) = ([scale * place for place in span] for span in tile)
             pixels = compute(tile)[..., y - top:y - top + side, x - left:x - left + side].float()
             result[..., y:y + side, x:x + side] = to_8bit(pixels).mul(255).round().byte().cpu()
-            progress((len(order) + 1) * part)
+            progress(shares[-1])
     finally:
         for module, pool in zip(pooling, pools):
             module.avgpool = pool
