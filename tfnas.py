@@ -237,10 +237,9 @@ def table_of_version_1(content: dict) -> dict:
     parts = [{**part._asdict(), "ms": 0.0} for part in sorted(space.possible_parts() - space.newer_parts)
              if not part.is_searched]
     for row in content["operations"]:
-        fields = {name: row[name] for name in Block.__dataclass_fields__ if name != "fused"}  # newer
+        part = Part(f"stage {row['stage']}", *(row[name] for name in Part._fields[1:]))
         for width, ms in zip(row["mid_channels"], row["ms"], strict=True):
-            block = Block(**fields | {"mid_channels": width})
-            parts.append({**part_of(block)._asdict(), "ms": ms})
+            parts.append({**part._replace(mid_channels=width)._asdict(), "ms": ms})
     names = ("made", "setting", "reference_ms", "correction", "check", "networks_timed", "reference_spread")
     return {"format": latency.FORMAT, "version": latency.VERSION, "space": space.identity(), "parts": parts,
             **{name: content[name] for name in names if name in content},
