@@ -721,7 +721,7 @@ def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr:
 
     The weights have Muon, which needs fewer steps than the paper's SGD, and a cosine over steps (the paper
     does not say of what). The paper's weight decay of alpha and beta comes with its SGD only: in a short
-    search it balances their gradients, and nothing is decided. alpha and beta learn from a fifth of the
+    search it balances their gradients, and little is decided. alpha and beta learn from a fifth of the
     epochs on. From three fifths on the supernet of the highest validation PSNR is kept; the paper names no
     measure.
     """
