@@ -35,7 +35,7 @@ import registry
 import train
 from data import Parser, whole
 from reproduce import run_command
-from run import Command, check_device, default_device, lock_folder, say
+from run import Busy, Command, check_device, default_device, lock_folder, say
 from search import method_of, milliseconds
 
 FORMAT, VERSION = "joint-judge", 1
@@ -126,7 +126,7 @@ class Judge:
         while not path.exists():
             try:
                 lock_folder(self.folder)
-            except ValueError:
+            except Busy:
                 time.sleep(5)
                 continue
             space = [] if self.args.space == "wide" else ["--space", self.args.space]
@@ -167,7 +167,8 @@ class Judge:
         return json.loads(path.read_text())["widen"]
 
     def record(self, contender: Contender) -> Path:
-        """The record of a found or a random network, made where it is missing."""
+        """The record of a found or a random network, made where it is missing; Busy where another process
+        searches for it."""
         folder = self.where(contender) / "search"
         if contender.group == RANKED and not (folder / "arch.json").exists():
             row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
@@ -182,25 +183,19 @@ class Judge:
             path = folder / f"target_{contender.target:g}" / "arch.json"
         if contender.group == "random":
             how = [*self.search, "--strategy", "random"]  # of the same space
-        while not path.exists():
-            try:
-                lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
-            except ValueError:  # another process searches
-                time.sleep(10)
-                continue
-            if not path.exists():
-                again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
-                self.command("search.py", *self.data, "--target", ",".join(f"{one:g}" for one in targets),
-                             "--mode", self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
-                             str(contender.seed), "--space", self.args.space, "--output-dir", str(folder),
-                             *how, *again)
+        if not path.exists():
+            lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
+        if not path.exists():
+            again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
+            self.command("search.py", *self.data, "--target", ",".join(f"{one:g}" for one in targets),
+                         "--mode", self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
+                         str(contender.seed), "--space", self.args.space, "--output-dir", str(folder),
+                         *how, *again)
         return path
 
     def compared(self, target: float) -> list[dict]:
         """The networks that the search of seed 0 compared, with the losses that its supernet has for them."""
-        first = Contender("found", target, 0)
-        while not (path := self.record(first).with_name("compared.json")).exists():
-            time.sleep(10)  # another process searches
+        path = self.record(Contender("found", target, 0)).with_name("compared.json")
         return json.loads(path.read_text())["networks"]
 
     def order(self, target: float, groups: dict[str, list[dict]]) -> dict[str, dict]:
@@ -268,17 +263,17 @@ class Judge:
         return rows + [Contender(RANKED, self.args.target[0], seed) for seed in range(ranked)]
 
     def run_all(self) -> None:
-        """Make all runs that no other process has made or is making; wait for those."""
+        """Make all runs that no other process has made or is making; wait for what others do."""
         _ = self.table
         while left := [one for one in self.contenders() if not (self.where(one) / "result.json").exists()]:
             done = 0
             for contender in left:
                 try:
                     lock_folder(self.where(contender))
-                except ValueError:  # another process makes it
+                    if not (self.where(contender) / "result.json").exists():
+                        self.measure(contender)
+                except Busy:  # another process makes it, or searches for it
                     continue
-                if not (self.where(contender) / "result.json").exists():
-                    self.measure(contender)
                 done += 1
             if not done:
                 time.sleep(10)

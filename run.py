@@ -616,8 +616,13 @@ def make_folder(path: str | Path) -> None:
 _locks: dict[Path, object] = {}  # open files of the folders that this process holds
 
 
+class Busy(ValueError):
+    """Another process holds the folder."""
+
+
 def lock_folder(path: str | Path) -> None:
-    """Make the folder and hold it until this process ends; ValueError in one sentence where that fails.
+    """Make the folder and hold it until this process ends; ValueError in one sentence where that fails, and
+    Busy where another process holds it.
 
     Temporary files of a killed run in it are removed.
     """
@@ -633,7 +638,7 @@ def lock_folder(path: str | Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers of a killed run would keep that of flock
     except OSError:
-        raise ValueError(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
+        raise Busy(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
     _locks[folder] = file
     for left in folder.glob(".*.tmp"):  # those of files.write_file, and no file of the user
         if re.fullmatch(r"\..+\.(pt|json|jsonl|csv|png|svg|txt)\.\d+\.tmp", left.name):

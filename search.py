@@ -516,7 +516,6 @@ def find_network(job: Job, supernet: nn.Module, rows: list[dict], costs: Costs, 
         costs = costs_of_table(latency.read_table(content), supernet, job.space, costs.target)
     record = make_record(job, supernet, design, result, costs)
     if is_first:
-        files.write_json(folder / "arch.json", record)
         trained = supernet.export(design) if rows else None
         if trained is not None:
             files.save_checkpoint(folder / "distilled.pt", {
@@ -535,6 +534,7 @@ def find_network(job: Job, supernet: nn.Module, rows: list[dict], costs: Costs, 
                                         "networks": supernet.compare.rows(costs.parts, costs.rest)})
         if rows and hasattr(job.method, "write_picture"):
             more += job.method.write_picture(folder, design, supernet, rows)
+        files.write_json(folder / "arch.json", record)  # the last one: where it lies, all others do
         report(job, supernet, design, record, costs, within_reach)
         explain = getattr(job.method, "explain_choice", explain_open_decisions)
         for note in explain(supernet, design, rows) if rows else ():

@@ -8,8 +8,10 @@ import pytest
 
 import files
 import judge
+import run
 import models
 import reproduce
+import run
 from fake_table import fake_table, fake_wide, quick_compare, quick_elastic
 
 
@@ -123,7 +125,7 @@ def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
 
     def lock(folder):
         if folder in (tmp_path, taken):
-            raise ValueError("Another run is writing.")
+            raise run.Busy("Another run is writing.")
 
     def wait(_):  # what the other process has done meanwhile
         if not (tmp_path / "latency.json").exists():
