@@ -8,7 +8,6 @@ import pytest
 
 import files
 import judge
-import run
 import models
 import reproduce
 import run
