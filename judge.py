@@ -6,10 +6,10 @@
 For each target: N searches with N seeds, N random networks of the same space fitted to the same latency,
 and networks made by hand, widened until they have it too. All are trained alike and evaluated on test images.
 Networks from all over the space are trained as well: does the first supernet put them in the right order?
-Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front. Runs that are there
-are not repeated, stopped ones go on. Start the same command again beside it, on as many cores as you like:
-each takes runs that no other one has. Sources: Yang et al. 2020, "NAS evaluation is frustratingly hard"
-(relative improvement over random); Efron 1979 (bootstrap).
+Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front: after each run of
+what is there so far. Runs that are there are not repeated, stopped ones go on. Start the same command again
+beside it, on as many cores as you like: each takes runs that no other one has. Sources: Yang et al. 2020,
+"NAS evaluation is frustratingly hard" (relative improvement over random); Efron 1979 (bootstrap).
 """
 
 from __future__ import annotations
@@ -166,52 +166,60 @@ class Judge:
                 files.write_json(path, {"widen": factor, "ms": tried[factor]})
         return json.loads(path.read_text())["widen"]
 
+    def together(self, contender: Contender) -> bool:
+        """Whether one supernet serves all targets, as in the wide space. The largest target sets its scale,
+        and that of random networks."""
+        return self.args.space == "wide" and len(self.args.target) > 1 and contender.group != RANKED
+
+    def record_path(self, contender: Contender) -> Path:
+        """Where the search of a found or a random network leaves its record."""
+        if self.together(contender):
+            return self.folder / f"{contender.group}_of_all_targets" / f"seed_{contender.seed}" \
+                / f"target_{contender.target:g}" / "arch.json"
+        return self.where(contender) / "search" / "arch.json"
+
     def record(self, contender: Contender) -> Path:
         """The record of a found or a random network, made where it is missing; Busy where another process
         searches for it."""
-        folder = self.where(contender) / "search"
-        if contender.group == RANKED and not (folder / "arch.json").exists():
+        path, together = self.record_path(contender), self.together(contender)
+        folder = path.parent.parent if together else path.parent
+        if contender.group == RANKED and not path.exists():
+            self.record(Contender("found", contender.target, 0))
             row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
             made = files.provenance(latency.device_name(self.args.device), 0)
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_json(folder / "arch.json", files.make_record(self.method, row, made))
-        path, targets, how = folder / "arch.json", [contender.target], self.search
-        if self.args.space == "wide" and len(self.args.target) > 1 and contender.group != RANKED:
-            # One supernet serves all targets. The largest sets the scale, of the space of random ones too.
-            folder = self.folder / f"{contender.group}_of_all_targets" / f"seed_{contender.seed}"
-            targets = self.args.target
-            path = folder / f"target_{contender.target:g}" / "arch.json"
-        if contender.group == "random":
-            how = [*self.search, "--strategy", "random"]  # of the same space
+            files.write_json(path, files.make_record(self.method, row, made))
         if not path.exists():
             lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
         if not path.exists():
+            targets = self.args.target if together else [contender.target]
+            how = ["--strategy", "random"] if contender.group == "random" else []  # of the same space
             again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
             self.command("search.py", *self.data, "--target", ",".join(f"{one:g}" for one in targets),
                          "--mode", self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
                          str(contender.seed), "--space", self.args.space, "--output-dir", str(folder),
-                         *how, *again)
+                         *self.search, *how, *again)
         return path
 
     def compared(self, target: float) -> list[dict]:
-        """The networks that the search of seed 0 compared, with the losses that its supernet has for them."""
-        path = self.record(Contender("found", target, 0)).with_name("compared.json")
-        return json.loads(path.read_text())["networks"]
+        """The networks that the search of seed 0 compared, with the losses that its supernet has for them;
+        empty before it has ended."""
+        path = self.record_path(Contender("found", target, 0)).with_name("compared.json")
+        return json.loads(path.read_text())["networks"] if path.exists() else []
 
-    def order(self, target: float, groups: dict[str, list[dict]]) -> dict[str, dict]:
+    def order(self, target: float, results: dict[Contender, dict]) -> dict[str, dict]:
         """Kendall's tau between the joint losses in the supernet of seed 0 and after training: of networks
         from all over the space, and of the random ones, which have one latency."""
         key = models.Arch.from_dict
         known = {key(row): 0.1 * row["ce"] + 0.9 * row["den"] for row in self.compared(target)}
-        result = {}
-        for group in (RANKED, "random"):
-            records = [json.loads(self.record(Contender(group, target, seed)).read_text())
-                       for seed in range(len(groups.get(group, [])))]
-            pairs = [(known[key(record)], run["joint loss"])
-                     for record, run in zip(records, groups.get(group, [])) if key(record) in known]
-            if len(pairs) > 1:
-                result[group] = {"tau": kendall_tau(*zip(*pairs)), "networks": len(pairs)}
-        return result
+        pairs: dict[str, list] = {RANKED: [], "random": []}
+        for one, run in results.items():
+            if known and one.target == target and one.group in pairs:
+                record = key(json.loads(self.record_path(one).read_text()))
+                if record in known:
+                    pairs[one.group].append((known[record], run["joint loss"]))
+        return {group: {"tau": kendall_tau(*zip(*some)), "networks": len(some)}
+                for group, some in pairs.items() if len(some) > 1}
 
     def networks(self, contender: Contender) -> list[list[str]]:
         """The flags of train.py that name the networks of a contender: one, or one for each task."""
@@ -262,8 +270,15 @@ class Judge:
         ranked = self.args.ranked if self.args.space == "wide" else 0
         return rows + [Contender(RANKED, self.args.target[0], seed) for seed in range(ranked)]
 
+    def results(self) -> dict[Contender, dict]:
+        """The numbers of the runs that are there, target by target."""
+        paths = {one: self.where(one) / "result.json"
+                 for one in sorted(self.contenders(), key=lambda one: one.target)}
+        return {one: json.loads(path.read_text()) for one, path in paths.items() if path.exists()}
+
     def run_all(self) -> None:
-        """Make all runs that no other process has made or is making; wait for what others do."""
+        """Make all runs that no other process has made or is making; wait for what others do. After each run
+        the verdict is written, of what is there so far."""
         _ = self.table
         while left := [one for one in self.contenders() if not (self.where(one) / "result.json").exists()]:
             done = 0
@@ -272,24 +287,43 @@ class Judge:
                     lock_folder(self.where(contender))
                     if not (self.where(contender) / "result.json").exists():
                         self.measure(contender)
+                        self.write_verdict()
                 except Busy:  # another process makes it, or searches for it
                     continue
                 done += 1
             if not done:
                 time.sleep(10)
 
+    def write_verdict(self) -> str:
+        """Write judge.txt, judge.json and judge.png; what to print."""
+        args, results = self.args, self.results()
+        made = files.provenance(latency.device_name(args.device))
+        wide = args.target if args.space == "wide" else ()
+        verdict = {**judge(results), "order": {target: self.order(target, results) for target in wide}}
+        text = (f"{args.data}, {args.size} px; latency: {args.mode}; {made['device']}, torch "
+                f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
+                f"{format_verdict(verdict)}\n")
+        path = self.folder / "judge.txt"
+        files.write_file(path, lambda temporary: temporary.write_text(text))
+        files.write_json(path.with_suffix(".json"), {
+            "format": FORMAT, "version": VERSION, "made": made, "flags": vars(args), **verdict})
+        drawn = plot(path.with_suffix(".png"), results)
+        return (f"\n{text}\nwrote {path}, {path.with_suffix('.json')}"
+                + (f", {path.with_suffix('.png')}" if drawn else ""))
+
 
 # --- The verdict -------------------------------------------------------------------------------------------
 
-def judge(results: dict[tuple[float, str], list[dict]]) -> dict:
+def judge(results: dict[Contender, dict]) -> dict:
     """Rows for each target and group, and by how much the found networks are better than each other group."""
-    rows, comparisons = [], []
-    for (target, group), runs in results.items():
-        if group == RANKED:
-            continue
+    rows, comparisons, groups = [], [], {}
+    for one, run in results.items():
+        if one.group != RANKED:
+            groups.setdefault((one.target, one.group), []).append(run)
+    for (target, group), runs in groups.items():
         columns = {name: summarise([run[name] for run in runs]) for name in runs[0]}
         rows.append({"target_ms": target, "group": group, "columns": columns})
-        ours = results.get((target, "found"))
+        ours = groups.get((target, "found"))
         for name, (more, _) in MEASURES.items() if ours and group != "found" else ():
             gain = better_by([run[name] for run in ours], [run[name] for run in runs], more)
             comparisons.append({"target_ms": target, "group": group, "column": name, **gain})
@@ -325,7 +359,7 @@ def format_verdict(verdict: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, results: dict) -> bool:
+def plot(path: Path, results: dict[Contender, dict]) -> bool:
     """Draw the front: PSNR and accuracy over ms, a point for each network; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -333,8 +367,8 @@ def plot(path: Path, results: dict) -> bool:
         return False
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), ("PSNR dB", "accuracy %")):
-        for group in dict.fromkeys(group for _, group in results if group != RANKED):
-            runs = [run for (_, other), made in results.items() if other == group for run in made]
+        for group in dict.fromkeys(one.group for one in results if one.group != RANKED):
+            runs = [run for one, run in results.items() if one.group == group]
             marker = {"found": "*", "random": "."}.get(group, "o")
             axis.scatter([run["ms"] for run in runs], [run[name] for run in runs], label=group, marker=marker,
                          s=40 if marker == "o" else 110, alpha=0.7, zorder=3 if marker == "*" else 2)
@@ -390,25 +424,7 @@ def main(argv: list[str] | None = None) -> None:
         args.mode = args.mode or latency.fast_mode(args.device)
         runs = Judge(args)
         runs.run_all()
-        results: dict = {}
-        for one in sorted(runs.contenders(), key=lambda one: one.target):
-            content = json.loads((runs.where(one) / "result.json").read_text())
-            results.setdefault((one.target, one.group), []).append(content)
-        orders = {target: runs.order(target, {group: rows for (other, group), rows in results.items()
-                                              if other == target}) for target in args.target
-                  } if args.space == "wide" else {}
-        verdict = {**judge(results), "order": orders}
-        made = files.provenance(latency.device_name(args.device))
-        text = (f"{args.data}, {args.size} px; latency: {args.mode}; {made['device']}, torch "
-                f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
-                f"{format_verdict(verdict)}\n")
-        path = runs.folder / "judge.txt"
-        files.write_file(path, lambda temporary: temporary.write_text(text))
-        files.write_json(path.with_suffix(".json"), {
-            "format": FORMAT, "version": VERSION, "made": made, "flags": vars(args), **verdict})
-        drawn = plot(path.with_suffix(".png"), results)
-        say(f"\n{text}\nwrote {path}, {path.with_suffix('.json')}"
-            + (f", {path.with_suffix('.png')}" if drawn else ""))
+        say(runs.write_verdict())
 
 
 if __name__ == "__main__":

@@ -117,10 +117,12 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, qui
 
 
 def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
-    """Another one makes the table, and holds the first run; when both are there, nothing is left to do."""
+    """Another one makes the table, and holds the first run; when both are there, nothing is left to do. After
+    each run the verdict of what is there is written."""
     flags = arguments(tmp_path, "--space", "4", "--found", "1", "--random", "1", "--skip", *judge.HAND)
     runs = judge.Judge(judge.build_parser().parse_args(flags))
     taken, made = runs.where(judge.Contender("found", 10.0, 0)), []
+    numbers = dict.fromkeys(["ms", "MACs M", *judge.MEASURES], 1.0)
 
     def lock(folder):
         if folder in (tmp_path, taken):
@@ -130,11 +132,13 @@ def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
         if not (tmp_path / "latency.json").exists():
             files.write_json(tmp_path / "latency.json", fake_table())
         else:
-            files.write_json(taken / "result.json", {})
+            so_far = json.loads((tmp_path / "judge.json").read_text())
+            assert [row["group"] for row in so_far["rows"]] == ["random"]
+            files.write_json(taken / "result.json", numbers)
 
     def measure(self, contender):
         made.append(contender.group)
-        files.write_json(self.where(contender) / "result.json", {})
+        files.write_json(self.where(contender) / "result.json", numbers)
 
     monkeypatch.setattr(judge, "lock_folder", lock)
     monkeypatch.setattr(judge.time, "sleep", wait)
