@@ -302,7 +302,8 @@ def _apply_to_picture(network, original, path, place, size, add_noise, device):
     seen, image, logits = _classifier_view(noisy, size), None, None
     if large and network.denoises:
         forecast = Forecast(str(path), 8 if isinstance(network, SelfEnsemble) else 1)
-        image = denoise_tiled(network, noisy, device, TILE_CORE, TILE_MARGIN, forecast.done)
+        margin = max(TILE_MARGIN, -(-size // 64) * 64)  # means over so many pixels see half as far
+        image = denoise_tiled(network, noisy, device, TILE_CORE, margin, forecast.done)
     elif not large and (network.denoises or seen is noisy):
         image, logits = network(noisy)
     if network.classifies and (logits is None or seen is not noisy):

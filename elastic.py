@@ -515,7 +515,7 @@ class SuperNet(nn.Module):
 
     def decisions(self) -> list[dict]:
         """Of each loss by which networks were compared: of how many networks, the least, the median."""
-        if self.compare is None:
+        if self.compare is None or not self.compare.losses:  # none is compared for a target above all
             return []
         columns = {name: [losses[name] for losses in self.compare.losses.values()]
                    for name in self.compare.names}

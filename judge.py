@@ -35,7 +35,7 @@ import registry
 import train
 from data import Parser, whole
 from reproduce import run_command
-from run import Busy, Command, check_device, default_device, lock_folder, say
+from run import Busy, Command, default_device, lock_folder, prepare_device, say, unlock_folder
 from search import method_of, milliseconds
 
 FORMAT, VERSION = "joint-judge", 1
@@ -51,6 +51,7 @@ MEASURES = {  # column -> (more is better, how it is written)
     "joint loss": (False, "{:.4f}")}
 
 
+SAME = ("data", "size", "train_images", "test_images", "target", "space", "mode", "search", "train")  # flags
 RANKED = "ranked"  # networks that the search of seed 0 compared, from all over the space
 
 
@@ -85,9 +86,10 @@ def better_by(ours: list[float], theirs: list[float], more_is_better: bool) -> d
     """By how much ours are better: the difference of the means with its interval, and the relative one."""
     sign = 1 if more_is_better else -1
     low, high = interval([sign * value for value in ours], [sign * value for value in theirs])
-    difference = sign * (statistics.fmean(ours) - statistics.fmean(theirs))
+    mean = statistics.fmean(theirs)
+    difference = sign * (statistics.fmean(ours) - mean)
     return {"difference": difference, "low": low, "high": high,
-            "relative_percent": 100 * difference / abs(statistics.fmean(theirs))}
+            "relative_percent": 100 * difference / abs(mean) if mean else None}
 
 
 def kendall_tau(first: list[float], second: list[float]) -> float:
@@ -215,7 +217,8 @@ class Judge:
         pairs: dict[str, list] = {RANKED: [], "random": []}
         for one, run in results.items():
             if known and one.target == target and one.group in pairs:
-                record = key(json.loads(self.record_path(one).read_text()))
+                trained = self.where(one) / "network_0" / "best.pt"
+                record = key(files.read_checkpoint(trained)["record"])
                 if record in known:
                     pairs[one.group].append((known[record], run["joint loss"]))
         return {group: {"tau": kendall_tau(*zip(*some)), "networks": len(some)}
@@ -224,7 +227,7 @@ class Judge:
     def networks(self, contender: Contender) -> list[list[str]]:
         """The flags of train.py that name the networks of a contender: one, or one for each task."""
         if contender.group not in HAND:
-            return [["--arch", str(self.record(contender))]]
+            return [["--arch", str(self.record(contender)), "--from-scratch"]]  # as all others
         return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}"]
                 for name, share in HAND[contender.group].items()]
 
@@ -276,9 +279,24 @@ class Judge:
                  for one in sorted(self.contenders(), key=lambda one: one.target)}
         return {one: json.loads(path.read_text()) for one, path in paths.items() if path.exists()}
 
+    def check_flags(self) -> None:
+        """ValueError where the verdict in the folder is of other flags: its runs are taken as they are."""
+        path = self.folder / "judge.json"
+        before = {}
+        if path.exists():
+            content = files.read_json(path, FORMAT, VERSION, "delete it, and it is written anew")
+            before = content.get("flags", {})
+        differ = [f"--{name.replace('_', '-')}" for name in SAME
+                  if (name != "target" or self.args.space == "wide") and name in before
+                  and before[name] != getattr(self.args, name)]
+        if differ:
+            raise ValueError(f"{self.folder} has runs of other {', '.join(differ)}: name another "
+                             "--output-dir.")
+
     def run_all(self) -> None:
         """Make all runs that no other process has made or is making; wait for what others do. After each run
         the verdict is written, of what is there so far."""
+        self.check_flags()
         _ = self.table
         while left := [one for one in self.contenders() if not (self.where(one) / "result.json").exists()]:
             done = 0
@@ -289,6 +307,7 @@ class Judge:
                         self.measure(contender)
                         self.write_verdict()
                 except Busy:  # another process makes it, or searches for it
+                    unlock_folder(self.where(contender))
                     continue
                 done += 1
             if not done:
@@ -349,9 +368,9 @@ def format_verdict(verdict: dict) -> str:
         form = MEASURES[row["column"]][1].replace("{:", "{:+")
         low, high = form.format(row["low"]), form.format(row["high"])
         lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{row['column']:<12}"
-                     f"{form.format(row['difference']):>10} ({low} to {high}), "
-                     f"{row['relative_percent']:+.1f} %")
-    for target, order in verdict.get("order", {}).items():
+                     f"{form.format(row['difference']):>10} ({low} to {high})"
+                     + (f", {row['relative_percent']:+.1f} %" if row['relative_percent'] is not None else ""))
+    for target, order in verdict["order"].items():
         for group, found in order.items():
             where = "all over the space" if group == RANKED else f"of {target:g} ms"
             lines.append(f"Kendall's tau between supernet and training, {found['networks']} networks "
@@ -420,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     with Command(parser, stopped="the same command goes on"):
-        check_device(args.device)
+        prepare_device(args.device, args.threads, 0)
         args.mode = args.mode or latency.fast_mode(args.device)
         runs = Judge(args)
         runs.run_all()

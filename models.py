@@ -413,10 +413,10 @@ class Network(nn.Module):
             image = self.decoder(features, noisy, level)[..., :height, :width]
             return image.mean(1, keepdim=True) if self.arch.grey else image
         def classify(x: Tensor) -> Tensor | None:
+            if not self.classifies:  # or not asked to, as in tiles of a large picture
+                return None
             for stage, choice in steps[split:]:  # down to (B, C, H / 32, W / 32)
                 x = stage(x, *choice)
-            if not self.classifies:
-                return None
             taken = [features[stage - 2] for stage in MEANS]  # the first features are of stage 2
             return self.head(x) if self.means is None else self.head(x) + self.means(taken)
         if not (self.parallel and x.is_cuda and self.denoises and self.classifies):

@@ -276,11 +276,12 @@ ALL_RUNS = {run.name: run for table in TABLES.values() for _, run, _ in table.ro
 # --- Running -----------------------------------------------------------------------------------------------
 
 def run_script(line: list[str]) -> int:
-    """The exit code of a command. Ctrl-C reaches it too; it saves before this goes on."""
+    """The exit code of a command. Ctrl-C and SIGTERM reach it too; it saves before this goes on."""
     process = subprocess.Popen(line)
     try:
         return process.wait()
     except KeyboardInterrupt:
+        process.terminate()  # a terminal's Ctrl-C has reached it, another signal to this process has not
         process.wait()
         raise
 

@@ -637,12 +637,23 @@ def lock_folder(path: str | Path) -> None:
                          "another --output-dir.") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers of a killed run would keep that of flock
-    except OSError:
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"The folder {path} cannot be locked ({error.strerror}): name another "
+                             "--output-dir, on another disk.") from None
         raise Busy(f"Another run is writing into {path}: wait, or name another --output-dir.") from None
     _locks[folder] = file
     for left in folder.glob(".*.tmp"):  # those of files.write_file, and no file of the user
         if re.fullmatch(r"\..+\.(pt|json|jsonl|csv|png|svg|txt)\.\d+\.tmp", left.name):
             left.unlink(missing_ok=True)
+
+
+def unlock_folder(path: str | Path) -> None:
+    """Leave the folder to other processes, where this one holds it."""
+    file = _locks.pop(Path(path).resolve(), None)
+    if file is not None:
+        file.close()
 
 
 def begin_folder(path: str | Path, results: tuple[str, ...], resumed: str | Path | None = None) -> None:

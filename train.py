@@ -234,7 +234,9 @@ class Training:
             self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
             self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
                                  if "count" in state else state["sums"])  # older checkpoints have one count
-        self.lr = self.optimizer.param_groups[0]["lr"]  # of the latest step
+        state = state or {}
+        self.lr = state.get("lr", self.optimizer.param_groups[0]["lr"])  # of the latest step
+        self.start = time.perf_counter() - state.get("seconds", 0.0)  # of the epoch
 
     def weights(self) -> dict:
         """What a checkpoint holds of the network."""
@@ -246,7 +248,8 @@ class Training:
         return {"epoch": len(self.rows), **self.weights(), "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
                 "averaged": 0 if self.average is None else int(self.average.n_averaged), "rows": self.rows,
-                "best": self.best, "step": step, "sums": self.sums.gather(), "steps": self.steps}
+                "best": self.best, "step": step, "sums": self.sums.gather(), "steps": self.steps,
+                "lr": self.lr, "seconds": time.perf_counter() - self.start}
 
     def take_step(self, batch, guard: run.Guard, where: str) -> None:
         """One step with a batch (noisy, clean, labels)."""
@@ -272,7 +275,7 @@ class Training:
         if recipe.schedule != "plateau" and self.schedule.last_epoch < self.steps:
             self.schedule.step()
 
-    def end_epoch(self, held_out: dict, seconds: float) -> bool:
+    def end_epoch(self, held_out: dict) -> bool:
         """Add the row of an epoch; whether it is the best one."""
         losses = [held_out["loss"], math.inf if self.best is None else self.best["val_loss"]]
         loss, least = (each if math.isfinite(each) else math.inf for each in losses)
@@ -280,7 +283,9 @@ class Training:
             self.schedule.step(loss)
         self.rows.append({"epoch": len(self.rows) + 1, "lr": self.lr,
                           **{f"train_{name}": value for name, value in self.sums.means().items()},
-                          **{f"val_{name}": value for name, value in held_out.items()}, "seconds": seconds})
+                          **{f"val_{name}": value for name, value in held_out.items()},
+                          "seconds": time.perf_counter() - self.start})
+        self.start = time.perf_counter()
         better = self.best is None or loss < least
         self.best, self.first, self.sums = self.rows[-1] if better else self.best, 0, run.Sums()
         return better
@@ -309,7 +314,6 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
 
     with run.Guard(recipe.nonfinite, recipe.save_minutes) as guard:
         for epoch in range(len(training.rows), epochs):
-            start = time.perf_counter()
             network.train()
             progress = run.track(batches.epoch(epoch, training.first), f"epoch {epoch + 1}/{epochs}", steps,
                                  training.first, "batch", forecast=forecast)
@@ -325,7 +329,7 @@ def train(network: nn.Module, train_loader, val_loader, recipe: Recipe, *, noise
                                 each=lambda epoch=epoch: guard.between(lambda: save(steps)))
             forecast.done(work - steps)
             guard.end_of_epoch(epoch + 1, "loss" in training.sums.pairs)
-            if training.end_epoch(held_out, time.perf_counter() - start) and rank == 0:
+            if training.end_epoch(held_out) and rank == 0:
                 content = {**about, "epoch": epoch + 1, **training.weights()}
                 files.save_checkpoint(output_dir / "best.pt", content)
             guard.save(lambda: save(0))

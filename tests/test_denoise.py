@@ -69,6 +69,8 @@ def test_tiles_compute_what_the_whole_picture_does(name):
     pools = [module.avgpool for module in modules]
     with torch.inference_mode():
         whole = network(data.to_float(picture, "cpu")).image.clamp(0, 1)
+    if name == "dcnas-k3-e3":
+        network.tail[0].register_forward_pre_hook(lambda *_: pytest.fail("the classifier ran in a tile"))
     tiled = denoise.denoise_tiled(network, picture, "cpu", 128, 256, shares.append).float() / 255
     assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3
     assert sum(shares) == pytest.approx(1) and shares[-1] == max(shares)
@@ -90,6 +92,19 @@ def test_squeeze_and_excitation_averages_over_what_it_saw_in_training():
     assert (tiled - whole).abs().max() < 0.5 / 255 + 1e-3 and len(shares) == 8 * 2
     bare = torch.nn.Linear(1, 1)
     assert denoise.localised(bare, 64) is bare
+
+
+def test_margins_cover_half_of_what_means_are_taken_over(tmp_path, small_tiles, monkeypatch):
+    def denoise_tiled(network, noisy, device, core, margin, done):
+        margins.append(margin)
+        return noisy
+
+    network, margins = make_network("dnas-k3-e3"), []
+    monkeypatch.setattr(denoise, "denoise_tiled", denoise_tiled)
+    denoise.to_picture(smooth_picture(150, 170)[0]).save(tmp_path / "p.png")
+    for size in (20, 100):
+        denoise.denoise_paths(network, [tmp_path / "p.png"], tmp_path / f"out{size}", size=size)
+    assert margins == [64, 128]
 
 
 def test_a_local_mean_stays_inside_the_map():

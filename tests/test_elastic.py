@@ -359,6 +359,8 @@ def test_one_supernet_serves_all_targets_and_is_asked_again(quick, table, tmp_pa
     command("--resume", tmp_path / "s", "--target", "2.5", "--prefer", "denoising")
     assert 2.2 < files.load_record(tmp_path / "s/arch.json")["latency"]["predicted_ms"] <= 2.5
     assert (tmp_path / "s/log.jsonl").read_text() == before
+    command("--resume", tmp_path / "s", "--target", "100000")
+    assert "every network meets it" in capsys.readouterr().out
     command("--resume", tmp_path / "s", "--target", "2,3")
     assert not (tmp_path / "s/target_3/search.pt").exists()  # that of the supernet lies above
     with pytest.raises(SystemExit):

@@ -36,6 +36,7 @@ def test_better_is_more_accuracy_and_less_loss():
     gain = judge.better_by([0.1, 0.1], [0.2, 0.2], more_is_better=False)
     assert (gain["low"], gain["difference"], gain["high"]) == pytest.approx((0.1, 0.1, 0.1))
     assert gain["relative_percent"] == pytest.approx(50.0)
+    assert judge.better_by([2.0], [0.0], more_is_better=True)["relative_percent"] is None
 
 
 def test_kendalls_tau_by_hand():
@@ -87,6 +88,7 @@ def test_random_networks_come_from_the_space_of_the_found_ones(tmp_path, monkeyp
     assert [flags[flags.index("--target") + 1] for flags in asked] == ["5,10", "5,10"]
     assert "random" in asked[1] and "random" not in asked[0]
     assert all("--scale 0.7" in " ".join(flags) for flags in asked)
+    assert runs.networks(judge.Contender("found", 5.0, 1))[0][-1] == "--from-scratch"  # as the others
 
 
 @pytest.mark.parametrize("space", ("4", "wide"))
@@ -117,11 +119,12 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, qui
 
 
 def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
-    """Another one makes the table, and holds the first run; when both are there, nothing is left to do. After
-    each run the verdict of what is there is written."""
+    """Another one makes the table, holds the first run, and searches for the second, which stays open to
+    both. After each run the verdict of what is there is written."""
     flags = arguments(tmp_path, "--space", "4", "--found", "1", "--random", "1", "--skip", *judge.HAND)
     runs = judge.Judge(judge.build_parser().parse_args(flags))
-    taken, made = runs.where(judge.Contender("found", 10.0, 0)), []
+    taken, other = (runs.where(judge.Contender(group, 10.0, 0)) for group in ("found", "random"))
+    made, left = [], []
     numbers = dict.fromkeys(["ms", "MACs M", *judge.MEASURES], 1.0)
 
     def lock(folder):
@@ -131,20 +134,31 @@ def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
     def wait(_):  # what the other process has done meanwhile
         if not (tmp_path / "latency.json").exists():
             files.write_json(tmp_path / "latency.json", fake_table())
+        elif not made:
+            assert left == [taken, other]
+            made.append("search")
         else:
             so_far = json.loads((tmp_path / "judge.json").read_text())
             assert [row["group"] for row in so_far["rows"]] == ["random"]
             files.write_json(taken / "result.json", numbers)
 
     def measure(self, contender):
+        if not made:
+            raise run.Busy("Another run is searching.")
         made.append(contender.group)
         files.write_json(self.where(contender) / "result.json", numbers)
 
     monkeypatch.setattr(judge, "lock_folder", lock)
+    monkeypatch.setattr(judge, "unlock_folder", left.append)
     monkeypatch.setattr(judge.time, "sleep", wait)
     monkeypatch.setattr(judge.Judge, "measure", measure)
     runs.run_all()
-    assert made == ["random"]
+    assert made == ["search", "random"]
+    again = arguments(tmp_path, "--space", "4", "--found", "2")
+    judge.Judge(judge.build_parser().parse_args(again)).check_flags()
+    other = judge.build_parser().parse_args([*again, "--size", "48", "--train", "--epochs 3"])
+    with pytest.raises(ValueError, match="runs of other --size, --train: name another"):
+        judge.Judge(other).check_flags()
 
 
 def test_images_without_labels_are_refused(tmp_path, capsys):

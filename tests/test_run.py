@@ -269,12 +269,17 @@ def test_a_run_resumed_elsewhere_sets_aside_what_lies_there(tmp_path, capsys):
 def test_only_who_holds_a_folder_removes_temporary_files(tmp_path, monkeypatch):
     (tmp_path / ".last.pt.1.tmp").touch()
     with monkeypatch.context() as held:
-        held.setattr(run.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(BlockingIOError()))
-        with pytest.raises(ValueError, match="Another run is writing"):
-            run.lock_folder(tmp_path)
+        for number, kind, message in ((errno.EAGAIN, run.Busy, "Another run is writing"),
+                                      (errno.ENOLCK, ValueError, "cannot be locked .* on another disk")):
+            held.setattr(run.fcntl, "lockf", lambda *_, n=number: (_ for _ in ()).throw(OSError(n, "as is")))
+            with pytest.raises(kind, match=message):
+                run.lock_folder(tmp_path)
     assert (tmp_path / ".last.pt.1.tmp").exists()
     run.lock_folder(tmp_path)
     assert not (tmp_path / ".last.pt.1.tmp").exists()
+    run.unlock_folder(tmp_path)
+    assert tmp_path.resolve() not in run._locks
+    run.unlock_folder(tmp_path)
 
 
 @pytest.mark.parametrize("number", (errno.EPIPE, errno.EIO))
