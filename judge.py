@@ -83,9 +83,11 @@ def summarise(values: list[float]) -> dict:
 
 
 def better_by(ours: list[float], theirs: list[float], more_is_better: bool) -> dict:
-    """By how much ours are better: the difference of the means with its interval, and the relative one."""
-    sign = 1 if more_is_better else -1
-    low, high = interval([sign * value for value in ours], [sign * value for value in theirs])
+    """By how much ours are better: the difference of the means with its interval, None where one of the two
+    has a single value, and the relative difference, None where theirs is 0."""
+    sign, low, high = 1 if more_is_better else -1, None, None
+    if min(len(ours), len(theirs)) > 1:
+        low, high = interval([sign * value for value in ours], [sign * value for value in theirs])
     mean = statistics.fmean(theirs)
     difference = sign * (statistics.fmean(ours) - mean)
     return {"difference": difference, "low": low, "high": high,
@@ -366,9 +368,11 @@ def format_verdict(verdict: dict) -> str:
     lines.append("\nFound networks are better by (95 % bootstrap interval; % of the others' mean):")
     for row in verdict["found_minus"]:
         form = MEASURES[row["column"]][1].replace("{:", "{:+")
-        low, high = form.format(row["low"]), form.format(row["high"])
+        between = " (no interval: a single run)"
+        if row["low"] is not None:
+            between = f" ({form.format(row['low'])} to {form.format(row['high'])})"
         lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{row['column']:<12}"
-                     f"{form.format(row['difference']):>10} ({low} to {high})"
+                     f"{form.format(row['difference']):>10}{between}"
                      + (f", {row['relative_percent']:+.1f} %" if row['relative_percent'] is not None else ""))
     for target, order in verdict["order"].items():
         for group, found in order.items():

@@ -36,7 +36,8 @@ def test_better_is_more_accuracy_and_less_loss():
     gain = judge.better_by([0.1, 0.1], [0.2, 0.2], more_is_better=False)
     assert (gain["low"], gain["difference"], gain["high"]) == pytest.approx((0.1, 0.1, 0.1))
     assert gain["relative_percent"] == pytest.approx(50.0)
-    assert judge.better_by([2.0], [0.0], more_is_better=True)["relative_percent"] is None
+    gain = judge.better_by([2.0, 3.0], [0.0], more_is_better=True)
+    assert gain == {"difference": 2.5, "low": None, "high": None, "relative_percent": None}
 
 
 def test_kendalls_tau_by_hand():
