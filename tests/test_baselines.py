@@ -170,7 +170,7 @@ def test_a_model_added_in_one_line_is_in_every_harness(tmp_path, monkeypatch, ca
     (["--model", "unet-s", "--loss", "cls"], "does not fit this network"),
     (["--model", "unet-s", "--decoder", "mb"], "are for C-NAS"),
     (["--model", "conv-s", "--size", "11"], None),
-    (["--model", "unet-b8-d8-m2-c2", "--size", "16"], None),
+    (["--model", "unet-b8-d8-m1-c2", "--size", "16"], None),
     (["--model", "dnas-k3-e3", "--train-as", "cnas"], "has no classifier"),
     (["--data", "digit-pairs", "--model", "dcnet-s", "--size", "40"], "two digits need images of 56 pixels"),
 ))

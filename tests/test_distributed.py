@@ -33,7 +33,7 @@ import train
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
-STEPS = 6
+STEPS = 4
 
 
 def two_processes(*command, folder):
