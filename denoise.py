@@ -20,11 +20,12 @@ from data import MODES, list_images, load_original, over_white, to_float
 from files import lacks_memory, write_file
 from metrics import to_8bit
 from models import (ENCODER_STRIDE, LAST_ENCODER_STAGE, Network, Output, apply_network, channels_of,
-                    scale_of)
+                    padding_to, scale_of)
 from run import Forecast, say, track
 
-# Pixels, multiples of every stride. A network may see farther than the margin, but hardly: with 384 six of
-# 100,000 values of weights/colour.pt would change, by 1/255.
+# Pixels, multiples of every stride. A network may see farther than the margin, but hardly: with 384 eight of
+# 100,000 values of weights/colour.pt would change, by 1/255. Networks trained on larger images take means
+# over as many pixels (`localised`); the margin is at least that.
 TILE_CORE, TILE_MARGIN = 896, 128
 
 
@@ -302,7 +303,7 @@ def _apply_to_picture(network, original, path, place, size, add_noise, device):
     seen, image, logits = _classifier_view(noisy, size), None, None
     if large and network.denoises:
         forecast = Forecast(str(path), 8 if isinstance(network, SelfEnsemble) else 1)
-        margin = max(TILE_MARGIN, -(-size // 64) * 64)  # means over so many pixels see half as far
+        margin = max(TILE_MARGIN, size + padding_to(size, 64))
         image = denoise_tiled(network, noisy, device, TILE_CORE, margin, forecast.done)
     elif not large and (network.denoises or seen is noisy):
         image, logits = network(noisy)

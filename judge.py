@@ -49,10 +49,9 @@ HAND = {  # made by hand: named models, and the share of the target that each of
 MEASURES = {  # column -> (more is better, how it is written)
     "accuracy %": (True, "{:.2f}"), "PSNR dB": (True, "{:.2f}"), "SSIM": (True, "{:.4f}"),
     "joint loss": (False, "{:.4f}")}
-
-
-SAME = ("data", "size", "train_images", "test_images", "target", "space", "mode", "search", "train")  # flags
 RANKED = "ranked"  # networks that the search of seed 0 compared, from all over the space
+SAME = ("data", "size", "train_images", "test_images", "target", "space", "mode", "search",
+        "train")  # flags that all runs in a folder share
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Judge:
         path, together = self.record_path(contender), self.together(contender)
         folder = path.parent.parent if together else path.parent
         if contender.group == RANKED and not path.exists():
-            self.record(Contender("found", contender.target, 0))
+            self.record(Contender("found", contender.target, 0))  # writes what it compared
             row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
             made = files.provenance(latency.device_name(self.args.device), 0)
             folder.mkdir(parents=True, exist_ok=True)
@@ -284,13 +283,13 @@ class Judge:
     def check_flags(self) -> None:
         """ValueError where the verdict in the folder is of other flags: its runs are taken as they are."""
         path = self.folder / "judge.json"
-        before = {}
-        if path.exists():
-            content = files.read_json(path, FORMAT, VERSION, "delete it, and it is written anew")
-            before = content.get("flags", {})
-        differ = [f"--{name.replace('_', '-')}" for name in SAME
-                  if (name != "target" or self.args.space == "wide") and name in before
-                  and before[name] != getattr(self.args, name)]
+        if not path.exists():
+            return
+        before = files.read_json(path, FORMAT, VERSION, "name another --output-dir").get("flags", {})
+        # Elsewhere than in the wide space, each target has searches of its own.
+        names = [name for name in SAME if name != "target" or self.args.space == "wide"]
+        differ = [f"--{name.replace('_', '-')}" for name in names
+                  if before.get(name) != getattr(self.args, name)]
         if differ:
             raise ValueError(f"{self.folder} has runs of other {', '.join(differ)}: name another "
                              "--output-dir.")

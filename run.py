@@ -621,8 +621,9 @@ class Busy(ValueError):
 
 
 def lock_folder(path: str | Path) -> None:
-    """Make the folder and hold it until this process ends; ValueError in one sentence where that fails, and
-    Busy where another process holds it.
+    """Make the folder and hold it until this process ends or unlocks it.
+
+    ValueError in one sentence where that fails; it is Busy where another process holds the folder.
 
     Temporary files of a killed run in it are removed.
     """

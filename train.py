@@ -234,9 +234,8 @@ class Training:
             self.rows, self.best, self.first = state["rows"], state["best"], state["step"]
             self.sums = run.Sums({name: (total, state["count"]) for name, total in state["sums"].items()}
                                  if "count" in state else state["sums"])  # older checkpoints have one count
-        state = state or {}
-        self.lr = state.get("lr", self.optimizer.param_groups[0]["lr"])  # of the latest step
-        self.start = time.perf_counter() - state.get("seconds", 0.0)  # of the epoch
+        self.lr = (state or {}).get("lr", self.optimizer.param_groups[0]["lr"])  # of the latest step
+        self.start = time.perf_counter() - (state or {}).get("seconds", 0.0)  # of the epoch
 
     def weights(self) -> dict:
         """What a checkpoint holds of the network."""

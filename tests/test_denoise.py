@@ -94,7 +94,7 @@ def test_squeeze_and_excitation_averages_over_what_it_saw_in_training():
     assert denoise.localised(bare, 64) is bare
 
 
-def test_margins_cover_half_of_what_means_are_taken_over(tmp_path, small_tiles, monkeypatch):
+def test_margins_are_no_smaller_than_the_images_of_the_training(tmp_path, small_tiles, monkeypatch):
     def denoise_tiled(network, noisy, device, core, margin, done):
         margins.append(margin)
         return noisy

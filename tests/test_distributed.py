@@ -33,7 +33,7 @@ import train
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
-STEPS = 4
+STEPS = 6
 
 
 def two_processes(*command, folder):
