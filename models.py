@@ -169,23 +169,64 @@ class Gate(nn.Module):
         own = torch.sigmoid(x[:, 3:] + self.slope * (level + 4))  # -4: sigma 0.14
         return own * noisy + (1 - own) * x[:, :3]
 
+NEARBY = 2, 8, 32  # pixels; the means of nearby pixels are over twice as many, those in the middle weigh most
+
+def means_nearby(x: Tensor) -> list[Tensor]:
+    """The means of squares of NEARBY pixels, (B, C, H, W) -> for each (B, C, H / side, W / side); height and
+    width are multiples of the largest."""
+    result = []
+    for side, finer in zip(NEARBY, (1, *NEARBY)):
+        x = F.avg_pool2d(x, side // finer)  # means of means
+        result.append(x)
+    return result
+
+def region_fits(noisy: Tensor, mask: Tensor, weights: list[Tensor], least: float = 1e-3) -> Tensor:
+    """The noisy image n (B, 3, H, W) as far as a mask m (B, 1, H, W) explains it: a m + b, by least squares
+    over the pixels nearby, summed over NEARBY with as many weights (B, 1, H, W). This is the guided filter of
+    He et al. 2010 (eq. 5, 6 and 8) with m as the guide. Where m is even the fit is the mean of n; `least` is
+    their epsilon."""
+    (height, width), total = noisy.shape[-2:], 0.0
+    parts = pad_to_multiple(torch.cat((noisy, mask, mask * noisy, mask * mask), 1), NEARBY[-1])
+    for side, part, weight in zip(NEARBY, means_nearby(parts), weights):
+        means = enlarge(part, side)[..., :height, :width]
+        of_noisy, of_mask, of_products, of_squares = means.split((3, 1, 3, 1), 1)
+        slope = (mask - of_mask) / (of_squares - of_mask * of_mask + least)
+        total = total + weight * (of_noisy + slope * (of_products - of_mask * of_noisy))
+    return total
+
+def region_means(noisy: Tensor, mask: Tensor, weights: list[Tensor], power: int, others: float) -> Tensor:
+    """In place of `region_fits` in older records: the means of two regions, painted where their masks are, m
+    and 1 - m. A pixel counts by this power of the mask, and a share of all others nearby is added, since a
+    region may have none."""
+    (height, width), masks, total = noisy.shape[-2:], (mask, 1 - mask), 0.0
+    counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
+    parts = torch.cat([each**power * counted for each in masks], 1)
+    parts = F.pad(parts, (0, padding_to(width, NEARBY[-1]), 0, padding_to(height, NEARBY[-1])))  # of area 0
+    for side, part, weight in zip(NEARBY, means_nearby(parts), weights):
+        regions = part.split(4, 1)
+        every = others * (regions[0] + regions[1])
+        means = enlarge(torch.cat([region + every for region in regions], 1), side)[..., :height, :width]
+        for each, mean in zip(masks, means.split(4, 1)):
+            total = total + weight * each / mean[:, 3:] * mean[:, :3]
+    return total
+
+REGIONS = {"fits": region_fits, "squares": partial(region_means, power=2, others=0.001),
+           "masks": partial(region_means, power=1, others=0.01)}
+
 class FullResolution(nn.Module):
     """The branch at full resolution, ours: an image y with features (B, 3 + FEATURES, H, W) and the noisy
-    image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of means of n, and of y, by a softmax of the
-    features and of `level`, the NoiseLevel of n: a clean picture comes out as it went in. The means, one for
-    each scale, keep the colours that noise hides. Each is over the pixels nearby of the same region; a mask
-    parts two, as strokes and ground. If `pure`, a pixel counts by the square of its mask, since those of
-    edges have the colours of both, and a thousandth of all pixels nearby is added, since a region may have
-    none. If not, as in older records, it counts by its mask, and a hundredth is added. A correction, two 3x3
+    image n (B, 3, H, W) -> image. Each pixel is a mixture of n, of fits to n, and of y, by a softmax of the
+    features and of `level`, the NoiseLevel of n: a clean picture comes out as it went in. The fits, one for
+    each scale, keep the colours that noise hides: a learned mask parts two regions, as strokes and ground,
+    and `regions`, one of REGIONS, tells their colours by the pixels nearby. A correction, two 3x3
     convolutions of mixture, y and features, is added to the mixture; it begins at 0 and is weak where there
     is little noise: each channel between the two, of `hidden`, from another level on."""
     FEATURES = 10  # 16 channels go into the first convolution, the step of vector units
-    REGIONS, SCALES = 2, (2, 8, 32)  # pixels; a mean is over twice as many, those in the middle weigh most
 
-    def __init__(self, hidden: int = 12, pure: bool = True):
+    def __init__(self, hidden: int = 12, regions: str = "fits"):
         super().__init__()
-        self.power, self.others = (2, 0.001) if pure else (1, 0.01)
-        self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(self.SCALES), 0.0]).view(1, -1, 1, 1))
+        self.regions = regions
+        self.slope = nn.Parameter(torch.tensor([-2.0, *[0.0] * len(NEARBY), 0.0]).view(1, -1, 1, 1))
         fade = torch.linspace(5, 8, hidden)  # a channel has half its strength at sigma 21/255 ... 5/255
         # So the first half, the slice that a narrow branch has of a supernet, has all levels too.
         self.fade = nn.Parameter(torch.cat((fade[::2], fade[1::2])).view(-1, 1, 1))
@@ -194,32 +235,15 @@ class FullResolution(nn.Module):
         nn.init.zeros_(self.rest.weight)
         nn.init.zeros_(self.rest.bias)
 
-    def region_means(self, noisy: Tensor, masks: list[Tensor], weights: list[Tensor]) -> Tensor:
-        """The means of regions, painted where their masks are, (B, 1, H, W) each, which sum to 1; and the sum
-        of these images over scales, with as many weights (B, 1, H, W)."""
-        (height, width), top, total = noisy.shape[-2:], max(self.SCALES), 0.0
-        counted = F.pad(noisy, (0, 0, 0, 0, 0, 1), value=1.0)  # the mean of the fourth channel is an area
-        parts = torch.cat([mask**self.power * counted for mask in masks], 1)
-        parts = F.pad(parts, (0, padding_to(width, top), 0, padding_to(height, top)))  # of area 0
-        for scale, finer, weight in zip(self.SCALES, (1, *self.SCALES), weights):
-            parts = F.avg_pool2d(parts, scale // finer)  # means of means
-            regions = parts.split(4, 1)
-            every = self.others * sum(regions[1:], regions[0])
-            means = torch.cat([region + every for region in regions], 1)
-            means = enlarge(means, scale)[..., :height, :width]
-            for mask, mean in zip(masks, means.split(4, 1)):
-                total = total + weight * mask / mean[:, 3:] * mean[:, :3]
-        return total
-
     def forward(self, x: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
-        count = len(self.SCALES) + 2
-        logits, masks = x[:, 3:3 + count + self.REGIONS].split((count, self.REGIONS), 1)
+        count = len(NEARBY) + 2
+        logits, masks = x[:, 3:5 + count].split((count, 2), 1)
         logits = (logits + self.slope * (level + 4)).split(1, 1)  # -4: sigma 0.14
         top = reduce(torch.maximum, logits)  # a softmax channel by channel, since onnxruntime's takes long
         powers = [(logit - top).exp() for logit in logits]
         own, *nearby, decoded = (power / sum(powers[1:], powers[0]) for power in powers)
-        first = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:]))  # 2: regions part sooner
-        mixed = own * noisy + self.region_means(noisy, [first, 1 - first], nearby) + decoded * x[:, :3]
+        mask = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:])).to(noisy.dtype)  # 2: regions part sooner
+        mixed = own * noisy + REGIONS[self.regions](noisy, mask, nearby) + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)
 
@@ -231,9 +255,9 @@ class Decoder(nn.Module):
     2024, table 6). The papers do not state widths and activation; here a level has the width of the encoder
     stage of its size, and ReLU. `levels`: of 4 to 1 (channels, kernel sizes), where they are searched.
     `branch`: channels of FullResolution; 0: `Gate` in its place. `noise_scales`, `noise_taps`: of NoiseLevel;
-    `pure_regions`: of FullResolution."""
+    `regions`: of FullResolution."""
     def __init__(self, stage_channels: list[int], norm_layer=nn.BatchNorm2d, kind: str = "conv", levels=(),
-                 branch: int = 12, noise_scales: int = 2, pure_regions: bool = True, noise_taps: int = 6):
+                 branch: int = 12, noise_scales: int = 2, regions: str = "fits", noise_taps: int = 6):
         super().__init__()
         def level(in_channels: int, channels: int, out_channels: int, kernels: tuple) -> nn.ModuleDict:
             convs = [MBConv(source, 3 * source, channels, norm_layer=norm_layer) if kind.startswith("mb")
@@ -249,7 +273,7 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(level(*width, each) for width, each in zip(widths, kernels))
         self.full = self.noise_level = None
         if kind == "sharp":
-            self.full = FullResolution(branch, pure_regions) if branch else Gate()
+            self.full = FullResolution(branch, regions) if branch else Gate()
             self.noise_level = NoiseLevel(noise_scales, noise_taps)
         self.image = nn.Conv2d(l1, 3 + (self.full.FEATURES if self.full else 0), 1)
 
@@ -367,7 +391,7 @@ class Network(nn.Module):
         if arch.denoises:
             outputs = [*widths.values()][:len(self.encoder)]
             self.decoder = Decoder(outputs, norm_layer, arch.decoder, arch.levels, arch.branch,
-                                   arch.noise_scales, arch.pure_regions, arch.noise_taps)
+                                   arch.noise_scales, arch.regions, arch.noise_taps)
             begin_smooth(nn.ModuleList([self.stem, self.encoder[0], self.decoder.levels]))
         if arch.classifies:
             last = arch.blocks[-1].out_channels
@@ -565,8 +589,7 @@ def width_range(operation: Operation, in_channels: int, min_width: float = MIN_W
 COUNTS = range(1, 65537)
 LEVEL_KERNELS = ((1,), (3,), (1, 3), (3, 3))
 ALLOWED = {"model": MODELS, "decoder": DECODERS, "multiscale": (True, False), "noise_scales": (1, 2),
-           "noise_taps": (2, 6),
-           "pure_regions": (True, False), "grey": (False, True), "fused": (False, True),
+           "noise_taps": (2, 6), "regions": (*REGIONS,), "grey": (False, True), "fused": (False, True),
            "activation": (*ACTIVATIONS,),
            "kernel_size": (1, 3, 5, 7), "stride": (1, 2),
            **dict.fromkeys(("se_channels", "num_classes", "branch"), range(65537))}  # else: COUNTS
@@ -601,7 +624,7 @@ class Arch:
     branch: int = 12
     multiscale: bool = True
     noise_scales: int = 2
-    pure_regions: bool = True
+    regions: str = "fits"
     grey: bool = False
     noise_taps: int = 6
     denoises = property(lambda self: self.model != "cnas")
@@ -653,7 +676,8 @@ class Arch:
                        content["head_channels"], content.get("decoder", "conv"),  # the oldest have none
                        tuple((width, tuple(kernels)) for width, kernels in content.get("levels", ())),
                        content.get("branch", 12), content.get("multiscale", False),
-                       content.get("noise_scales", 1), content.get("pure_regions", False),
+                       content.get("noise_scales", 1),
+                       content.get("regions", "squares" if content.get("pure_regions") else "masks"),
                        content.get("grey", False), content.get("noise_taps", 2))
         except (KeyError, TypeError) as error:
             raise ValueError(f"The architecture is not valid; wrong blocks or fields: {error}.") from None

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 # The tests compute small things; more threads, here or in processes started, would wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes started: torch here has read it already
+torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +24,6 @@ SECOND_HALF = ("test_cli.py", "test_denoise.py", "test_distributed.py", "test_ev
 def seeds():
     """Every test begins with the same random state, whatever ran before it."""
     import numpy as np
-    import torch
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -246,12 +246,14 @@ def test_a_clean_texture_is_not_noise_to_two_scales():
 def test_old_records_keep_their_noise_level_and_region_means():
     content = named_arch("dnas-k3-e3", 0).to_dict()
     decoder = models.make_network(Arch.from_dict(content)).decoder
-    assert decoder.noise_level.scales == 2 == decoder.full.power
+    assert (decoder.noise_level.scales, decoder.full.regions) == (2, "fits")
     assert decoder.noise_level.detail.shape == (3, 1, 6, 6)
-    del content["noise_scales"], content["pure_regions"], content["noise_taps"]
+    del content["noise_scales"], content["regions"], content["noise_taps"]
+    for pure, regions in ((True, "squares"), (False, "masks")):  # the field before `regions`
+        assert Arch.from_dict({**content, "pure_regions": pure}).regions == regions
     decoder, gate = (models.make_network(Arch.from_dict({**content, "branch": branch})).decoder
                      for branch in (12, 0))
-    assert decoder.noise_level.scales == 1 == gate.noise_level.scales == decoder.full.power
+    assert decoder.noise_level.scales == 1 == gate.noise_level.scales and decoder.full.regions == "masks"
     assert torch.equal(decoder.noise_level.detail[0, 0], torch.tensor([[0.5, -0.5], [-0.5, 0.5]]))
     with pytest.raises(ValueError, match="noise_scales must be one of 1, 2|a whole number"):
         Arch.from_dict({**content, "noise_scales": 3})
@@ -284,27 +286,38 @@ def test_a_branch_of_no_channels_is_a_gate_between_the_noisy_image_and_the_decod
     torch.testing.assert_close(decoded, clean)
 
 
-def test_the_means_of_a_region_do_not_mix_its_colours_with_those_beside_it():
-    branch = models.FullResolution()
+def test_the_colours_of_a_region_do_not_mix_with_those_beside_it():
     stroke = torch.zeros(1, 1, 40, 72)  # not a multiple of the largest scale
     stroke[..., 10:30, 7:15] = 1
-    clean = stroke * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - stroke) * 0.3
-    noisy = clean + 0.5 * torch.randn(1, 3, 40, 72, generator=torch.Generator().manual_seed(0))
-    def mean(image, masks, scale, branch=branch):
-        weights = [torch.full_like(stroke, each == scale) for each in branch.SCALES]
-        return branch.region_means(image, masks, weights)
-    masks, half = [stroke, 1 - stroke], [torch.full_like(stroke, 0.5)] * 2
-    wide = mean(clean, masks, 32) * stroke
-    assert (wide - clean * stroke).abs().max() < 0.03  # one pixel in a thousand is of the neighbourhood
-    assert (mean(noisy, masks, 32) * stroke - wide).abs().max() < 0.1
-    plain = F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2, mode="bilinear")
-    torch.testing.assert_close(mean(clean, half, 2), plain)
-
+    def paint(mask):
+        return mask * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - mask) * 0.3
+    def told(image, mask, side, regions):
+        weights = [torch.full_like(mask, each == side) for each in models.NEARBY]
+        return models.REGIONS[regions](image, mask, weights)
+    noisy = paint(stroke) + 0.5 * torch.randn(1, 3, 40, 72, generator=torch.Generator().manual_seed(0))
+    even, plain = torch.full_like(stroke, 0.5), F.avg_pool2d(paint(stroke), 2)
     soft = F.avg_pool2d(stroke, 3, 1, 1)  # pixels of an edge are of both colours
-    edged = soft * torch.tensor([1.0, 0.2, 0.0]).view(1, 3, 1, 1) + (1 - soft) * 0.3
-    pure, plain = (((mean(edged, [soft, 1 - soft], 8, models.FullResolution(pure=pure)) - clean)
-                    * (soft == 1)).abs().max() for pure in (True, False))
-    assert pure < 0.6 * plain
+    worst = {}
+    for regions in models.REGIONS:
+        wide = told(paint(stroke), stroke, 32, regions) * stroke
+        assert (wide - paint(stroke) * stroke).abs().max() < (0.3 if regions == "masks" else 0.03)
+        assert (told(noisy, stroke, 32, regions) * stroke - wide).abs().max() < 0.1
+        torch.testing.assert_close(told(paint(stroke), even, 2, regions),
+                                   F.interpolate(plain, scale_factor=2, mode="bilinear"))
+        worst[regions] = ((told(paint(soft), soft, 8, regions) - paint(soft)) * (soft == 1)).abs().max()
+    assert worst["fits"] < 0.1 * worst["squares"] < 0.06 * worst["masks"]
+
+
+def test_a_fit_is_the_least_squares_of_the_pixels_nearby():
+    """Of an image that repeats itself every 8 pixels, so that all squares of 8 have the same means."""
+    torch.manual_seed(0)
+    mask, noisy = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    design = torch.stack((mask.flatten(), torch.ones(64)), 1)
+    line = design @ torch.linalg.lstsq(design, noisy[0].flatten(1).T).solution
+    mask, noisy = mask.repeat(1, 1, 9, 8), noisy.repeat(1, 1, 9, 8)
+    weights = [torch.full_like(mask, side == 8) for side in models.NEARBY]
+    fit = models.region_fits(noisy, mask, weights, least=0.0)
+    torch.testing.assert_close(fit, line.T.reshape(1, 3, 8, 8).repeat(1, 1, 9, 8))
 
 
 @pytest.mark.parametrize("scale", (2, 8))
