@@ -169,10 +169,10 @@ class Gate(nn.Module):
         own = torch.sigmoid(x[:, 3:] + self.slope * (level + 4))  # -4: sigma 0.14
         return own * noisy + (1 - own) * x[:, :3]
 
-NEARBY = 2, 8, 32  # pixels; the means of nearby pixels are over twice as many, those in the middle weigh most
+NEARBY = 2, 8, 32  # sides of blocks; interpolated between them, each mean reaches over twice as many pixels
 
 def means_nearby(x: Tensor) -> list[Tensor]:
-    """The means of squares of NEARBY pixels, (B, C, H, W) -> for each (B, C, H / side, W / side); height and
+    """The means over blocks of NEARBY pixels, (B, C, H, W) -> for each (B, C, H / side, W / side); height and
     width are multiples of the largest."""
     result = []
     for side, finer in zip(NEARBY, (1, *NEARBY)):
@@ -182,17 +182,19 @@ def means_nearby(x: Tensor) -> list[Tensor]:
 
 def region_fits(noisy: Tensor, mask: Tensor, weights: list[Tensor], least: float = 1e-3) -> Tensor:
     """The noisy image n (B, 3, H, W) as far as a mask m (B, 1, H, W) explains it: a m + b, by least squares
-    over the pixels nearby, summed over NEARBY with as many weights (B, 1, H, W). This is the guided filter of
-    He et al. 2010 (eq. 5, 6 and 8) with m as the guide. Where m is even the fit is the mean of n; `least` is
-    their epsilon."""
-    (height, width), total = noisy.shape[-2:], 0.0
-    parts = pad_to_multiple(torch.cat((noisy, mask, mask * noisy, mask * mask), 1), NEARBY[-1])
-    for side, part, weight in zip(NEARBY, means_nearby(parts), weights):
-        means = enlarge(part, side)[..., :height, :width]
-        of_noisy, of_mask, of_products, of_squares = means.split((3, 1, 3, 1), 1)
-        slope = (mask - of_mask) / (of_squares - of_mask * of_mask + least)
-        total = total + weight * (of_noisy + slope * (of_products - of_mask * of_noisy))
-    return total
+    over the pixels nearby, summed over NEARBY with as many weights (B, 1, H, W). So it is with the guided
+    filter of He et al. 2010 (eq. 5 and 6), with m as the guide. They take means of a and b then; here the
+    means of n, m, m n and m^2 are interpolated, and each pixel has its own a and b. `least` is their epsilon:
+    where m is even the fit is the mean of n. Computed in 32 bit at least: variances are differences."""
+    (height, width), dtype, total = noisy.shape[-2:], noisy.dtype, 0.0
+    n, m = (x.to(torch.promote_types(dtype, torch.float32)) for x in (noisy, mask))
+    parts = torch.cat((n, m, m * n, m * m), 1)
+    beyond = (0, padding_to(width, NEARBY[-1]), 0, padding_to(height, NEARBY[-1]))
+    for side, part, weight in zip(NEARBY, means_nearby(F.pad(parts, beyond, mode="replicate")), weights):
+        of_n, of_m, of_mn, of_mm = enlarge(part, side)[..., :height, :width].split((3, 1, 3, 1), 1)
+        slope = (m - of_m) / (of_mm - of_m * of_m + least)
+        total = total + weight * (of_n + slope * (of_mn - of_m * of_n))
+    return total.to(dtype)
 
 def region_means(noisy: Tensor, mask: Tensor, weights: list[Tensor], power: int, others: float) -> Tensor:
     """In place of `region_fits` in older records: the means of two regions, painted where their masks are, m
@@ -242,7 +244,7 @@ class FullResolution(nn.Module):
         top = reduce(torch.maximum, logits)  # a softmax channel by channel, since onnxruntime's takes long
         powers = [(logit - top).exp() for logit in logits]
         own, *nearby, decoded = (power / sum(powers[1:], powers[0]) for power in powers)
-        mask = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:])).to(noisy.dtype)  # 2: regions part sooner
+        mask = torch.sigmoid(2 * (masks[:, :1] - masks[:, 1:]).to(noisy.dtype))  # 2: regions part sooner
         mixed = own * noisy + REGIONS[self.regions](noisy, mask, nearby) + decoded * x[:, :3]
         hidden = F.relu(self.mix(torch.cat((mixed, x), 1))) * (2 * torch.sigmoid(level + self.fade))
         return mixed + self.rest(hidden)

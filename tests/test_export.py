@@ -80,6 +80,13 @@ def test_a_program_computes_what_the_network_does_at_any_size(name):
     assert export.largest_difference(broken, program, before) > 1e-3  # the comparison can fail
 
 
+def test_a_program_of_a_branch_takes_pictures_smaller_than_its_blocks():
+    made = network("tfnas")
+    program, small = export.export_program(made).module(), [(1, 12, 40), (1, 16, 16)]
+    images = [export.example_inputs(made, *shape) for shape in small]
+    assert made.decoder.full is not None and export.largest_difference(made, program, images) < 1e-5
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_onnx_file_computes_what_the_network_does_at_any_size(name, tmp_path):
     pytest.importorskip("onnxruntime")

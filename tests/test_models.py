@@ -314,10 +314,15 @@ def test_a_fit_is_the_least_squares_of_the_pixels_nearby():
     mask, noisy = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.rand(1, 3, 8, 8, dtype=torch.float64)
     design = torch.stack((mask.flatten(), torch.ones(64)), 1)
     line = design @ torch.linalg.lstsq(design, noisy[0].flatten(1).T).solution
-    mask, noisy = mask.repeat(1, 1, 9, 8), noisy.repeat(1, 1, 9, 8)
+    mask, noisy = mask.repeat(1, 1, 8, 12), noisy.repeat(1, 1, 8, 12)
     weights = [torch.full_like(mask, side == 8) for side in models.NEARBY]
     fit = models.region_fits(noisy, mask, weights, least=0.0)
-    torch.testing.assert_close(fit, line.T.reshape(1, 3, 8, 8).repeat(1, 1, 9, 8))
+    torch.testing.assert_close(fit, line.T.reshape(1, 3, 8, 8).repeat(1, 1, 8, 12))
+
+    mask, noisy = (0.95 + 0.02 * mask).half(), noisy.half()
+    half, double = (models.region_fits(noisy.to(kind), mask.to(kind), [weight.to(kind) for weight in weights])
+                    for kind in (torch.half, torch.float64))
+    torch.testing.assert_close(half.double(), double, atol=1e-3, rtol=0)  # variances need 32 bit
 
 
 @pytest.mark.parametrize("scale", (2, 8))
