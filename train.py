@@ -148,7 +148,7 @@ class Recipe:
 
     loss: str  # one of LOSSES
     denoising_loss: str = "mixed"  # one of DENOISING_LOSSES
-    epochs: int = 10
+    epochs: int = 8
     optimizer: str = "muon"
     lr: float | None = None  # None: that of the optimizer
     weight_decay: float | None = None  # None: that of the optimizer
@@ -447,7 +447,7 @@ def build_parser() -> argparse.ArgumentParser:
              "(papers: 0.4); or those of a search method (default: of the record's method, else short)")
     add("--denoising-loss", choices=DENOISING_LOSSES, default="mixed", help="mixed: 0.8 Charbonnier + 0.2 "
         "(1 - SSIM); charbonnier; log-ssim: MSE + 0.6 log10(1 / SSIM); mse (default: %(default)s)")
-    add("--epochs", type=whole(1, 100000), default=10, metavar="N",
+    add("--epochs", type=whole(1, 100000), default=8, metavar="N",
         help="passes over the images; the papers: 250 (default: %(default)s)")
     add("--batch-size", type=whole(2, 65536), default=16, metavar="N",
         help="images per step, of all processes together; the papers: 512 (default: %(default)s)")

@@ -244,7 +244,7 @@ def test_pairs_do_not_overlap_and_boxes_hold_the_digits():
 @pytest.mark.parametrize("kind", data.NOISES)
 def test_training_noise_has_the_sigma_of_each_image(kind):
     noise = data.Noise(sigmas=(0.0, 0.1, 0.5, 1.0), kind=kind)
-    images = torch.ones(40, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = torch.ones(40, 3, 64, 128).contiguous(memory_format=torch.channels_last)
     images[:, :, :20] = -0.2
     before = images.clone()
     noisy = noise.add_random(images, generator(1))
@@ -252,9 +252,11 @@ def test_training_noise_has_the_sigma_of_each_image(kind):
     levels, error = noise.sample_sigmas(40, generator(1)), noisy - images  # sigma is drawn first
     assert levels.unique().tolist() == torch.tensor(noise.sigmas).tolist()
     assert torch.equal(noisy[levels == 0], images[levels == 0]) and torch.isfinite(noisy).all()
-    assert torch.allclose(error[:, :, 20:].std((1, 2, 3)), levels, rtol=0.05)
+    if kind == "camera":
+        levels = levels * ((2 * 0.78**2 + 0.62**2) / 3) ** 0.5
+    assert torch.allclose(error[:, :, 22:].std((1, 2, 3)), levels, rtol=0.05)
     dark = 1 if kind == "gaussian" else 0.1**0.5  # below 0 there is read noise alone
-    assert torch.allclose(error[:, :, :20].std((1, 2, 3)), dark * levels, rtol=0.06)
+    assert torch.allclose(error[:, :, :18].std((1, 2, 3)), dark * levels, rtol=0.06)
     assert (error.mean((1, 2, 3)).abs() < 0.05).all() and noisy.min() < -1 and noisy.max() > 2  # not clipped
     assert torch.equal(noisy, noise.add_random(images, generator(1)))
     assert not torch.equal(noisy, noise.add_random(images, generator(2)))
@@ -285,7 +287,7 @@ def test_validation_levels_whether_there_is_noise_and_wrong_noise():
     assert [data.Noise(sigmas=(0.1, 0.3)).validation_sigma(place) for place in range(3)] == [0.1, 0.3, 0.1]
     assert data.Noise() and data.Noise(0.0, sigmas=(0, 0.1))
     assert not data.Noise(0.0) and not data.Noise(sigmas=(0.0,))
-    with pytest.raises(ValueError, match="'salt' is unknown; known are gaussian, poisson-gaussian"):
+    with pytest.raises(ValueError, match="'salt' is unknown; known are gaussian, poisson-gaussian, camera"):
         data.Noise(kind="salt")
     for wrong in (data.Noise, lambda x: data.Noise(sigmas=(0.1, x)), lambda x: data.Noise(levels=int(x))):
         with pytest.raises(ValueError, match="negative"):
@@ -327,7 +329,7 @@ def test_fixed_noise_belongs_to_its_image(kind):
     assert torch.equal(together(0.5), together(0.5))
     for places, seed in (([4, 5, 6, 7, 8], 2), ([3, 4, 5, 6, 7], 1)):
         assert not torch.equal(together(0.5)[0], fixed(images, places, seed, kind)(0.5)[0])
-    error = fixed(torch.ones(2, 3, 20, 24), [3, 4], 2, kind)(0.5) - 1
+    error = fixed(torch.ones(2, 3, 60, 72), [3, 4], 2, kind)(0.5) - 1
     assert abs(torch.corrcoef(error.flatten(1))[0, 1]) < 0.1  # no part of it comes twice
     assert torch.equal(images, before)  # the input is left alone
 
@@ -335,9 +337,10 @@ def test_fixed_noise_belongs_to_its_image(kind):
 def test_fixed_noise_is_that_which_was_once_written_down():
     """Another release or machine must not change published figures."""
     image = torch.full((1, 1, 1, 3), 128 / 255)
-    gaussian, poisson = (fixed(image, [0], kind=kind)(0.5).flatten().tolist() for kind in data.NOISES)
+    gaussian, poisson, camera = (fixed(image, [0], kind=kind)(0.5).flatten().tolist() for kind in data.NOISES)
     assert gaussian[0] == pytest.approx(128 / 255 - 0.5 * 0.2864522337913513, abs=1e-6)
     assert poisson == pytest.approx([0.85470790, 0.10589665, 0.16972978], abs=1e-6)
+    assert camera == pytest.approx([0.77982676, 0.18716106, 0.16334644], abs=1e-6)
     # and that of the literature is numpy's
     for shape, sigma in (((3, 9, 13), 25 / 255), ((1, 8, 8), 50 / 255)):
         channels, height, width = shape
@@ -347,6 +350,28 @@ def test_fixed_noise_is_that_which_was_once_written_down():
             np.testing.assert_allclose(noisy, expected, atol=1e-7)
     with pytest.raises(ValueError, match="take --noise gaussian"):
         fixed(images, [0, 1], kind="poisson-gaussian", protocol="literature")
+
+
+def test_a_mosaic_becomes_colours_by_interpolation():
+    ramps = torch.stack([torch.arange(12.0).expand(9, 12), torch.arange(9.0)[:, None].expand(9, 12),
+                         torch.full((9, 12), 5.0)])[None]
+    torch.testing.assert_close(data.demosaic(ramps)[..., 2:-2, 2:-2], ramps[..., 2:-2, 2:-2])  # slopes stay
+    images = torch.rand(2, 3, 8, 10)
+    colours, unseen = data.demosaic(images), images.clone()
+    for colour, top, left in ((0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)):  # red, green, green, blue
+        site = slice(None), colour, slice(top, None, 2), slice(left, None, 2)
+        torch.testing.assert_close(colours[site], images[site])
+        unseen[site] = 0
+    torch.testing.assert_close(data.demosaic(images - unseen), colours)  # one colour a pixel is all it takes
+
+
+def test_the_noise_of_a_camera_spreads_over_pixels_and_colours():
+    images = torch.full((4, 3, 96, 96), 128 / 255)
+    for kind, near, colours in (("poisson-gaussian", 0, 0), ("camera", 0.58, 0.42)):
+        noise = (fixed(images, range(4), kind=kind)(0.2) - images).transpose(0, 1)
+        beside = torch.stack((noise[..., :-1].flatten(), noise[..., 1:].flatten()))
+        assert torch.corrcoef(beside)[0, 1].item() == pytest.approx(near, abs=0.02)
+        assert torch.corrcoef(noise.flatten(1))[0, 1].item() == pytest.approx(colours, abs=0.03)
 
 
 def add_in_training(images, sigma):

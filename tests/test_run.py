@@ -88,7 +88,7 @@ def test_the_noise_depends_on_the_images_where_none_is_asked_for():
     ({"sigmas": 0.1}, "--sigmas .*a list is needed"),
     ({"sigmas": [0.1, [0.2], "x"]}, "--sigmas "),
     ({"sigma_levels": 2.5}, "--sigma-levels .* must not be '2.5'"),
-    ({"noise": "--seed"}, "--noise .*possible are gaussian, poisson-gaussian"),
+    ({"noise": "--seed"}, "--noise .*possible are gaussian, poisson-gaussian, camera"),
     ({"grey": "yes"}, "--grey .*true or false is needed"),
     ({"epochs": 101}, "--epochs .*from 1 to 100, not 101"),
 ])
