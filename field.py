@@ -134,12 +134,14 @@ def format_field(content: dict) -> str:
 
 
 def plot(path: Path, rows: list[dict]) -> bool:
-    """Draw PSNR over ms, an axis for each folder; False without matplotlib."""
+    """Draw PSNR over ms, an axis for each folder that others have values of; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     rows, folders = [row for row in rows if row["ms"]], list(rows[0]["psnr_db"])
+    others = {where for row in rows if row["source"] != "measured" for where in row["psnr_db"]}
+    folders = [where for where in folders if where in others] or folders
     least, most = (edge(row["ms"] for row in rows) for edge in (min, max))
     ticks = [step * 10**power for power in range(-1, 6) for step in (1, 2, 5)]
     ticks = [tick for tick in ticks if least / 1.5 < tick < most * 1.5]
