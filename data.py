@@ -95,25 +95,29 @@ def _poisson_gaussian(images, sigma, normal, poisson):
     return images + (gain * poisson(light / gain) - light) * (sigma / least) + 0.1 ** 0.5 * sigma * normal
 
 
-def demosaic(mosaic):
-    """Colour images (B, 3, H, W) of which a sensor sees one colour a pixel, in squares of red and green above
-    green and blue (Bayer): bilinear interpolation of green, then of red and blue less green."""
-    sees = torch.zeros(1, 3, *mosaic.shape[-2:], dtype=mosaic.dtype, device=mosaic.device)
-    for colour, top, left in ((0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)):
-        sees[:, colour, top::2, left::2] = 1
+def demosaic(images, places):
+    """(B, 3, H, W) -> the same: keep the one colour that a sensor sees at each pixel and interpolate the
+    others, bilinearly, red and blue less green. It sees squares of red and green above green and blue
+    (Bayer), the first of them where places (B, 2), of 0 or 1, say: rows down, pixels to the right."""
+    odd = [(torch.arange(side, device=images.device) + place[:, None]) % 2 == 1
+           for side, place in zip(images.shape[-2:], places.T)]
+    down, right = odd[0][:, :, None], odd[1][:, None]
+    sees = torch.stack((~down & ~right, down ^ right, down & right), 1).to(images.dtype)
     beside = sees.new_tensor([[[1, 2, 1], [2, 4, 2], [1, 2, 1]], [[0, 1, 0], [1, 4, 1], [0, 1, 0]]])
     sums = functools.partial(torch.nn.functional.conv2d, weight=beside[[0, 1, 0], None], padding=1, groups=3)
-    green = (sums(mosaic * sees) / sums(sees))[:, 1:2]
-    return green + sums((mosaic - green) * sees) / sums(sees)
+    green = (sums(images * sees) / sums(sees))[:, 1:2]
+    return green + sums((images - green) * sees) / sums(sees)
 
 
 def _camera(images, sigma, normal, poisson):
     """Poisson-Gaussian noise of what a sensor sees, one colour a pixel, then `demosaic` and a slight blur.
     Ours: the noise of a camera spreads over pixels and colours. Pixels beside each other correlate by 0.58
     here, by 0.53 to 0.75 in the photographs of CC15; colours by 0.2 to 0.4 here, by 0.1 to 0.8 there. sigma
-    is that of the sensor at white; 0.78, 0.62 and 0.78 of it are left. A grey sensor has no mosaic."""
+    is that of the sensor at white. Of it 0.78, 0.62 and 0.78 are left in colour; in grey, without a mosaic,
+    0.66."""
     noise = _poisson_gaussian(images, sigma, normal, poisson) - images
-    noise = demosaic(noise) if images.shape[1] == 3 else noise
+    if images.shape[1] == 3 and min(images.shape[-2:]) > 1:  # else a colour would not be seen
+        noise = demosaic(noise, (normal[:, :2, 0, 0] > 0).long())  # any place, by chance
     row = noise.new_tensor([0.1, 0.8, 0.1])
     blur = torch.outer(row, row).expand(noise.shape[1], 1, 3, 3)
     padded = torch.nn.functional.pad(noise, [1] * 4, mode="replicate")
@@ -124,7 +128,7 @@ def _camera(images, sigma, normal, poisson):
 # draws Poisson counts of given rates; words for reports)
 NOISES = {"gaussian": (lambda images, sigma, normal, _: images + sigma * normal, "Gaussian, sigma on [0, 1]"),
           "poisson-gaussian": (_poisson_gaussian, "Poisson-Gaussian, sigma on [0, 1] that of white"),
-          "camera": (_camera, "Poisson-Gaussian of a mosaic of colours, sigma on [0, 1] that of white")}
+          "camera": (_camera, "Poisson-Gaussian of a sensor, spread, sigma on [0, 1] that of white")}
 # name -> standard normal noise (C, H, W) of an evaluation image, the same on any processor; literature: as in
 # published tables, numpy's RandomState(0) for every image, drawn as (H, W, C)
 PROTOCOLS = {
@@ -911,8 +915,9 @@ def data_from(flags, kept=None):
 def add_noise_arguments(parser):
     add = parser.add_argument_group("noise", "Of images in [0, 1]; fractions work too, 25/255.").add_argument
     add("--noise", choices=NOISES, default="gaussian", help="gaussian; or poisson-gaussian: shot noise, its "
-        "variance proportional to intensity, and read noise, together sigma at white; or camera: that of a "
-        "sensor which sees one colour a pixel, so that it spreads over pixels nearby (default: %(default)s)")
+        "variance proportional to intensity, and read noise, together sigma at white; or camera: such "
+        "noise of a sensor that sees one colour a pixel; it spreads over pixels and colours, and 0.73 sigma "
+        "is left (default: %(default)s)")
     add("--sigma", type=number(0, 10), metavar="S", help="sigma is drawn from U[0, S] per image; 0: clean "
         "(default: 1; for images without labels, mostly photographs of which a picture is wanted, 55/255)")
     add("--sigma-levels", type=whole(0, 1000), default=0, metavar="N",

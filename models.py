@@ -172,25 +172,23 @@ class Gate(nn.Module):
 NEARBY = 2, 8, 32  # sides of blocks; interpolated between them, each mean reaches over twice as many pixels
 
 def means_nearby(x: Tensor) -> list[Tensor]:
-    """The means over blocks of NEARBY pixels, (B, C, H, W) -> for each (B, C, H / side, W / side); height and
-    width are multiples of the largest."""
+    """The means over blocks of NEARBY pixels, (B, C, H, W) -> for each (B, C, H / side, W / side), rounded
+    up, since the border may cut off the last blocks."""
     result = []
     for side, finer in zip(NEARBY, (1, *NEARBY)):
-        x = F.avg_pool2d(x, side // finer)  # means of means
+        x = F.avg_pool2d(x, side // finer, ceil_mode=True)  # means of means
         result.append(x)
     return result
 
 def region_fits(noisy: Tensor, mask: Tensor, weights: list[Tensor], least: float = 1e-3) -> Tensor:
     """The noisy image n (B, 3, H, W) as far as a mask m (B, 1, H, W) explains it: a m + b, by least squares
-    over the pixels nearby, summed over NEARBY with as many weights (B, 1, H, W). So it is with the guided
-    filter of He et al. 2010 (eq. 5 and 6), with m as the guide. They take means of a and b then; here the
-    means of n, m, m n and m^2 are interpolated, and each pixel has its own a and b. `least` is their epsilon:
-    where m is even the fit is the mean of n. Computed in 32 bit at least: variances are differences."""
+    over the pixels nearby, summed over NEARBY with as many weights (B, 1, H, W). a and b are as in the guided
+    filter of He et al. 2010 (eq. 5 and 6), with m as the guide. The filter then averages them over windows;
+    here each pixel has its own, from interpolated means of n, m, m n and m^2. `least` is the epsilon there:
+    where m is even the fit is the mean of n. Computed in 32 bit at least, since variances are differences."""
     (height, width), dtype, total = noisy.shape[-2:], noisy.dtype, 0.0
     n, m = (x.to(torch.promote_types(dtype, torch.float32)) for x in (noisy, mask))
-    parts = torch.cat((n, m, m * n, m * m), 1)
-    beyond = (0, padding_to(width, NEARBY[-1]), 0, padding_to(height, NEARBY[-1]))
-    for side, part, weight in zip(NEARBY, means_nearby(F.pad(parts, beyond, mode="replicate")), weights):
+    for side, part, weight in zip(NEARBY, means_nearby(torch.cat((n, m, m * n, m * m), 1)), weights):
         of_n, of_m, of_mn, of_mm = enlarge(part, side)[..., :height, :width].split((3, 1, 3, 1), 1)
         slope = (m - of_m) / (of_mm - of_m * of_m + least)
         total = total + weight * (of_n + slope * (of_mn - of_m * of_n))

@@ -193,8 +193,9 @@ def validate(network: nn.Module, loader, *, loss: str, device: torch.device, noi
         places = [rank + (count + i) * world for i in range(len(images))]  # of these images in the split
         clean, noisy = data_module.clean_and_noisy(images, places, device, noise, seed)
         sigma = torch.tensor([noise.validation_sigma(place) for place in places], device=device)
+        inputs = noisy(sigma)  # not in 16 bit
         with run.autocast(device, amp):
-            output = models.apply_network(network, noisy(sigma), boxes)
+            output = models.apply_network(network, inputs, boxes)
         total, _ = task_loss(output, clean, labels, loss, label_smoothing=0.0, denoising=denoising)
         sums.add("loss", float(total * len(clean)), len(clean))
         if loss != "den":

@@ -352,26 +352,38 @@ def test_fixed_noise_is_that_which_was_once_written_down():
         fixed(images, [0, 1], kind="poisson-gaussian", protocol="literature")
 
 
-def test_a_mosaic_becomes_colours_by_interpolation():
+@pytest.mark.parametrize("down", (0, 1))
+@pytest.mark.parametrize("right", (0, 1))
+def test_a_mosaic_becomes_colours_by_interpolation(down, right):
     ramps = torch.stack([torch.arange(12.0).expand(9, 12), torch.arange(9.0)[:, None].expand(9, 12),
                          torch.full((9, 12), 5.0)])[None]
-    torch.testing.assert_close(data.demosaic(ramps)[..., 2:-2, 2:-2], ramps[..., 2:-2, 2:-2])  # slopes stay
-    images = torch.rand(2, 3, 8, 10)
-    colours, unseen = data.demosaic(images), images.clone()
-    for colour, top, left in ((0, 0, 0), (1, 0, 1), (1, 1, 0), (2, 1, 1)):  # red, green, green, blue
-        site = slice(None), colour, slice(top, None, 2), slice(left, None, 2)
+    places = torch.tensor([[down, right]])
+    found = data.demosaic(ramps, places)
+    torch.testing.assert_close(found[..., 2:-2, 2:-2], ramps[..., 2:-2, 2:-2])  # slopes stay
+    images, seen = torch.rand(1, 3, 8, 10), torch.zeros(1, 3, 8, 10)
+    colours = data.demosaic(images, places)
+    up, left = 1 - down, 1 - right
+    for colour, y, x in ((0, down, right), (1, down, left), (1, up, right), (2, up, left)):
+        site = slice(None), colour, slice(y, None, 2), slice(x, None, 2)
         torch.testing.assert_close(colours[site], images[site])
-        unseen[site] = 0
-    torch.testing.assert_close(data.demosaic(images - unseen), colours)  # one colour a pixel is all it takes
+        seen[site] = images[site]
+    torch.testing.assert_close(data.demosaic(seen, places), colours)  # one colour a pixel is all it takes
 
 
 def test_the_noise_of_a_camera_spreads_over_pixels_and_colours():
-    images = torch.full((4, 3, 96, 96), 128 / 255)
-    for kind, near, colours in (("poisson-gaussian", 0, 0), ("camera", 0.58, 0.42)):
-        noise = (fixed(images, range(4), kind=kind)(0.2) - images).transpose(0, 1)
+    images = torch.full((8, 3, 96, 96), 128 / 255)
+    for kind, near, colours, spread in (("poisson-gaussian", 0, (0, 0), (1, 1, 1)),
+                                        ("camera", 0.58, (0.42, 0.22), (0.78, 0.62, 0.78))):
+        noise = (fixed(images, range(8), kind=kind)(0.2) - images).transpose(0, 1)
         beside = torch.stack((noise[..., :-1].flatten(), noise[..., 1:].flatten()))
         assert torch.corrcoef(beside)[0, 1].item() == pytest.approx(near, abs=0.02)
-        assert torch.corrcoef(noise.flatten(1))[0, 1].item() == pytest.approx(colours, abs=0.03)
+        assert torch.corrcoef(noise.flatten(1))[0, 1:].tolist() == pytest.approx(colours, abs=0.03)
+        sensor = 0.2 * (0.9 * 128 / 255 + 0.1) ** 0.5
+        assert (noise.flatten(1).std(1) / sensor).tolist() == pytest.approx(spread, rel=0.03)
+    grey = fixed(images[:, :1], range(8), kind="camera")(0.2) - images[:, :1]
+    assert (grey.std() / sensor).item() == pytest.approx(0.66, rel=0.03)
+    for size in ((1, 1), (1, 5), (2, 1)):  # too small for a mosaic
+        assert fixed(torch.rand(1, 3, *size), [0], kind="camera")(0.2).isfinite().all()
 
 
 def add_in_training(images, sigma):
@@ -405,7 +417,8 @@ def test_noise_on_the_gpu():
         for sigma in (1.0, 0.1, 1e-4, 1e-6):
             noisy = data.Noise(sigmas=(sigma,), kind=kind).add_random(images, there)
             assert noisy.is_cuda  # 1e-6: float32 has no more digits at 1
-            assert (noisy - 1).std().item() == pytest.approx(sigma, rel=0.05, abs=1e-7)
+            left = ((2 * 0.78**2 + 0.62**2) / 3) ** 0.5 if kind == "camera" else 1
+            assert (noisy - 1).std().item() == pytest.approx(left * sigma, rel=0.05, abs=1e-7)
         pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
         here, far = (fixed(data.to_float(pixels, device), [0, 1], kind=kind)(0.3).cpu()
                      for device in ("cpu", "cuda"))
