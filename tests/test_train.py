@@ -365,7 +365,7 @@ def write_record(path, name="cnas-k3-e3", method="tfnas", **more):
 
 
 def test_recipes_and_the_images_of_a_search_are_defaults(tmp_path, monkeypatch):
-    assert (read(["--model", "unet-s"]).recipe, read(["--model", "unet-s"]).epochs) == ("short", 10)
+    assert (read(["--model", "unet-s"]).recipe, read(["--model", "unet-s"]).epochs) == ("short", 8)
     study = read(["--model", "unet-s", "--recipe", "study", "--epochs", "7"])
     assert (study.epochs, study.batch_size, study.optimizer) == (7, 64, "adam")
     assert (study.sigma, study.sigma_levels, study.sigmas) == (1.0, 11, None)
