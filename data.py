@@ -105,8 +105,9 @@ def demosaic(images, places):
     sees = torch.stack((~down & ~right, down ^ right, down & right), 1).to(images.dtype)
     beside = sees.new_tensor([[[1, 2, 1], [2, 4, 2], [1, 2, 1]], [[0, 1, 0], [1, 4, 1], [0, 1, 0]]])
     sums = functools.partial(torch.nn.functional.conv2d, weight=beside[[0, 1, 0], None], padding=1, groups=3)
-    green = (sums(images * sees) / sums(sees))[:, 1:2]
-    return green + sums((images - green) * sees) / sums(sees)
+    seen = sums(sees)
+    green = (sums(images * sees) / seen)[:, 1:2]
+    return green + sums((images - green) * sees) / seen
 
 
 def _camera(images, sigma, normal, poisson):

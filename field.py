@@ -134,7 +134,8 @@ def format_field(content: dict) -> str:
 
 
 def plot(path: Path, rows: list[dict]) -> bool:
-    """Draw PSNR over ms, an axis for each folder that others have values of; False without matplotlib."""
+    """Draw PSNR over ms, an axis for each folder that others have values of, or for all where they have none;
+    False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

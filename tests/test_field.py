@@ -1,5 +1,6 @@
 """field.py: a denoiser beside published ones, through eval.py."""
 
+import importlib.util
 import json
 
 import pytest
@@ -52,6 +53,8 @@ def test_a_table_of_measured_and_published_numbers(tmp_path, small, capsys):
     text = (tmp_path / "out" / "field.txt").read_text(encoding="utf-8")
     assert "33.90*" in text and f"{ours['psnr_db']['CBSD68']['15']:.2f}*" not in text
     assert text in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):  # one axis: nobody else has a value of the pairs
+        assert Image.open(tmp_path / "out" / "field.png").width == 600
 
     # The same numbers as those of an evaluation in the literature's protocol.
     evaluation.main(["--data", clean, "--split", "all", "--sigmas", "15/255", "25/255", "50/255",
