@@ -222,14 +222,14 @@ class _Attention(nn.Module):
 
 
 class DnCNN(nn.Module):
-    """DnCNN (Zhang et al. 2017): convolutions of 64 channels, batch norm, ReLU that estimate the noise in an
-    image; 20 layers for colour (CDnCNN-B), 17 for grey images (DnCNN-S)."""
+    """DnCNN (Zhang et al. 2017): convolutions, batch norm and ReLU that estimate the noise in an image; of 64
+    channels, 20 layers for colour (CDnCNN-B), 17 for grey images (DnCNN-S)."""
 
     denoises, classifies = True, False
 
-    def __init__(self, layers: int = 20, image_channels: int = 3):
+    def __init__(self, layers: int = 20, image_channels: int = 3, channels: int = 64):
         super().__init__()
-        self.channels, channels = image_channels, 64
+        self.channels = image_channels
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         inner = [layer for _ in range(layers - 2) for layer in
                  (conv(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU())]
@@ -483,8 +483,8 @@ registry.NAMED.update({
     "lpienet-0.25x": Named(lambda _: LPIENet((4, 8, 16), (8, 4))),
     "lpienet-0.5x": Named(lambda _: LPIENet((8, 16, 32), (16, 8))),
     "lpienet": Named(lambda _: LPIENet((16, 32, 64), (32, 16))),
-    "dncnn": Named(lambda _: DnCNN()),
-    "dncnn-grey": Named(lambda _: DnCNN(17, 1)),
+    "dncnn": _widened(lambda _, factor=1.0: DnCNN(channels=max(1, round(64 * factor)))),
+    "dncnn-grey": _widened(lambda _, factor=1.0: DnCNN(17, 1, max(1, round(64 * factor)))),
     "ircnn": Named(lambda _: IRCNN()),
     "ffdnet": Named(lambda _: FFDNet()),
     "drunet": Named(lambda _: DRUNet()),

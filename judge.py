@@ -2,10 +2,11 @@
 
     python judge.py --target 4 --data photos --size 64
     python judge.py --target 4,8 --found 3 --random 3 --search "--epochs 6" --train "--epochs 8"
+    python judge.py --target 4 --model dnas --data photos --size 64 --eval "--data kodak --split all"
 
-For each target: N searches with N seeds, N random networks of the same space fitted to the same latency,
-and networks made by hand, widened until they have it too. All are trained alike and evaluated on test images.
-Networks from all over the space are trained as well: does the first supernet put them in the right order?
+For each target: N searches with N seeds, N random networks of the same space and cost, and networks made by
+hand, widened until they have that cost too. All are trained alike and evaluated on test images. In the wide
+space networks from all over it are trained as well: does the first supernet put them in the right order?
 Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front: after each run of
 what is there so far. Runs that are there are not repeated, stopped ones go on. Start the same command again
 beside it, on as many cores as you like: each takes runs that no other one has. Sources: Yang et al. 2020,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import random
 import shlex
 import statistics
@@ -32,31 +34,40 @@ import files
 import latency
 import models
 import registry
+import search
 import train
-from data import Parser, whole
+from data import Parser, number, whole
 from reproduce import run_command
 from run import Busy, Command, default_device, lock_folder, prepare_device, say, unlock_folder
-from search import method_of, milliseconds
 
-FORMAT, VERSION = "joint-judge", 1
-WITHIN = 0.03  # of the target, the latency of a network made by hand
-HAND = {  # made by hand: named models, and the share of the target that each of them gets
-    "one block a stage": {"dcnas-k3-e6-fused": 1.0},
-    "DC-Net with a tail": {"dcnet-s-tail": 1.0},
-    "MobileNetV2 and decoder": {"mobilenet-v2-decoder": 1.0},
-    "MobileNetV3 and decoder": {"mobilenet-v3-small-decoder": 1.0},
-    "MobileNetV3 and UNet": {"mobilenet-v3-small": 0.25, "unet-b16-d4-m2-c2": 0.75}}  # one task each
+FORMAT, VERSION = "joint-judge", 2
+WITHIN = 0.03  # of the target, the cost of a network made by hand
+DENOISERS = {"UNet": {"unet-b16-d4-m2-c2-res": 1.0}, "DnCNN": {"dncnn": 1.0},
+             "grey DnCNN": {"dncnn-grey": 1.0}}
+HAND = {  # made by hand, by --model: named models, and the share of the target that each of them gets
+    "dcnas": {
+        "one block a stage": {"dcnas-k3-e6-fused": 1.0},
+        "DC-Net with a tail": {"dcnet-s-tail": 1.0},
+        "MobileNetV2 and decoder": {"mobilenet-v2-decoder": 1.0},
+        "MobileNetV3 and decoder": {"mobilenet-v3-small-decoder": 1.0},
+        "MobileNetV3 and UNet": {"mobilenet-v3-small": 0.25, "unet-b16-d4-m2-c2": 0.75}},  # one task each
+    "cnas": {"one block a stage": {"cnas-k3-e6-fused": 1.0}, "MobileNetV2": {"mobilenet-v2": 1.0},
+             "MobileNetV3": {"mobilenet-v3-small": 1.0}},
+    "dnas": {"one block a stage": {"dnas-k3-e6-fused": 1.0}, **DENOISERS}}
+TWO_TASKS = ("dcnas", "dcnas-seq")  # --model that denoises and classifies
+PLAIN = "no search"  # the group of --strategy plain, where a method has that
 MEASURES = {  # column -> (more is better, how it is written)
     "accuracy %": (True, "{:.2f}"), "PSNR dB": (True, "{:.2f}"), "SSIM": (True, "{:.4f}"),
     "joint loss": (False, "{:.4f}")}
+ORDER = ("joint loss", "PSNR dB", "accuracy %")  # the first one that a network has tells how good it is
 RANKED = "ranked"  # networks that the search of seed 0 compared, from all over the space
-SAME = ("data", "size", "train_images", "test_images", "target", "space", "mode", "search",
-        "train")  # flags that all runs in a folder share
+SAME = ("model", "data", "size", "train_images", "test_images", "target", "target_macs", "space", "mode",
+        "search", "train", "eval")  # flags that all runs in a folder share
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row's network of one seed: `group` is "found", "random", a key of HAND, or RANKED."""
+    """One row's network of one seed: `group` is "found", "random", PLAIN, a key of HAND, or RANKED."""
 
     group: str
     target: float
@@ -101,6 +112,18 @@ def kendall_tau(first: list[float], second: list[float]) -> float:
     return sum(agree) / len(pairs)
 
 
+def image_words(values: dict) -> list[str]:
+    """The flags of images and noise (data.image_flags) as words of a command."""
+    words = []
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-"))
+        elif value is not None:
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
 # --- Runs --------------------------------------------------------------------------------------------------
 
 class Judge:
@@ -108,16 +131,43 @@ class Judge:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.output_dir)
-        self.method = method_of("dcnas", {"space": args.space}).__name__
-        self.data = ["--data", args.data, "--data-root", args.data_root, "--size", str(args.size),
-                     *(["--train-images", str(args.train_images)] if args.train_images else [])]
-        self.search, self.train = shlex.split(args.search), shlex.split(args.train)
-        what = data_module.load_data(args.data, root=args.data_root, size=8, train_images=1, val_images=1,
-                                     test_images=1)
-        if what.classes is None:
-            raise ValueError(f"{args.data} has no labels, and all networks here classify: give a folder with "
-                             "a folder per class.")
-        self.classes = len(what.classes)
+        self.targets = args.target or [args.target_macs]
+        self.unit = "ms" if args.target else "MACs M"
+        spaces = [name for method in search.methods_of(args.model) for name in getattr(method, "SPACES", ())]
+        if args.space not in (None, *spaces):
+            raise ValueError(f"--space {args.space} is not for --model {args.model}; leave it out.")
+        named = ["--space", args.space or spaces[0]] if spaces else []
+        size = args.size or (64 if spaces else None)
+        self.data = ["--data", args.data, "--data-root", args.data_root]
+        for flag, value in (("--size", size), ("--train-images", args.train_images)):
+            self.data += [flag, str(value)] if value else []
+        self.searched = ["--model", args.model, *self.data, *named, *shlex.split(args.search)]
+        self.train = shlex.split(args.train)
+        flags, _ = search.read_command([*self.searched, *self.limit(self.targets)])
+        self.method = search.method_of(args.model, vars(flags))
+        data = data_module.data_from({**vars(flags), "train_images": 1, "val_images": 1, "test_images": 1})
+        space = self.method.plan(data, **vars(flags))["space"]  # ValueError where the images do not fit
+        self.classes, self.channels, self.size = len(data.classes or []) or 1, data.channels, data.size
+        self.images = data_module.image_flags(vars(flags))  # which a record keeps, for its training
+        self.one_for_all = "target" in getattr(self.method, "FREE_FLAGS", ())
+        self.by_hand = {} if models.scale_of(space) > 1 else {
+            name: networks for name, networks in HAND.get(args.model, DENOISERS).items()
+            if name not in args.skip and all(self.takes(network) for network in networks)}
+
+    def named(self, name: str, factor: float = 1.0) -> nn.Module:
+        """A named model for these images, with its channels times a factor."""
+        record = registry.named_record(name, self.classes, {})
+        return registry.build_network(train.modify_record(record, widen=factor, grey=self.channels == 1))
+
+    def takes(self, name: str) -> bool:
+        """Whether a named model takes images of so many channels."""
+        with torch.device("meta"):
+            return models.channels_of(self.named(name)) == self.channels
+
+    def limit(self, targets: list[float]) -> list[str]:
+        """The flags of search.py that name targets, and the table for them."""
+        named = ",".join(f"{target:g}" for target in targets)
+        return ["--target", named, "--mode", self.args.mode] if self.args.target else ["--target-macs", named]
 
     def command(self, script: str, *flags: str) -> None:
         run_command(script, *flags, device=self.args.device, threads=self.args.threads)
@@ -132,17 +182,20 @@ class Judge:
             except Busy:
                 time.sleep(5)
                 continue
-            space = [] if self.args.space == "wide" else ["--space", self.args.space]
-            self.command("latency.py", "--method", self.method, *space, "--size", str(self.args.size),
-                         "--classes", str(self.classes), "--mode", self.args.mode, "--output", str(path))
+            self.command("search.py", *self.searched, "--range", "--mode", self.args.mode, "--output-dir",
+                         str(self.folder / "table"))
+            os.replace(self.folder / "table" / "latency.json", path)
         return latency.load_table(path)
 
     def where(self, contender: Contender) -> Path:
         return self.folder / f"target_{contender.target:g}" / contender.group.replace(" ", "-") \
             / f"seed_{contender.seed}"
 
-    def milliseconds(self, network: nn.Module) -> float:
-        """The latency of a network at the speed of the table: in turn with the table's reference."""
+    def cost(self, network: nn.Module) -> float:
+        """What a network costs: MACs, or its latency at the speed of the table, in turn with the table's
+        reference."""
+        if not self.args.target:
+            return models.count_macs(network, self.input_size(network)) / 1e6
         table = self.table
         with latency.prepared(table.reference_network(), table.setting) as (reference, images), \
                 latency.prepared(network, table.setting) as (timed, _):
@@ -150,29 +203,31 @@ class Judge:
                                        table.setting.device_type, min_rounds=9, seconds=2.0)
         return times.ratios[1] * table.reference_ms
 
+    def input_size(self, network: nn.Module) -> int:
+        return self.size // models.scale_of(network)
+
     def widened(self, name: str, target: float) -> float:
-        """The factor for a named model's channels that brings it nearest to a latency."""
+        """The factor for a named model's channels that brings it nearest to a cost."""
         path = self.folder / f"target_{target:g}" / f"{name}.json"
         if not path.exists():
             factor, tried = 1.0, {}
             while factor not in tried and len(tried) < 8:
-                record = train.modify_record(registry.named_record(name, self.classes, {}), widen=factor)
-                tried[factor] = self.milliseconds(registry.build_network(record))
+                tried[factor] = self.cost(self.named(name, factor))
                 if abs(tried[factor] / target - 1) < WITHIN / 3:
                     break
                 # Between 1, where most time does not depend on the channels, and 2, their square.
                 factor = round(min(max(factor * (target / tried[factor]) ** (1 / 1.5), 0.1), 16.0), 3)
             factor = min(tried, key=lambda each: abs(tried[each] - target))
             if abs(tried[factor] / target - 1) > WITHIN:
-                say(f"note: {name} comes no nearer to {target:g} ms than {tried[factor]:.3f} ms.")
+                say(f"note: {name} comes no nearer to {target:g} {self.unit} than {tried[factor]:.3f}.")
             if not path.exists():  # of another process, which took its first run
-                files.write_json(path, {"widen": factor, "ms": tried[factor]})
+                files.write_json(path, {"widen": factor, self.unit: tried[factor]})
         return json.loads(path.read_text())["widen"]
 
     def together(self, contender: Contender) -> bool:
         """Whether one supernet serves all targets, as in the wide space. The largest target sets its scale,
         and that of random networks."""
-        return self.args.space == "wide" and len(self.args.target) > 1 and contender.group != RANKED
+        return self.one_for_all and len(self.targets) > 1 and contender.group != RANKED
 
     def record_path(self, contender: Contender) -> Path:
         """Where the search of a found or a random network leaves its record."""
@@ -191,17 +246,17 @@ class Judge:
             row = [row for row in self.compared(contender.target) if row["spread"]][contender.seed]
             made = files.provenance(latency.device_name(self.args.device), 0)
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, files.make_record(self.method, row, made))
+            files.write_json(path, files.make_record(self.method.__name__, row, made))
         if not path.exists():
             lock_folder(folder.with_name(f"{folder.name}_begun"))  # the search holds its own
         if not path.exists():
-            targets = self.args.target if together else [contender.target]
-            how = ["--strategy", "random"] if contender.group == "random" else []  # of the same space
+            strategy = {"random": "random", PLAIN: "plain"}.get(contender.group)
+            how = ["--strategy", strategy] if strategy else []
             again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
-            self.command("search.py", *self.data, "--target", ",".join(f"{one:g}" for one in targets),
-                         "--mode", self.args.mode, "--table", str(self.folder / "latency.json"), "--seed",
-                         str(contender.seed), "--space", self.args.space, "--output-dir", str(folder),
-                         *self.search, *how, *again)
+            table = ["--table", str(self.folder / "latency.json")] if self.args.target else []
+            self.command("search.py", *self.searched, *self.limit(self.targets if together else
+                         [contender.target]), *table, "--seed", str(contender.seed), "--output-dir",
+                         str(folder), *how, *again)
         return path
 
     def compared(self, target: float) -> list[dict]:
@@ -211,26 +266,30 @@ class Judge:
         return json.loads(path.read_text())["networks"] if path.exists() else []
 
     def order(self, target: float, results: dict[Contender, dict]) -> dict[str, dict]:
-        """Kendall's tau between the joint losses in the supernet of seed 0 and after training: of networks
+        """Kendall's tau between the losses in the supernet of seed 0 and what training gives: of networks
         from all over the space, and of the random ones, which have one latency."""
         key = models.Arch.from_dict
-        known = {key(row): 0.1 * row["ce"] + 0.9 * row["den"] for row in self.compared(target)}
+        known = {key(row): 0.1 * row.get("ce", 0.0) + 0.9 * row.get("den", 0.0)
+                 for row in self.compared(target)}
         pairs: dict[str, list] = {RANKED: [], "random": []}
         for one, run in results.items():
             if known and one.target == target and one.group in pairs:
                 trained = self.where(one) / "network_0" / "best.pt"
                 record = key(files.read_checkpoint(trained)["record"])
                 if record in known:
-                    pairs[one.group].append((known[record], run["joint loss"]))
+                    name = next(name for name in ORDER if name in run)
+                    pairs[one.group].append((known[record], -run[name] if MEASURES[name][0] else run[name]))
         return {group: {"tau": kendall_tau(*zip(*some)), "networks": len(some)}
                 for group, some in pairs.items() if len(some) > 1}
 
     def networks(self, contender: Contender) -> list[list[str]]:
         """The flags of train.py that name the networks of a contender: one, or one for each task."""
-        if contender.group not in HAND:
+        if contender.group not in self.by_hand:
             return [["--arch", str(self.record(contender)), "--from-scratch"]]  # as all others
-        return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}"]
-                for name, share in HAND[contender.group].items()]
+        recipe = [] if self.args.model in models.MODELS else ["--recipe", self.args.model]
+        return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}",
+                 *image_words(self.images), *recipe]
+                for name, share in self.by_hand[contender.group].items()]
 
     def measure(self, contender: Contender) -> None:
         """Train and evaluate a contender, as far as that was not done, and write its numbers."""
@@ -243,18 +302,25 @@ class Judge:
                 self.command("train.py", *which, *self.data, "--seed", str(contender.seed), "--output-dir",
                              str(folder), *self.train, *again)
                 self.command("eval.py", "--checkpoint", str(best), "--output-dir", str(metrics.parent),
-                             "--test-images", str(self.args.test_images), "--no-latency")
+                             "--test-images", str(self.args.test_images), "--no-latency",
+                             *shlex.split(self.args.eval))
             network, checkpoint = files.load_checkpoint(best, self.args.device)
             means = json.loads(metrics.read_text())["means"]
-            result["MACs M"] = result.get("MACs M", 0.0) + models.count_macs(network, self.args.size) / 1e6
-            result["ms"] = result.get("ms", 0.0) + self.milliseconds(network)
+            macs = models.count_macs(network, self.input_size(network)) / 1e6
+            result["MACs M"] = result.get("MACs M", 0.0) + macs
+            if self.args.target:
+                result["ms"] = result.get("ms", 0.0) + self.cost(network)
             if network.classifies:
                 result["accuracy %"] = 100 * means["all_levels"]["accuracy"]
             if network.denoises:
-                result |= {"PSNR dB": means["noisy_levels"]["psnr_db"], "SSIM": means["noisy_levels"]["ssim"]}
-            which = train.choose_loss(network, labelled=True)
-            total += {"both": 1.0, "cls": 0.1, "den": 0.9}[which] * self.loss(network, checkpoint, which)
-        files.write_json(self.where(contender) / "result.json", result | {"joint loss": total})
+                some = means["noisy_levels"] if means["noisy_levels"]["psnr_db"] else means["all_levels"]
+                result |= {"PSNR dB": some["psnr_db"], "SSIM": some["ssim"]}
+            if self.args.model in TWO_TASKS:
+                which = train.choose_loss(network, labelled=True)
+                total += {"both": 1.0, "cls": 0.1, "den": 0.9}[which] * self.loss(network, checkpoint, which)
+        if self.args.model in TWO_TASKS:
+            result["joint loss"] = total
+        files.write_json(self.where(contender) / "result.json", result)
 
     def loss(self, network: nn.Module, checkpoint: dict, which: str) -> float:
         """The loss of training (Markhorst 2024, eq. 1), or a part of it, of the noisy test images."""
@@ -267,12 +333,13 @@ class Judge:
 
     def contenders(self) -> list[Contender]:
         """All contenders, one seed of each group after the other."""
+        plain = [PLAIN] if "plain" in getattr(self.method, "STRATEGIES", ()) else []
         counts = {"found": self.args.found, "random": self.args.random,
-                  **{name: self.args.hand for name in HAND if name not in self.args.skip}}
+                  **dict.fromkeys([*plain, *self.by_hand], self.args.hand)}
         rows = [Contender(group, target, seed) for seed in range(max(counts.values()))
-                for target in self.args.target for group, count in counts.items() if seed < count]
-        ranked = self.args.ranked if self.args.space == "wide" else 0
-        return rows + [Contender(RANKED, self.args.target[0], seed) for seed in range(ranked)]
+                for target in self.targets for group, count in counts.items() if seed < count]
+        ranked = self.args.ranked if self.one_for_all else 0
+        return rows + [Contender(RANKED, self.targets[0], seed) for seed in range(ranked)]
 
     def results(self) -> dict[Contender, dict]:
         """The numbers of the runs that are there, target by target."""
@@ -287,9 +354,8 @@ class Judge:
             return
         before = files.read_json(path, FORMAT, VERSION, "name another --output-dir").get("flags", {})
         # Elsewhere than in the wide space, each target has searches of its own.
-        names = [name for name in SAME if name != "target" or self.args.space == "wide"]
-        differ = [f"--{name.replace('_', '-')}" for name in names
-                  if before.get(name) != getattr(self.args, name)]
+        names = [name for name in SAME if name in before and (name != "target" or self.one_for_all)]
+        differ = [f"--{name.replace('_', '-')}" for name in names if before[name] != getattr(self.args, name)]
         if differ:
             raise ValueError(f"{self.folder} has runs of other {', '.join(differ)}: name another "
                              "--output-dir.")
@@ -298,7 +364,8 @@ class Judge:
         """Make all runs that no other process has made or is making; wait for what others do. After each run
         the verdict is written, of what is there so far."""
         self.check_flags()
-        _ = self.table
+        if self.args.target:
+            _ = self.table
         while left := [one for one in self.contenders() if not (self.where(one) / "result.json").exists()]:
             done = 0
             for contender in left:
@@ -318,16 +385,17 @@ class Judge:
         """Write judge.txt, judge.json and judge.png; what to print."""
         args, results = self.args, self.results()
         made = files.provenance(latency.device_name(args.device))
-        wide = args.target if args.space == "wide" else ()
+        wide = self.targets if self.one_for_all else ()
         verdict = {**judge(results), "order": {target: self.order(target, results) for target in wide}}
-        text = (f"{args.data}, {args.size} px; latency: {args.mode}; {made['device']}, torch "
+        mode = f"latency: {args.mode}; " * bool(args.target)
+        text = (f"{args.model}, {args.data}, {self.size} px; {mode}{made['device']}, torch "
                 f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
-                f"{format_verdict(verdict)}\n")
+                f"{format_verdict(verdict, self.unit)}\n")
         path = self.folder / "judge.txt"
         files.write_file(path, lambda temporary: temporary.write_text(text))
         files.write_json(path.with_suffix(".json"), {
             "format": FORMAT, "version": VERSION, "made": made, "flags": vars(args), **verdict})
-        drawn = plot(path.with_suffix(".png"), results)
+        drawn = plot(path.with_suffix(".png"), results, self.unit)
         return (f"\n{text}\nwrote {path}, {path.with_suffix('.json')}"
                 + (f", {path.with_suffix('.png')}" if drawn else ""))
 
@@ -342,59 +410,62 @@ def judge(results: dict[Contender, dict]) -> dict:
             groups.setdefault((one.target, one.group), []).append(run)
     for (target, group), runs in groups.items():
         columns = {name: summarise([run[name] for run in runs]) for name in runs[0]}
-        rows.append({"target_ms": target, "group": group, "columns": columns})
+        rows.append({"target": target, "group": group, "columns": columns})
         ours = groups.get((target, "found"))
-        for name, (more, _) in MEASURES.items() if ours and group != "found" else ():
-            gain = better_by([run[name] for run in ours], [run[name] for run in runs], more)
-            comparisons.append({"target_ms": target, "group": group, "column": name, **gain})
+        for name in MEASURES if ours and group != "found" else ():
+            if name in columns:
+                gain = better_by([run[name] for run in ours], [run[name] for run in runs], MEASURES[name][0])
+                comparisons.append({"target": target, "group": group, "column": name, **gain})
     return {"rows": rows, "found_minus": comparisons}
 
 
-def format_verdict(verdict: dict) -> str:
-    """What `judge` returns, to read."""
-    names = ["ms", "MACs M", *MEASURES]
+def format_verdict(verdict: dict, unit: str = "ms") -> str:
+    """What `judge` returns, to read; `unit`: of the targets."""
+    there, short = {name for row in verdict["rows"] for name in row["columns"]}, unit.split()[-1]
+    names = [name for name in ("ms", "MACs M", *MEASURES) if name in there]
     lines = [f"{'target':>8}  {'networks':<26}{'n':>3}" + "".join(f"{name:>26}" for name in names)]
     for row in verdict["rows"]:
         cells = []
         for name in names:
-            cell, form = row["columns"][name], MEASURES.get(name, (0, "{:.2f}"))[1]
-            text = form.format(cell["mean"])
-            if cell["count"] > 1 and name in MEASURES:
+            cell, form = row["columns"].get(name), MEASURES.get(name, (0, "{:.2f}"))[1]
+            text = form.format(cell["mean"]) if cell else "-"
+            if cell and cell["count"] > 1 and name in MEASURES:
                 text += f" ({form.format(cell['low'])} to {form.format(cell['high'])})"
             cells.append(f"{text:>26}")
-        count = row["columns"]["ms"]["count"]
-        lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{count:>3}" + "".join(cells))
+        count = row["columns"]["MACs M"]["count"]
+        lines.append(f"{row['target']:>5g} {short:<2}  {row['group']:<26}{count:>3}{''.join(cells)}")
     lines.append("\nFound networks are better by (95 % bootstrap interval; % of the others' mean):")
     for row in verdict["found_minus"]:
         form = MEASURES[row["column"]][1].replace("{:", "{:+")
         between = " (no interval: a single run)"
         if row["low"] is not None:
             between = f" ({form.format(row['low'])} to {form.format(row['high'])})"
-        lines.append(f"{row['target_ms']:>5g} ms  {row['group']:<26}{row['column']:<12}"
+        lines.append(f"{row['target']:>5g} {short:<2}  {row['group']:<26}{row['column']:<12}"
                      f"{form.format(row['difference']):>10}{between}"
                      + (f", {row['relative_percent']:+.1f} %" if row['relative_percent'] is not None else ""))
     for target, order in verdict["order"].items():
         for group, found in order.items():
-            where = "all over the space" if group == RANKED else f"of {target:g} ms"
+            where = "all over the space" if group == RANKED else f"of {target:g} {unit}"
             lines.append(f"Kendall's tau between supernet and training, {found['networks']} networks "
                          f"{where}: {found['tau']:.2f}")
     return "\n".join(lines)
 
 
-def plot(path: Path, results: dict[Contender, dict]) -> bool:
-    """Draw the front: PSNR and accuracy over ms, a point for each network; False without matplotlib."""
+def plot(path: Path, results: dict[Contender, dict], unit: str = "ms") -> bool:
+    """Draw the front: PSNR and accuracy over the cost, a point for each network; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("PSNR dB", "accuracy %")):
+    names = [name for name in ("PSNR dB", "accuracy %") if any(name in run for run in results.values())]
+    figure = Figure(figsize=(6 * len(names), 4.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for group in dict.fromkeys(one.group for one in results if one.group != RANKED):
-            runs = [run for one, run in results.items() if one.group == group]
+            runs = [run for one, run in results.items() if one.group == group and name in run]
             marker = {"found": "*", "random": "."}.get(group, "o")
-            axis.scatter([run["ms"] for run in runs], [run[name] for run in runs], label=group, marker=marker,
+            axis.scatter([run[unit] for run in runs], [run[name] for run in runs], label=group, marker=marker,
                          s=40 if marker == "o" else 110, alpha=0.7, zorder=3 if marker == "*" else 2)
-        axis.set(xlabel="ms", ylabel=name)
+        axis.set(xlabel=unit, ylabel=name)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
@@ -410,7 +481,11 @@ def build_parser() -> argparse.ArgumentParser:
                     epilog="examples: python judge.py --target 4 --data photos; python judge.py --target 4,8 "
                            "--found 3 --random 3; python judge.py --target 4 --search '--epochs 6'")
     add = parser.add_argument
-    add("--target", type=milliseconds, required=True, metavar="MS", help="latency, or several: 4,8")
+    cost = parser.add_mutually_exclusive_group(required=True)
+    cost.add_argument("--target", type=search.milliseconds, metavar="MS", help="latency, or several: 4,8")
+    cost.add_argument("--target-macs", type=number(1e-6, 1e9), metavar="M", help="instead: millions of "
+                      "multiply-accumulates, where the model's search takes them (default: a latency)")
+    add("--model", choices=search.MODELS, default="dcnas", help="as in search.py (default: %(default)s)")
     add("--found", type=whole(1, 1000), default=8, metavar="N", help="searches (default: %(default)s)")
     add("--random", type=whole(1, 1000), default=8, metavar="N",
         help="random networks (default: %(default)s)")
@@ -418,16 +493,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="networks from all over the space, for the order in the supernet (default: %(default)s)")
     add("--hand", type=whole(1, 1000), default=2, metavar="N",
         help="seeds of each network made by hand (default: %(default)s)")
-    add("--skip", nargs="+", choices=HAND, default=[], metavar="NAME",
-        help=f"leave out: {', '.join(HAND)} (default: none)")
-    add("--space", choices=("wide", "4", "6", "8"), default="wide", help="as in search.py (default: wide)")
+    names = list(dict.fromkeys(name for some in (*HAND.values(), DENOISERS) for name in some))
+    add("--skip", nargs="+", choices=names, default=[], metavar="NAME",
+        help=f"leave out: {', '.join(names)} (default: none)")
+    add("--space", choices=("wide", "4", "6", "8"), help="as in search.py (default: wide, if there)")
     add("--search", default="", metavar="FLAGS", help="more flags of search.py, in quotes (default: none)")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, in quotes (default: none)")
+    add("--eval", default="", metavar="FLAGS", help="more flags of eval.py, in quotes: other test images, "
+        "other noise (default: none)")
     add("--mode", choices=latency.MODES, help="form of the network that is timed (default: onnx where "
         "onnxruntime is installed and the device is a CPU, else folded)")
     add("--data", default="digits", metavar="NAME", help="as in search.py (default: %(default)s)")
     add("--data-root", default="data", metavar="DIR", help="as in search.py (default: %(default)s)")
-    add("--size", type=whole(16, 65536), default=64, metavar="N", help="pixels (default: %(default)s)")
+    add("--size", type=whole(16, 65536), metavar="N", help="pixels (default: 64, or that of the method)")
     add("--train-images", type=whole(2), metavar="N", help="of search and training (default: all)")
     add("--test-images", type=whole(1), default=4000, metavar="N",
         help="at most; of 1,000 an accuracy has a standard error of 1.6 %%, of 4,000 of 0.8 %% "

@@ -5,13 +5,16 @@ import statistics
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import files
+import hinas
 import judge
 import models
 import reproduce
 import run
-from fake_table import fake_table, fake_wide, quick_compare, quick_elastic
+import superkernel
+from fake_table import fake_parts, fake_table, fake_wide, quick_compare, quick_elastic
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_where_that_holds():
@@ -49,8 +52,8 @@ def test_kendalls_tau_by_hand():
 @pytest.fixture
 def quick(monkeypatch, in_this_process):
     """A network takes a millisecond for every million MACs."""
-    monkeypatch.setattr(judge.Judge, "milliseconds",
-                        lambda self, network: models.count_macs(network, self.args.size) / 1e6)
+    monkeypatch.setattr(judge.Judge, "cost",
+                        lambda self, network: models.count_macs(network, self.size) / 1e6)
     quick_compare(monkeypatch)
 
 
@@ -96,7 +99,7 @@ def test_random_networks_come_from_the_space_of_the_found_ones(tmp_path, monkeyp
 def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, quick, capsys, monkeypatch):
     files.write_json(tmp_path / "latency.json", fake_table() if space == "4" else fake_wide())
     quick_elastic(monkeypatch)
-    skip = [name for name in judge.HAND if name != "MobileNetV3 and UNet"]
+    skip = [name for name in judge.HAND["dcnas"] if name != "MobileNetV3 and UNet"]
     drawn = "1" if space == "4" else "2"
     flags = arguments(tmp_path, "--space", space, "--found", "1", "--random", drawn, "--ranked", "2",
                       "--hand", "1", "--skip", *skip, "--search", "--epochs 1 --batch-size 8", "--train",
@@ -119,10 +122,50 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, qui
     judge.main(flags)
 
 
+@pytest.mark.parametrize("space, limit, unit, groups, small", (
+    (superkernel.Space("skipinit", 4, 3), "--target-macs", "M ", ["found", "random", judge.PLAIN, "UNet"],
+     "--width 4"),
+    (hinas.Space(base_width=2), "--target", "ms", ["found", "random", "grey DnCNN"],
+     "--width 2 --search-width 1")), ids=("superkernel", "hinas"))
+def test_denoisers_are_compared_too(space, limit, unit, groups, small, tmp_path, quick, capsys):
+    """By PSNR and SSIM, at one cost, all trained with the images and the noise of the search."""
+    (tmp_path / "photos").mkdir()
+    for place in range(12):
+        Image.effect_noise((40, 40), 50).save(tmp_path / "photos" / f"{place}.png")
+    if unit == "ms":
+        files.write_json(tmp_path / "latency.json", fake_parts(space, 24))
+    model = space.identity()["method"]
+    target = sum(judge.registry.method_module(model).SuperNet(space).cost_range(
+        *judge.latency.part_macs(space, 24))) / 2
+    judge.main(["--model", model, limit, f"{target:.3f}", "--data", str(tmp_path / "photos"), "--size", "24",
+                "--threads", "1", "--device", "cpu", "--mode", "eager", "--found", "1", "--random", "1",
+                "--hand", "1", "--skip", "DnCNN", "--output-dir", str(tmp_path), "--search",
+                f"{small} --epochs 1 --crops 2 --batch-size 4 --sigmas 0.1", "--train",
+                "--epochs 1 --batch-size 4 --crops 1"])
+    printed, content = capsys.readouterr().out, json.loads((tmp_path / "judge.json").read_text())
+    assert [row["group"] for row in content["rows"]] == groups and content["order"] == {}
+    assert f" {unit}  found" in printed
+    for row in content["rows"]:
+        assert {*row["columns"]} == {"MACs M", "PSNR dB", "SSIM", *(["ms"] if unit == "ms" else [])}
+    assert content["rows"][-1]["columns"]["MACs M"]["mean"] == pytest.approx(target, rel=0.1)
+    folder = tmp_path / f"target_{target:.3f}".rstrip("0") / groups[-1].replace(" ", "-")
+    flags = files.read_checkpoint(folder / "seed_0" / "network_0" / "best.pt")["flags"]
+    assert flags["sigmas"] == [0.1] and flags["grey"] is (model == "hinas")
+    assert flags["recipe"] == model and flags["crops"] == 1
+
+
+def test_flags_as_words_are_the_flags_again():
+    values = {"grey": False, "crops": 3, "train_folders": ["a", "b"], "leave_out": None, "sigmas": [0.1, 0.2]}
+    assert judge.image_words(values) == ["--no-grey", "--crops", "3", "--train-folders", "a", "b", "--sigmas",
+                                         "0.1", "0.2"]
+    assert judge.image_words({"grey": True}) == ["--grey"]
+
+
 def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
     """Another one makes the table, holds the first run, and searches for the second, which stays open to
     both. After each run the verdict of what is there is written."""
-    flags = arguments(tmp_path, "--space", "4", "--found", "1", "--random", "1", "--skip", *judge.HAND)
+    flags = arguments(tmp_path, "--space", "4", "--found", "1", "--random", "1", "--skip",
+                      *judge.HAND["dcnas"])
     runs = judge.Judge(judge.build_parser().parse_args(flags))
     taken, other = (runs.where(judge.Contender(group, 10.0, 0)) for group in ("found", "random"))
     made, left = [], []
@@ -163,11 +206,10 @@ def test_processes_share_the_runs(tmp_path, quick, monkeypatch):
 
 
 def test_images_without_labels_are_refused(tmp_path, capsys):
-    from PIL import Image
     for index in range(4):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "photos" / f"{index}.png")
     with pytest.raises(SystemExit) as stop:
         judge.main(["--target", "4", "--data", str(tmp_path / "photos"), "--output-dir", str(tmp_path / "j")])
     assert stop.value.code == 2
-    assert "has no labels" in capsys.readouterr().err
+    assert "have no labels" in capsys.readouterr().err
