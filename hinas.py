@@ -746,6 +746,89 @@ def write_picture(folder: Path, design: Design, supernet: SuperNet, rows: list[d
     return ["network.svg"]
 
 
+# --- The paper's tables, which reproduce.py makes ----------------------------------------------------------
+
+PAPER_SCALES = {  # flags by scale; one network serves three noise levels, where the paper trains three
+    "full": {"search": "--epochs 100 --optimizer sgd --lr 0.025",
+             "train": "--optimizer sgd --lr 0.05 --crops 8 --epochs 4000"},
+    "small": {"data": "--size 48 --batch-size 4 --crops 4", "train": "--epochs 12", "val": 6,
+              "search": "--width 8 --search-width 4 --epochs 8 --warmup-epochs 2 --arch-lr 0.03"},
+    "tiny": {"data": "--size 24 --batch-size 4 --crops 1", "train": "--epochs 1", "test": 2,
+             "search": "--width 2 --search-width 1 --epochs 1"}}
+_AT = ("30/255", "50/255", "70/255")
+_DENOISED = ("parameters M", *(f"{name} at {level}" for level in _AT for name in ("PSNR", "SSIM")))
+_ENLARGED = ("parameters M", "PSNR dB", "SSIM")
+
+
+def _paper(columns: tuple[str, ...], *values: float | None) -> dict:
+    return {column: value for column, value in zip(columns, values) if value is not None}
+
+
+PAPER_TABLES = {  # the columns of super-resolution are the paper's for BSD100, x4
+    "zhang-1": {
+        "title": "Layer-wise sharing of cells (LWAS) and residual learning: denoising", "columns": _DENOISED,
+        "paper": "Zhang 2020: table 1", "rows": {
+            "neither": {"search": "--one-cell --no-residual",
+                        "paper": _paper(_DENOISED, 0.29, 29.13, 0.8356, 26.77, 0.7584, 25.36, 0.6995)},
+            "LWAS": {"search": "--no-residual",
+                     "paper": _paper(_DENOISED, 0.34, 29.16, 0.8392, 26.82, 0.7647, 25.45, 0.7072)},
+            "residual": {"search": "--one-cell",
+                         "paper": _paper(_DENOISED, 0.29, 29.22, 0.8420, 26.83, 0.7631, 25.41, 0.7074)},
+            "both": {"search": "",
+                     "paper": _paper(_DENOISED, 0.34, 29.25, 0.8420, 26.84, 0.7654, 25.46, 0.7076)}},
+        "claims": [("both", other, "PSNR at 50/255") for other in ("neither", "LWAS", "residual")]},
+    "zhang-2": {
+        "title": "Layer-wise sharing of cells (LWAS) and residual learning: super-resolution x4",
+        "paper": "Zhang 2020: table 2", "columns": _ENLARGED, "rows": {
+            "neither": {"search": "--network sr-x4 --one-cell --no-residual",
+                        "paper": _paper(_ENLARGED, None, 26.86, 0.7342)},
+            "LWAS": {"search": "--network sr-x4 --no-residual",
+                     "paper": _paper(_ENLARGED, None, 27.05, 0.7375)},
+            "residual": {"search": "--network sr-x4 --one-cell",
+                         "paper": _paper(_ENLARGED, None, 27.31, 0.7455)},
+            "both": {"search": "--network sr-x4", "paper": _paper(_ENLARGED, None, 27.35, 0.7467)}},
+        "claims": [("both", other, "PSNR dB") for other in ("neither", "LWAS", "residual")]},
+    "zhang-3": {
+        "title": "Searched widths beside set ones", "paper": "Zhang 2020: table 3", "columns": _DENOISED,
+        "rows": {
+            "searched": {"search": "", "paper": _paper(_DENOISED, 0.34, 29.25, 0.8420)},
+            "all 40": {"search": "--network denoise-w40", "paper": _paper(_DENOISED, 0.57, 29.14, 0.8409)},
+            "20, 40, 80": {"search": "--network denoise-wm",
+                           "paper": _paper(_DENOISED, 0.75, 29.19, 0.8413)}},
+        "claims": [("searched", other, "PSNR at 30/255") for other in ("all 40", "20, 40, 80")]},
+    "zhang-4": {
+        "title": "The SSIM term of the loss: denoising", "paper": "Zhang 2020: table 4", "columns": _DENOISED,
+        "rows": {
+            "MSE and SSIM": {"search": "",
+                             "paper": _paper(_DENOISED, None, 29.14, 0.8403, 26.77, 0.7635, 25.48, 0.7129)},
+            "MSE": {"of": "MSE and SSIM", "train": "--denoising-loss mse",
+                    "paper": _paper(_DENOISED, None, 29.03, 0.8254, 26.77, 0.7498, 25.42, 0.6962)}},
+        "claims": [("MSE and SSIM", "MSE", f"{name} at 30/255") for name in ("PSNR", "SSIM")]},
+    "zhang-5": {
+        "title": "The SSIM term of the loss: super-resolution x4", "paper": "Zhang 2020: table 5",
+        "columns": _ENLARGED, "rows": {
+            "MSE and SSIM": {"search": "--network sr-x4", "paper": _paper(_ENLARGED, None, 27.35, 0.7467)},
+            "MSE": {"of": "MSE and SSIM", "train": "--denoising-loss mse",
+                    "paper": _paper(_ENLARGED, None, 27.38, 0.7367)}},
+        "claims": [("MSE and SSIM", "MSE", "SSIM"), ("MSE", "MSE and SSIM", "PSNR dB")]},
+    "zhang-6": {
+        "title": "The found cells, other convolutions (R1), other edges (R2): denoising",
+        "paper": "Zhang 2020: table 6", "columns": _DENOISED, "rows": {
+            "found": {"search": "", "paper": _paper(_DENOISED, None, 29.25, 0.8420)},
+            "R1": {"of": "found", "change": "R1", "paper": _paper(_DENOISED, None, 29.21, 0.8418)},
+            "R2": {"of": "found", "change": "R2", "paper": _paper(_DENOISED, None, 29.12, 0.8304)},
+            "random cells (ours)": {"of": "found", "change": "random"}},
+        "claims": [("found", other, "PSNR at 30/255") for other in ("R1", "R2", "random cells (ours)")]},
+    "zhang-7": {
+        "title": "The found cells, other convolutions (R1), other edges (R2): super-resolution x4",
+        "paper": "Zhang 2020: table 7", "columns": _ENLARGED, "rows": {
+            "found": {"search": "--network sr-x4", "paper": _paper(_ENLARGED, None, 27.35, 0.7467)},
+            "R1": {"of": "found", "change": "R1", "paper": _paper(_ENLARGED, None, 27.34, 0.7458)},
+            "R2": {"of": "found", "change": "R2", "paper": _paper(_ENLARGED, None, 27.13, 0.7312)},
+            "random cells (ours)": {"of": "found", "change": "random"}},
+        "claims": [("found", other, "PSNR dB") for other in ("R1", "R2", "random cells (ours)")]}}
+
+
 # --- Designs to compare a found one with (section 4.2.4), its picture, and the command --------------------
 def perturb(design: Design, strength: str, rng: random.Random) -> Design:
     """A design with two changes: "R1", two other convolutions; "R2", two edges from elsewhere (tables 6, 7).

@@ -10,7 +10,7 @@ space networks from all over it are trained as well: does the first supernet put
 Writes into --output-dir judge.txt, judge.json and, with matplotlib, judge.png, the front: after each run of
 what is there so far. Runs that are there are not repeated, stopped ones go on. Start the same command again
 beside it, on as many cores as you like: each takes runs that no other one has. Sources: Yang et al. 2020,
-"NAS evaluation is frustratingly hard" (relative improvement over random); Efron 1979 (bootstrap).
+"NAS evaluation is frustratingly hard" (relative improvement over random).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import shlex
 import statistics
 import time
@@ -37,7 +36,7 @@ import registry
 import search
 import train
 from data import Parser, number, whole
-from reproduce import run_command
+from reproduce import interval, run_command
 from run import Busy, Command, default_device, lock_folder, prepare_device, say, unlock_folder
 
 FORMAT, VERSION = "joint-judge", 2
@@ -75,15 +74,6 @@ class Contender:
 
 
 # --- Statistics --------------------------------------------------------------------------------------------
-
-def interval(values: list[float], others: list[float] | None = None, draws: int = 10_000) -> tuple:
-    """The 95 % bootstrap interval of a mean, or of the mean of `values` minus that of `others`."""
-    rng = random.Random(0)
-    def mean(sample: list[float]) -> float:
-        return statistics.fmean(rng.choices(sample, k=len(sample)))
-    means = sorted(mean(values) - (mean(others) if others else 0.0) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
-
 
 def summarise(values: list[float]) -> dict:
     """Mean, standard deviation, 95 % interval and number of some values."""

@@ -1,4 +1,4 @@
-"""The tables and figures of the joint papers: each command makes its runs, its table and its plot.
+"""The tables and figures of the papers: each command makes its runs, its table and its plot.
 
     python reproduce.py                                              # lists them
     python reproduce.py table-7 --scale small                        # classifiers of the controlled study
@@ -7,7 +7,8 @@
 
 Runs have folders in --output-dir; those that are there are not repeated, stopped ones are resumed.
 Writes NAME.txt, NAME.json and, with matplotlib, NAME.png: our numbers of the test images, the paper's, and
-whether its claims hold here. Tables and figures are those of Markhorst 2024 and its supplement.
+whether its claims hold here. "table-1" to "figure-9" are those of Markhorst 2024 and its supplement. A search
+method of another paper has that paper's tables in its own file (docs/add-a-method.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import argparse
 import functools
 import json
 import math
+import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,11 +34,11 @@ import models
 import registry
 import search
 import tfnas
-from data import Parser, load_data, whole
+from data import Parser, format_sigmas, load_data, whole
 from run import Command, check_device, default_device
 
 HERE = Path(__file__).resolve().parent
-FORMAT, VERSION = "joint-table", 1
+FORMAT, VERSION = "joint-table", 2
 
 
 @dataclass(frozen=True)
@@ -43,43 +46,45 @@ class Run:
     """One network: how it is searched and trained, and on which kind of data."""
 
     name: str
-    kind: str  # "classifier", "joint", "sweep": the controlled study; "natural": searched networks, baselines
+    kind: str  # of SCALES: "classifier", "joint", "sweep" (the controlled study), "natural", or a method
     train: tuple[str, ...] = ()  # flags of train.py
     search: tuple[str, ...] = ()  # flags of search.py; without: a named model
     target: float | None = None  # of the search: 0 the fastest network of the table, 1 the slowest
     from_run: str | None = None  # the run whose found network is trained
+    change: str | None = None  # how the method's own command changes that network first
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of (label, run, the paper's numbers by column); claims of (text, function of the rows -> bool)."""
+    """Rows of (label, run, the paper's numbers by column); claims of (text, function of the rows), which hold
+    where the function is above 0."""
 
     title: str
-    thesis: str
+    source: str
     rows: tuple[tuple[str, Run, dict], ...]
     claims: tuple[tuple[str, Callable], ...] = ()
     columns: tuple[str, ...] = ("MACs M", "latency ms", "PSNR dB", "SSIM", "accuracy %")
 
 
-# Flags by kind of data, for the scripts. "full": as in the papers; "small": for a CPU; "tiny": tests.
-STUDY = ("classifier", "joint", "sweep")
+# Flags of the scripts by kind of data: "data" of search.py and train.py, "search" and "train" of one of them;
+# "val" and "test": the most validation images of train.py and test images of eval.py. "full": as in the
+# papers; "small": for a CPU; "tiny": tests.
+STUDY, TINY_STUDY = ("classifier", "joint", "sweep"), "--train-images 40 --epochs 1 --batch-size 20"
 SCALES = {
     "full": {
-        **dict.fromkeys(STUDY, ()), "natural": ("--size", "224"), "train": ("--recipe", "paper"),
-        "search": ("--epochs", "90", "--warmup", "sampled", "--warmup-epochs", "10", "--lr", "0.02")},
+        **dict.fromkeys(STUDY, {}), "natural": {
+            "data": "--size 224", "train": "--recipe paper",
+            "search": "--epochs 90 --warmup sampled --warmup-epochs 10 --lr 0.02"}},
     "small": {
-        "classifier": ("--epochs", "6"),
-        "joint": ("--train-images", "6000", "--epochs", "10", "--batch-size", "32"),
-        "sweep": ("--train-images", "3000", "--epochs", "8", "--batch-size", "32"),
-        "natural": ("--size", "64", "--train-images", "3000"),
-        "search": ("--epochs", "8"), "train": ("--epochs", "12")},
+        "classifier": {"train": "--epochs 6"},
+        "joint": {"train": "--train-images 6000 --epochs 10 --batch-size 32", "val": 1000, "test": 1000},
+        "sweep": {"train": "--train-images 3000 --epochs 8 --batch-size 32", "val": 500, "test": 500},
+        "natural": {"data": "--size 64 --train-images 3000", "search": "--epochs 8", "train": "--epochs 12",
+                    "val": 1000, "test": 1000}},
     "tiny": {
-        **dict.fromkeys(STUDY, ("--train-images", "40", "--epochs", "1", "--batch-size", "20")),
-        "natural": ("--size", "32", "--train-images", "40"),
-        "search": ("--epochs", "2", "--batch-size", "8"), "train": ("--epochs", "1", "--batch-size", "20")}}
-# Limits of the validation images of train.py and of the test images of eval.py, by kind of data.
-HELD_OUT = {"full": {}, "small": {"joint": 1000, "sweep": 500, "natural": 1000},
-            "tiny": dict.fromkeys((*STUDY, "natural"), 10)}
+        **dict.fromkeys(STUDY, {"train": TINY_STUDY, "val": 10, "test": 10}),
+        "natural": {"data": "--size 32 --train-images 40", "search": "--epochs 2 --batch-size 8",
+                    "train": "--epochs 1 --batch-size 20", "val": 10, "test": 10}}}
 
 
 # --- The tables --------------------------------------------------------------------------------------------
@@ -110,13 +115,13 @@ def paper(psnr: float | None = None, ssim: float | None = None, accuracy: float 
 def beats(better: str, worse: str, column: str, margin: float = 0.0) -> tuple[str, Callable]:
     """The claim that one row has more of a column than another, by more than `margin`."""
     text = f"{column} of {better} > {column} of {worse}" + (f" {margin:+g}" if margin else "")
-    return text, lambda rows: rows[better][column] > rows[worse][column] + margin
+    return text, lambda rows: rows[better][column] - rows[worse][column] - margin
 
 
 def is_close(one: str, other: str, column: str, margin: float) -> tuple[str, Callable]:
     """The claim that two rows differ by less than `margin`."""
     text = f"{column} of {one} is that of {other} within {margin:g}"
-    return text, lambda rows: abs(rows[one][column] - rows[other][column]) < margin
+    return text, lambda rows: margin - abs(rows[one][column] - rows[other][column])
 
 
 def scales_better(unet: str, narrower: str, other: str) -> tuple[str, Callable]:
@@ -125,12 +130,13 @@ def scales_better(unet: str, narrower: str, other: str) -> tuple[str, Callable]:
         lost = rows[unet]["PSNR at 0.8"] - rows[name]["PSNR at 0.8"]
         return lost / math.log2(rows[unet]["MACs M"] / rows[name]["MACs M"])
     return (f"{unet} loses less per halving of its MACs as {narrower} than as {other}",
-            lambda rows: loss(rows, narrower) < loss(rows, other))
+            lambda rows: loss(rows, other) - loss(rows, narrower))
 
 
-def of_betas(text: str, column: str, holds: Callable) -> tuple[str, Callable]:
-    """The claim that holds(removed, learned), the numbers of both searches of table 10 with each beta."""
-    return text, lambda rows: holds(*([rows[f"{beta} beta, search {number}"][column] for number in (1, 2)]
+def of_betas(text: str, column: str, by: Callable) -> tuple[str, Callable]:
+    """The claim that by(removed, learned), the numbers of both searches of table 10 with each beta, is above
+    0."""
+    return text, lambda rows: by(*([rows[f"{beta} beta, search {number}"][column] for number in (1, 2)]
                                       for beta in ("removed", "learned")))
 
 
@@ -141,7 +147,7 @@ DC_S, DC_M, DC_L = (searched(f"dcnas-{name}", target, *DCNAS) for name, target i
 CLEAN_COLUMNS = ("MACs M", "latency ms", "clean accuracy %")
 TABLES = {
     "table-1": Table(
-        "DC-Net, Integrated and Sequential, baseline and reduced", "table 3",
+        "DC-Net, Integrated and Sequential, baseline and reduced", "thesis: table 3",
         (("Integrated, baseline", study("dcnet", "joint"), paper(32.8, 0.97, 88.1, macs=1301.8)),
          ("Sequential, baseline", study("dcnet-seq", "joint"), paper(27.1, 0.95, 89.6, macs=1302.1)),
          ("Integrated, reduced", study("dcnet-s", "joint"), paper(29.9, 0.97, 86.2, macs=51.2)),
@@ -150,7 +156,7 @@ TABLES = {
               for one, other, column in (("Integrated", "Sequential", "PSNR dB"),
                                          ("Sequential", "Integrated", "accuracy %")))),
     "table-2": Table(
-        "Denoisers: D-NAS beside UNets", "table 4",
+        "Denoisers: D-NAS beside UNets", "thesis: table 4",
         (("UNet-S", baseline("unet-s"), paper(25.0, 0.69, ms=9.2)),
          ("UNet-M", baseline("unet-m"), paper(25.9, 0.72, ms=16.9)),
          ("UNet {64, 5}", baseline("unet-original"), paper(26.6, 0.74, ms=116.5)),
@@ -160,7 +166,8 @@ TABLES = {
           paper(26.5, 0.73, ms=109.8))),
         (beats("D-NAS S", "UNet-S", "PSNR dB"),), ("MACs M", "latency ms", "PSNR dB", "SSIM")),
     "table-3": Table(
-        "DC-NAS beside joint models, classifiers and denoisers; its classifier alone", "table 5:3 and 5:5",
+        "DC-NAS beside joint models, classifiers and denoisers; its classifier alone",
+        "thesis: table 5:3 and 5:5",
         (("DC-NAS S", DC_S, paper(25.4, 0.70, 74.3, 10.3)),
          ("DC-NAS M", DC_M, paper(25.4, 0.70, 76.0, 13.7)),
          ("DC-NAS L", DC_L, paper(25.2, 0.70, 76.4, 17.9)),
@@ -184,7 +191,7 @@ TABLES = {
          beats("DC-NAS M", "random search, latency of M", "accuracy %"),
          beats("DC-NAS M", "random search, latency of M", "PSNR dB"))),
     "table-4": Table(
-        "What DC-NAS is searched by: clean or noisy images, L_Cls or L_Both", "table 5:2",
+        "What DC-NAS is searched by: clean or noisy images, L_Cls or L_Both", "thesis: table 5:2",
         (("clean, L_Cls", searched("dcnas-m-clean", M, *DCNAS, *CLEAN), paper(25.4, 0.70, 75.7, 13.9)),
          ("noisy, L_Cls", DC_M, paper(25.4, 0.70, 76.0, 13.7)),
          ("noisy, L_Both", searched("dcnas-m-both", M, *DCNAS, "--search-loss", "both"),
@@ -193,13 +200,13 @@ TABLES = {
          beats("noisy, L_Cls", "noisy, L_Both", "accuracy %"),
          is_close("noisy, L_Cls", "noisy, L_Both", "PSNR dB", 0.1))),
     "table-5": Table(
-        "DC-NAS, Integrated and Sequential, of like latency", "table 5:1",
+        "DC-NAS, Integrated and Sequential, of like latency", "thesis: table 5:1",
         (("Sequential", searched("dcnas-seq", 0.0, *DCNAS_SEQ, *CLEAN), paper(25.0, 0.69, 76.0, 18.3)),
          ("Integrated", searched("dcnas-l-clean", 1.0, *DCNAS, *CLEAN), paper(25.5, 0.70, 76.0, 17.9))),
         (beats("Integrated", "Sequential", "PSNR dB"),
          is_close("Integrated", "Sequential", "accuracy %", 1.0))),
     "table-6": Table(
-        "Decoders of DC-NAS M (searched on clean images)", "table 5:4",
+        "Decoders of DC-NAS M (searched on clean images)", "thesis: table 5:4",
         tuple((label, changed("dcnas-m-clean", kind, "--decoder", kind), paper(*numbers))
               for label, kind, *numbers in (("convolutions", "conv", 25.4, 0.70, 75.7, 13.9),
                                             ("MBConv", "mb", 25.8, 0.71, 75.5, 27.7),
@@ -208,7 +215,7 @@ TABLES = {
                                             ("convolutions, noisy image and branch (ours)", "sharp"))),
         (beats("MBConv", "convolutions", "PSNR dB"), beats("MBConv", "convolutions", "latency ms"))),
     "table-7": Table(
-        "Classifiers of the controlled study", "table 1 and 6",
+        "Classifiers of the controlled study", "thesis: table 1 and 6",
         tuple((label, study(label.lower(), "classifier"), paper(accuracy=accuracy, macs=kflops / 1e3, ms=ms))
               for label, kflops, ms, accuracy in (
                   ("Conv-L", 447, 0.336, 63.2), ("MB1-S", 177, 0.300, 56.2), ("MB2.5-M", 350, 0.384, 64.1),
@@ -219,16 +226,16 @@ TABLES = {
          beats("MB2.5-S", "Conv-S", "accuracy %"), beats("MB2.5-M", "Conv-M", "accuracy %")),
         ("MACs M", "latency ms", "accuracy %")),
     "table-8": Table(
-        "UNet, baseline and reduced, at single noise levels", "table 2",
+        "UNet, baseline and reduced, at single noise levels", "thesis: table 2",
         tuple((label, study(name, "joint"),
                {"MACs M": macs, **{f"PSNR at {s}": v for s, v in zip((0.2, 0.4, 0.8, 1), values)}})
               for label, name, macs, values in (("UNet", "unet", 1301.8, (33.9, 29.5, 23.8, 22.3)),
                                                 ("UNet-S", "unet-s", 51.2, (33.2, 28.7, 23.3, 22.0)))),
         (beats("UNet-S", "UNet", "PSNR at 0.8", -1.0),),
         ("MACs M", "latency ms", "PSNR at 0.2", "PSNR at 0.4", "PSNR at 0.8", "PSNR at 1")),
-    "table-9": Table("Candidate operations of the search spaces", "table 7", ()),
+    "table-9": Table("Candidate operations of the search spaces", "thesis: table 7", ()),
     "table-10": Table(
-        "Removed (fixed) and learned beta, searched twice each; on clean images", "table 8",
+        "Removed (fixed) and learned beta, searched twice each; on clean images", "thesis: table 8",
         tuple((f"{label} beta, search {number}",
                searched(f"cnas-{depth}-{number}", S, *CNAS, *CLEAN, "--depth", depth, "--seed", str(number),
                         train=TRAIN_CLEAN), {"clean accuracy %": accuracy, "latency ms": ms})
@@ -236,12 +243,12 @@ TABLES = {
                                             ("learned", "learned", ((84.9, 5.04), (83.5, 4.47))))
               for number, (accuracy, ms) in enumerate(numbers, 1)),
         (of_betas("removed beta classifies better than learned (means)", "clean accuracy %",
-                  lambda removed, learned: sum(removed) > sum(learned)),
+                  lambda removed, learned: sum(removed) - sum(learned)),
          of_betas("the two searches agree better with removed beta (latency)", "latency ms",
-                  lambda removed, learned: abs(removed[0] - removed[1]) < abs(learned[0] - learned[1]))),
+                  lambda removed, learned: abs(learned[0] - learned[1]) - abs(removed[0] - removed[1]))),
         CLEAN_COLUMNS),
     "figure-5": Table(
-        "Accuracy on clean images by size of the search space, at three latencies", "figure 6",
+        "Accuracy on clean images by size of the search space, at three latencies", "thesis: figure 6",
         tuple((f"{space} operations, {name}",
                searched(f"cnas-space{space}-{name.lower()}", target, *CNAS, "--space", str(space), *CLEAN,
                         train=TRAIN_CLEAN), {})
@@ -249,7 +256,7 @@ TABLES = {
         (("at the largest latency 4 operations are at least as good as 8",
           beats("4 operations, L", "8 operations, L", "clean accuracy %", -1e-9)[1]),), CLEAN_COLUMNS),
     "figure-6": Table(
-        "Classifiers of like latency on clean images", "figure 7",
+        "Classifiers of like latency on clean images", "thesis: figure 7",
         (("C-NAS M", searched("cnas-m", M, *CNAS, *CLEAN, train=TRAIN_CLEAN), {}),
          ("TF-NAS (8 operations, learned beta)",
           searched("tfnas-c", M, *CNAS, *CLEAN, "--space", "8", "--depth", "learned", train=TRAIN_CLEAN), {}),
@@ -258,7 +265,7 @@ TABLES = {
         (beats("C-NAS M", "TF-NAS (8 operations, learned beta)", "clean accuracy %"),
          beats("C-NAS M", "ResNet-18", "clean accuracy %")), CLEAN_COLUMNS),
     "figure-9": Table(
-        "UNet: width b, depth d, multiplier m and convolutions c", "figure 3",
+        "UNet: width b, depth d, multiplier m and convolutions c", "thesis: figure 3",
         tuple((f"unet-{name}", study(f"unet-{name}", "sweep"), {}) for name in (
             "b4-d4-m2-c2", "b8-d4-m2-c2", "b16-d4-m2-c2", "b32-d4-m2-c2", "b64-d4-m2-c2",
             *(f"b{b}-d{d}-m2-c2" for b in (8, 16, 32) for d in (2, 3, 5)),
@@ -268,8 +275,34 @@ TABLES = {
          scales_better("unet-b16-d4-m2-c2", "unet-b8-d4-m2-c2", "unet-b16-d4-m2-c1"),
          scales_better("unet-b16-d4-m2-c2", "unet-b8-d4-m2-c2", "unet-b16-d3-m2-c2"),
          ("b 4 breaks the trend: the step from 8 to 4 costs more than that from 16 to 8", lambda rows: (
-             2 * rows["unet-b8-d4-m2-c2"]["PSNR at 0.8"] > rows["unet-b4-d4-m2-c2"]["PSNR at 0.8"]
-             + rows["unet-b16-d4-m2-c2"]["PSNR at 0.8"]))), ("MACs M", "PSNR at 0.8"))}
+             2 * rows["unet-b8-d4-m2-c2"]["PSNR at 0.8"] - rows["unet-b4-d4-m2-c2"]["PSNR at 0.8"]
+             - rows["unet-b16-d4-m2-c2"]["PSNR at 0.8"]))), ("MACs M", "PSNR at 0.8"))}
+
+
+def tables_of(method: str) -> dict[str, Table]:
+    """The tables of a method's own paper, from its file; its scales come into SCALES."""
+    module, tables = registry.method_module(method), {}
+    for scale, flags in getattr(module, "PAPER_SCALES", {}).items():
+        SCALES[scale][method] = flags
+    for table, content in getattr(module, "PAPER_TABLES", {}).items():
+        def name(label: str) -> str:
+            """Of a run. Rows of the same search, in several tables, are one run."""
+            searched = content["rows"][label].get("search")
+            words = f"{table} {label}" if searched is None else f"{method} {searched.replace('network', '')}"
+            return re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
+
+        rows = tuple((label, Run(
+            name(label), method, tuple(shlex.split(how.get("train", ""))),
+            ("--model", method, *shlex.split(how["search"])) if "search" in how else (),
+            from_run=name(how["of"]) if "of" in how else None, change=how.get("change")),
+            how.get("paper", {})) for label, how in content["rows"].items())
+        tables[table] = Table(content["title"], content["paper"], rows,
+                              tuple(beats(*claim) for claim in content["claims"]), content["columns"])
+    return tables
+
+
+for _method in registry.METHODS:
+    TABLES |= tables_of(_method)
 ALL_RUNS = {run.name: run for table in TABLES.values() for _, run, _ in table.rows}
 
 
@@ -286,10 +319,11 @@ def run_script(line: list[str]) -> int:
         raise
 
 
-def run_command(script: str, *flags: str, device: str, threads: int | None) -> None:
-    """Run a script of this project; OSError names the command where it fails."""
-    line = [*flags, "--device", device]
-    if threads and script != "latency.py":  # a table has one thread on a CPU
+def run_command(script: str, *flags: str, device: str | None, threads: int | None) -> None:
+    """Run a script of this project; OSError names the command where it fails. `device`: None where the
+    script has no such flag."""
+    line = [*flags, *(["--device", device] if device else [])]
+    if threads and device and script != "latency.py":  # a table has one thread on a CPU
         line += ["--threads", str(threads)]
     text = shlex.join(["python", script, *line])
     print(f"$ {text}", flush=True)
@@ -308,17 +342,22 @@ class Runner:
     def command(self, script: str, *flags: str) -> None:
         run_command(script, *flags, device=self.args.device, threads=self.args.threads)
 
-    def data_flags(self, kind: str) -> list[str]:
-        if kind == "natural" and self.args.data is None:
-            raise ValueError("This table needs natural images: give --data FOLDER with a folder per class.")
-        source = "digit-pairs" if self.args.digits else "mnist-pairs"
-        where = [self.args.data] if kind == "natural" else [source, "--data-root", self.args.data_root]
-        return ["--data", *where, *self.scale[kind]]
+    def flags(self, kind: str, part: str) -> list[str]:
+        """The flags of a part of this scale."""
+        return shlex.split(self.scale[kind].get(part, ""))
 
-    def held_out(self, kind: str, flag: str) -> list[str]:
+    def data_flags(self, kind: str) -> list[str]:
+        if kind not in STUDY and self.args.data is None:
+            raise ValueError("This table needs natural images: give --data FOLDER"
+                             + " with a folder per class." * (kind == "natural"))
+        source = "digit-pairs" if self.args.digits else "mnist-pairs"
+        where = [self.args.data] if kind not in STUDY else [source, "--data-root", self.args.data_root]
+        return ["--data", *where, *self.flags(kind, "data")]
+
+    def held_out(self, kind: str, split: str) -> list[str]:
         """The flag that limits the images of a split at this scale, if there is a limit."""
-        count = HELD_OUT[self.args.scale].get(kind)
-        return [flag, str(count)] if count else []
+        count = self.scale[kind].get(split)
+        return [f"--{split}-images", str(count)] if count else []
 
     def source(self, kind: str) -> Path:
         """The folder of the runs on one kind of data, by its name: runs on other data are other runs."""
@@ -328,8 +367,8 @@ class Runner:
         """The latency table for the natural images' size, made where it is missing."""
         path = self.source("natural") / "latency.json"
         if not path.exists():
-            self.command("latency.py", *self.scale["natural"][:2], "--classes", str(classes), "--output",
-                         str(path), *(("--rounds", "1") if self.args.scale == "tiny" else ()))
+            self.command("latency.py", *self.flags("natural", "data")[:2], "--classes", str(classes),
+                         "--output", str(path), *(("--rounds", "1") if self.args.scale == "tiny" else ()))
         return latency.load_table(path)
 
     def target_ms(self, run: Run) -> float:
@@ -339,7 +378,7 @@ class Runner:
         """
         data = load_data(self.args.data, size=8, train_images=1, val_images=1, test_images=1)
         classes, own = len(data.classes or []), dict(zip(run.search[::2], run.search[1::2]))
-        table, flags = self.table(classes), self.scale["search"]
+        table, flags = self.table(classes), self.flags("natural", "search")
         decoder = tfnas.default_decoder(dict(zip(flags[::2], flags[1::2])).get("--warmup", "inherit"))
 
         def cost_range(**how) -> tuple[float, float]:
@@ -354,36 +393,58 @@ class Runner:
 
     def find_record(self, run: Run, seed: int) -> Path:
         """The record of the network that a run searches, made where it is missing."""
-        source = self.source("natural")
+        source = self.source(run.kind)
         folder = source / run.name / f"seed-{seed}" / "search"
         if not (folder / "arch.json").exists():
-            flags = [*self.data_flags("natural"), *self.scale["search"], "--target",
-                     f"{self.target_ms(run):.3f}", "--table", str(source / "latency.json"),
-                     "--output-dir", str(folder), *run.search]
+            flags = [*self.data_flags(run.kind), *self.flags(run.kind, "search"), "--output-dir", str(folder),
+                     *run.search]
+            if run.target is not None:
+                flags += ["--target", f"{self.target_ms(run):.3f}", "--table", str(source / "latency.json")]
             flags += [] if "--seed" in run.search else ["--seed", str(seed)]
             flags += ["--resume", str(folder)] if (folder / "search.pt").exists() else []
             self.command("search.py", *flags)
         return folder / "arch.json"
 
+    def changed_record(self, run: Run, seed: int, found: Path) -> Path:
+        """The record of a found network as the method's own command changes it."""
+        path = self.source(run.kind) / run.name / f"seed-{seed}" / "arch.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run_command(f"{run.kind}.py", "--arch", str(found), "--change", run.change, "--seed", str(seed),
+                        "--output", str(path), device=None, threads=None)
+        return path
+
     def measure(self, run: Run, seed: int) -> dict:
         """The numbers of a run with a seed, made where they are missing."""
         folder = self.source(run.kind) / run.name / f"seed-{seed}"
-        trained, metrics = folder / "train", folder / "eval" / "metrics.json"
-        if not metrics.exists():
-            flags = [*run.train, *self.data_flags(run.kind), *self.held_out(run.kind, "--val-images"),
-                     "--seed", str(seed), "--output-dir", str(trained)]
-            flags += self.scale["train"] if run.kind == "natural" else ()
-            if run.search or run.from_run:
-                origin = run if run.search else ALL_RUNS[run.from_run]
-                flags += ["--arch", str(self.find_record(origin, seed))]
+        trained, origin = folder / "train", run if run.search else ALL_RUNS.get(run.from_run)
+        if not (folder / "eval" / "metrics.json").exists():
+            flags = [*run.train, *self.data_flags(run.kind), *self.held_out(run.kind, "val"),
+                     "--seed", str(seed), "--output-dir", str(trained), *self.flags(run.kind, "train")]
+            if origin:
+                record = self.find_record(origin, seed)
+                flags += ["--arch", str(self.changed_record(run, seed, record) if run.change else record)]
             flags += ["--resume", str(trained)] if (trained / "last.pt").exists() else []
             self.command("train.py", *flags)
-            self.command("eval.py", "--checkpoint", str(trained / "best.pt"), "--output-dir",
-                         str(metrics.parent), *self.held_out(run.kind, "--test-images"), "--no-latency")
+        numbers, checkpoints = {}, {"": trained / "best.pt"}
+        if (folder / "search" / "distilled.pt").exists():  # with the weights of the search
+            checkpoints["distilled "] = folder / "search" / "distilled.pt"
+        for before, checkpoint in checkpoints.items():
+            for after, how in {"": [], " x8": ["--self-ensemble"]}.items():
+                if after and not self.scale[run.kind].get("ensemble"):
+                    continue
+                metrics = folder / f"{before}eval{after}".replace(" ", "_") / "metrics.json"
+                if not metrics.exists():
+                    self.command("eval.py", "--checkpoint", str(checkpoint), "--output-dir",
+                                 str(metrics.parent), *self.held_out(run.kind, "test"), "--no-latency", *how)
+                numbers |= {f"{before}{name}{after}": value
+                            for name, value in read_numbers(json.loads(metrics.read_text())).items()}
         # Latencies are measured when the table is made, one after the other: the runs may be days apart.
-        cost = (found_cost(trained / "best.pt", self.args.device) if run.kind == "natural"
-                else study_cost(run.name, self.args.device))
-        return read_numbers(json.loads(metrics.read_text())) | cost
+        if run.kind == "natural":
+            numbers |= found_cost(trained / "best.pt", self.args.device)
+        elif run.kind in STUDY:
+            numbers |= study_cost(run.name, self.args.device)
+        return numbers
 
 
 def found_cost(checkpoint: Path, device: str) -> dict:
@@ -409,9 +470,13 @@ def read_numbers(metrics: dict) -> dict:
     """The columns of a table from metrics.json; None for what the network does not do."""
     means, levels = metrics["means"]["all_levels"], {row["sigma"]: row for row in metrics["levels"]}
     accuracy, clean = means["accuracy"], levels.get(0.0, {}).get("accuracy")
-    values = {"MACs M": metrics["network"]["macs"] / 1e6, "PSNR dB": means["psnr_db"], "SSIM": means["ssim"],
-              "accuracy %": accuracy and 100 * accuracy, "clean accuracy %": clean and 100 * clean}
-    return values | {f"PSNR at {sigma:g}": row["psnr_db"] for sigma, row in levels.items()}
+    cost = {f"{name} M": metrics["network"][key] / 1e6 for name, key in (("MACs", "macs"),
+                                                                         ("parameters", "parameters"))}
+    values = {"PSNR dB": means["psnr_db"], "SSIM": means["ssim"], "accuracy %": accuracy and 100 * accuracy,
+              "clean accuracy %": clean and 100 * clean}
+    for sigma, text in zip(levels, format_sigmas(list(levels))):
+        values |= {f"PSNR at {text}": levels[sigma]["psnr_db"], f"SSIM at {text}": levels[sigma]["ssim"]}
+    return cost | values
 
 
 def summarise(columns: tuple[str, ...], rows: list[tuple[str, list[dict] | None, dict]]) -> tuple[str, list]:
@@ -433,42 +498,62 @@ def summarise(columns: tuple[str, ...], rows: list[tuple[str, list[dict] | None,
     return "\n".join(lines), records
 
 
+def interval(values: list[float], others: list[float] | None = None, draws: int = 10_000) -> tuple:
+    """The 95 % bootstrap interval of a mean, or of the mean of `values` minus that of `others` (Efron
+    1979)."""
+    rng = random.Random(0)
+    def mean(sample: list[float]) -> float:
+        return statistics.fmean(rng.choices(sample, k=len(sample)))
+    means = sorted(mean(values) - (mean(others) if others else 0.0) for _ in range(draws))
+    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+
+
 def judge_claims(claims: tuple, records: list[dict]) -> list[dict]:
-    """Each claim with "holds", "does not hold" or "not run", and for how many of the seeds it holds."""
+    """Each claim with its margin over the seeds and a verdict: "holds", "does not hold" or "not run", and
+    "undecided" where 0 is in the 95 % interval of the margin, of two seeds or more."""
     made, results = [record for record in records if record["seeds"]], []
-
-    def hold(claim: Callable, number: Callable) -> bool:
-        return claim({row["label"]: {column: number(cell) for column, cell in row["ours"].items()}
-                      for row in made})
-
+    count = min((record["seeds"] for record in made), default=0)
     for text, claim in claims:
+        result = {"claim": text, "verdict": "not run", "margins": [], "low": None, "high": None}
         try:
-            verdict = "holds" if hold(claim, lambda cell: cell["mean"]) else "does not hold"
-            seeds = [hold(claim, lambda cell: cell["values"][n])
-                     for n in range(min(record["seeds"] for record in made))]
+            margins = [claim({row["label"]: {column: cell["values"][seed] for column, cell in
+                                             row["ours"].items()} for row in made}) for seed in range(count)]
         except KeyError:  # a row that was not run, or cannot do what is claimed
-            verdict, seeds = "not run", []
-        results.append({"claim": text, "verdict": verdict, "seeds_for": sum(seeds), "seeds": len(seeds)})
+            margins = []
+        if margins:
+            low, high = interval(margins)
+            verdict = "holds" if low > 0 else "does not hold" if high <= 0 else "undecided"
+            result |= {"verdict": verdict, "margins": margins, "low": low, "high": high}
+        results.append(result)
     return results
 
 
+def format_claim(claim: dict) -> str:
+    """A claim to read, with its margin."""
+    text = f"{claim['verdict']:>14}: {claim['claim']}"
+    if not claim["margins"]:
+        return text
+    between = f", {claim['low']:+.3g} to {claim['high']:+.3g}" if len(claim["margins"]) > 1 else ", one seed"
+    return f"{text} ({statistics.mean(claim['margins']):+.3g}{between})"
+
+
 def plot(path: Path, title: str, columns: tuple[str, ...], records: list[dict]) -> bool:
-    """Draw the quality columns of all rows over their MACs; False without matplotlib."""
+    """Draw the quality columns of all rows over the first column, their size; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    qualities = [column for column in columns if column not in ("MACs M", "latency ms", "SSIM")]
+    qualities = [column for column in columns if column.startswith(("PSNR", "accuracy", "clean"))]
     figure = Figure(figsize=(6.5 * len(qualities), 5), layout="tight")
     axes = figure.subplots(1, len(qualities), squeeze=False)
     for axis, quality in zip(axes[0], qualities):
         for record in records:
-            if "MACs M" in record["ours"] and quality in record["ours"]:
-                x, y = record["ours"]["MACs M"]["mean"], record["ours"][quality]
+            if quality in record["ours"]:
+                x, y = record["ours"][columns[0]]["mean"], record["ours"][quality]
                 axis.errorbar(x, y["mean"], y["half_range"], fmt="o", capsize=3)
                 axis.annotate(record["label"], (x, y["mean"]), fontsize=7, xytext=(4, 4),
                               textcoords="offset points")
-        axis.set(xscale="log", xlabel="MACs, millions", ylabel=quality)
+        axis.set(xscale="log", xlabel=columns[0], ylabel=quality)
     figure.suptitle(title, fontsize=10)
     files.write_file(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     return True
@@ -495,16 +580,14 @@ def make_table(name: str, args: argparse.Namespace) -> None:
     about = [*sources, f"scale {args.scale}" + ", scaled down from the paper's" * (args.scale != "full"),
              f"seeds {', '.join(map(str, args.seeds))}, ± half the range over them",
              f"{made['device']}, torch {made['torch']}, {made['date'][:10]}"]
-    title = f"{name} (thesis: {table.thesis}): {table.title}"
+    title = f"{name} ({table.source}): {table.title}"
     lines = [title, "; ".join(about), "", text, ""]
-    lines += [f"{claim['verdict']:>14}: {claim['claim']}"
-              + (f" ({claim['seeds_for']} of {claim['seeds']} seeds)" if claim["seeds"] else "")
-              for claim in claims]
+    lines += map(format_claim, claims)
     path, content = runner.folder / f"{name}.txt", "\n".join(lines).rstrip() + "\n"
     files.write_file(path, lambda temporary: temporary.write_text(content))
     files.write_json(path.with_suffix(".json"), {
         "format": FORMAT, "version": VERSION, "made": made, "table": name, "title": table.title,
-        "scale": args.scale, "flags": runner.scale, "held_out": HELD_OUT[args.scale], "data": sources,
+        "scale": args.scale, "flags": runner.scale, "data": sources,
         "seeds": args.seeds, "rows": records, "claims": claims})
     drawn = bool(records) and plot(path.with_suffix(".png"), title, table.columns, records)
     print(f"\n{content}\nwrote {path}, {path.with_suffix('.json')}"
@@ -514,12 +597,12 @@ def make_table(name: str, args: argparse.Namespace) -> None:
 # --- The command -------------------------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10} thesis {table.thesis:<18} {table.title}" for name, table in TABLES.items()]
+    lines = [f"  {name:<10} {table.source:<28} {table.title}" for name, table in TABLES.items()]
     lines += ["  figure-4 (thesis figure 5), how alpha moves: alpha.png in the search folders of table-10;",
               "  figures 1-3, 7 and 8 are pictures and drawings: grid.png in the folders of evaluations."]
     parser = Parser(
         prog="reproduce.py", usage="python reproduce.py NAME [NAME ...] [options]",
-        description="Run an experiment of the joint papers and print its table beside the paper's.\n\n"
+        description="Run an experiment of a paper and print its table beside the paper's.\n\n"
                     + "\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python reproduce.py table-1 --skip dcnet\n  python reproduce.py table-7 "
                "--seeds 0 1\n  python reproduce.py table-10 --scale full --data imagenet100")

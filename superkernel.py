@@ -860,6 +860,67 @@ def training(supernet: SuperNet, steps: int, *, epochs: int, lr: float, arch_lr:
             "temperature": lambda epoch: temperature * decay ** epoch}
 
 
+# --- The paper's tables, which reproduce.py makes ---------------------------------------------------------
+
+# Flags by scale. The paper evaluates every 1,000 steps: with 288 images and batch 4, 14 crops of each.
+PAPER_SCALES = {
+    "full": {"search": "--lr 2e-5 --arch-lr 2e-5 --epochs 1000 --crops 14", "ensemble": True,
+             "train": "--lr 2e-5 --epochs 1000 --crops 14"},
+    "small": {"data": "--sigmas 25/255 --crops 4", "search": "--width 8 --epochs 4", "ensemble": True,
+              "train": "--epochs 4", "val": 8},
+    "tiny": {"data": "--sigmas 25/255 --size 16 --batch-size 4", "search": "--width 2 --epochs 1 --crops 1",
+             "ensemble": True, "train": "--epochs 1 --crops 1", "test": 2}}
+_KINDS = {"no superkernel": "--strategy plain", "full": "--form full", "separate": "--form separate",
+          "factorized": "--structure factorized", "joint": "--structure joint",
+          "filterwise": "--structure filterwise", "filterwise with attention": "--structure attention"}
+
+
+def _paper_row(label: str, psnr: float, ssim: float, psnr_x8: float, ssim_x8: float) -> tuple[str, dict]:
+    """A row: "model 1, full" is skipinit-1, "3 subnetworks, joint" attention-3; x8 is by self-ensemble."""
+    network, kind = label.split(", ")
+    place = {"model": "skipinit-{1}"}.get(network.split()[0], "attention-{0}").format(*network.split())
+    return label, {"search": f"--network {place} {_KINDS[kind]}", "paper": {
+        "PSNR dB": psnr, "SSIM": ssim, "PSNR dB x8": psnr_x8, "SSIM x8": ssim_x8}}
+
+
+_COLUMNS = ("MACs M", "PSNR dB", "SSIM", "PSNR dB x8", "SSIM x8", "distilled PSNR dB", "distilled PSNR dB x8")
+PAPER_TABLES = {
+    "mozejko-1": {
+        "title": "SkipInit residual U-Nets: trained again, and as distilled", "columns": _COLUMNS,
+        "paper": "Mozejko 2020: tables 1 and 2", "rows": dict((
+            _paper_row("model 1, no superkernel", 52.4937, 0.99157, 52.6738, 0.99170),
+            _paper_row("model 1, full", 52.4638, 0.99140, 52.7330, 0.99183),
+            _paper_row("model 1, separate", 52.4957, 0.99148, 52.74498, 0.99184),
+            _paper_row("model 1, filterwise", 52.4561, 0.99147, 52.6444, 0.99179),
+            _paper_row("model 1, filterwise with attention", 52.4239, 0.99138, 52.7059, 0.99173),
+            _paper_row("model 2, no superkernel", 52.4490, 0.99140, 52.6883, 0.99170),
+            _paper_row("model 2, full", 52.4752, 0.99144, 52.7344, 0.99183),
+            _paper_row("model 2, filterwise", 52.4151, 0.99145, 52.6817, 0.99183),
+            _paper_row("model 2, filterwise with attention", 52.4278, 0.99152, 52.7053, 0.99191))),
+        "claims": [(f"model {number}, full", f"model {number}, no superkernel", "PSNR dB x8")
+                   for number in (1, 2)]},
+    "mozejko-3": {
+        "title": "Multi-attentional residual U-Nets: trained again, and as distilled", "columns": _COLUMNS,
+        "paper": "Mozejko 2020: tables 3 and 4", "rows": dict((
+            _paper_row("1 subnetwork, no superkernel", 52.3517, 0.99156, 52.4470, 0.99157),
+            _paper_row("1 subnetwork, factorized", 52.2690, 0.99124, 52.4998, 0.99157),
+            _paper_row("1 subnetwork, joint", 52.3925, 0.99138, 52.5668, 0.99163),
+            _paper_row("1 subnetwork, filterwise", 52.2887, 0.99121, 52.5144, 0.99150),
+            _paper_row("1 subnetwork, filterwise with attention", 52.2932, 0.99122, 52.5438, 0.99157),
+            _paper_row("3 subnetworks, no superkernel", 52.4523, 0.99126, 52.5969, 0.99150),
+            _paper_row("3 subnetworks, factorized", 52.3799, 0.99134, 52.6184, 0.99167),
+            _paper_row("3 subnetworks, joint", 52.4153, 0.99140, 52.6016, 0.99164),
+            _paper_row("3 subnetworks, filterwise", 52.3503, 0.99145, 52.5982, 0.99180),
+            _paper_row("3 subnetworks, filterwise with attention", 52.4365, 0.99144, 52.6880, 0.99186),
+            _paper_row("6 subnetworks, no superkernel", 52.4833, 0.99136, 52.6642, 0.99159),
+            _paper_row("6 subnetworks, factorized", 52.4032, 0.99150, 52.6981, 0.99176),
+            _paper_row("6 subnetworks, joint", 52.4118, 0.99147, 52.6189, 0.99159),
+            _paper_row("6 subnetworks, filterwise", 52.3516, 0.99131, 52.6654, 0.99163),
+            _paper_row("6 subnetworks, filterwise with attention", 52.4195, 0.99119, 52.5943, 0.99150))),
+        "claims": [("1 subnetwork, joint", "1 subnetwork, no superkernel", "PSNR dB x8"),
+                   ("6 subnetworks, joint", "1 subnetwork, joint", "PSNR dB x8")]}}
+
+
 def design_of(record: dict) -> Design:
     """The design in an arch.json; ValueError in one sentence where it has none."""
     if not isinstance(record.get("design"), dict):

@@ -19,16 +19,16 @@ from fake_table import fake_parts, fake_table, fake_wide, quick_compare, quick_e
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_where_that_holds():
     values = [statistics.NormalDist(10, 2).inv_cdf((i + 0.5) / 400) for i in range(400)]
-    low, high = judge.interval(values)
+    low, high = reproduce.interval(values)
     assert (high - low) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.05)  # 1.96 sd / sqrt(n)
     assert (low + high) / 2 == pytest.approx(10, abs=0.02)
 
 
 def test_an_interval_of_few_values_by_hand():
     """The means of two draws from (0, 1) are 0, 0.5, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert judge.interval([0.0, 1.0]) == (0.0, 1.0)
-    assert judge.interval([3.0]) == (3.0, 3.0)
-    assert judge.interval([5.0, 5.0], [2.0, 2.0]) == (3.0, 3.0)
+    assert reproduce.interval([0.0, 1.0]) == (0.0, 1.0)
+    assert reproduce.interval([3.0]) == (3.0, 3.0)
+    assert reproduce.interval([5.0, 5.0], [2.0, 2.0]) == (3.0, 3.0)
 
 
 def test_better_is_more_accuracy_and_less_loss():
