@@ -4,7 +4,7 @@
     python benchmark.py --size 224 --latency-batch 32 --amp bfloat16
     python benchmark.py --gpu-report                          # all that is written for CUDA: 9 minutes
 
-The plain way: NCHW, float32, gradients of all weights in every step, networks as they were trained, and
+The plain way: NCHW, float32, the search loop that TF-NAS published, networks as they were trained, and
 latencies that are sums of operations timed alone. Both ways run in turn in one process: their ratio is more
 reliable than their times. A product of large matrices is the plain way beside a network's rate. Prints a
 table and writes it as JSON.
@@ -40,6 +40,7 @@ import latency
 import models
 import registry
 import run
+import search
 import tfnas
 import timing
 from data import Parser, whole
@@ -81,32 +82,48 @@ def per_second(what: str, count: int, row: dict) -> dict:
 
 
 def compare_search(operations: int, device, batch_size: int, size: int, amp: str, seconds: float) -> list:
-    """A weight step (two paths) and an alpha step of the C-NAS supernet."""
+    """A weight step and an alpha step of the C-NAS supernet, and the default search by the images it learns
+    from. The plain way is TF-NAS's published loop: both paths in one graph, NCHW, 8 operations, and a tenth
+    of the epochs with one path and without alpha."""
     space, paths = tfnas.Space(operations), torch.Generator().manual_seed(0)  # the same paths for both ways
     supernet = tfnas.SuperNet(space).to(device).train()
     optimizer = torch.optim.SGD(supernet.weight_parameters(), 1e-3, 0.9)
     noisy, _, labels = make_batch(batch_size, size, device, torch.contiguous_format)
 
-    def plain_weight_step():
+    def plain_weight_step(bi_sampling=True):
         optimizer.zero_grad()
         path = supernet.sample_path(paths)
-        sum(F.cross_entropy(supernet(noisy, choice).logits, labels)
-            for choice in (path, supernet.other_path(path, paths))).backward()
+        sum(F.cross_entropy(supernet(noisy, choice).logits, labels) for choice in
+            (path, supernet.other_path(path, paths))[:1 + bi_sampling]).backward()
         nn.utils.clip_grad_norm_(supernet.weight_parameters(), 5.0)
         optimizer.step()
 
     def plain_alpha_step():
         supernet.zero_grad()
-        F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
+        with run.frozen(supernet.weight_parameters()):
+            F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
 
-    schedule = tfnas.Schedule(tfnas.SuperNet(space), None, steps=1, device=device, lr=1e-3, amp=amp)
-    batch = make_batch(batch_size, size, device)
-    weight, alpha = (time_both(f"search: {name}", plain, ours, device, seconds) for name, plain, ours in (
-        ("weight step", plain_weight_step, lambda: schedule.weight_step(batch, True)),
-        ("alpha step", plain_alpha_step, lambda: schedule.arch_step([batch], 5.0))))
+    def our_steps(operations: int) -> list:
+        """A weight step, an alpha step, and a step of the largest path, with which the default begins."""
+        own = tfnas.SuperNet(tfnas.Space(operations))
+        schedule = tfnas.Schedule(own, None, steps=1, device=device, lr=1e-3, amp=amp)
+        batch, largest = make_batch(batch_size, size, device), own.largest_path()
+        return [lambda: schedule.weight_step(batch, True), lambda: schedule.arch_step([batch], 5.0),
+                lambda: schedule.weight_step(batch, False, largest)]
+
+    ours = our_steps(operations)
+    weight, alpha = (time_both(f"search: {name}", plain, own, device, seconds) for name, plain, own in (
+        ("weight step", plain_weight_step, ours[0]), ("alpha step", plain_alpha_step, ours[1])))
     both = make_row("search: iteration (weight + half an alpha step)", "ms",
                     *(weight[way] + alpha[way] / 2 for way in ("plain", "ours")))
-    return [weight, alpha, both, per_second("search: images", batch_size, both)]
+    steps = [partial(plain_weight_step, False), *our_steps(4)]
+    plain_warm, *own = latency.interleave(steps, device, burst=1, seconds=seconds).medians_ms
+    epochs = search.build_parser("cnas", tfnas).get_default("epochs")
+    warm = tfnas.Schedule.warm_epochs(epochs) / epochs
+    default = make_row("", "ms", 0.1 * plain_warm + 0.9 * both["plain"],
+                       warm * own[2] + (1 - warm) * (own[0] + own[1] / 2))
+    return [weight, alpha, both, per_second("search: images", batch_size, both),
+            per_second("search: images, the default search", batch_size, default)]
 
 
 def compare_training(device, batch_size: int, size: int, amp: str, seconds: float) -> list[dict]:

@@ -34,25 +34,52 @@ class Output(NamedTuple):
     logits: Tensor | None
 
 # --- Blocks ----------------------------------------------------------------------------------------------
-def cut_depthwise(x: Tensor, weight: Tensor, stride: int | tuple[int, int]) -> Tensor:
-    """Depthwise convolution of (B, C, H, W), padded by half the kernel (C, 1, k, k), without the rows and
-    columns of the kernel that meet padding only: those n or more from its centre on maps of n x n pixels."""
-    radius = weight.shape[-1] // 2
-    cut = max(0, radius - max(x.shape[-2:]) + 1)
-    weight, padding = weight[..., cut:weight.shape[-2] - cut, cut:weight.shape[-1] - cut], radius - cut
-    if x.device.type == "cpu" and 0 < padding >= max(x.shape[-2:]) - 1:
-        # oneDNN takes seven times as long for the gradient of the weights where it pads such small maps.
-        x, padding = F.pad(x, [padding] * 4), 0
-    return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
+class Depthwise(torch.autograd.Function):
+    """Depthwise convolution of (B, C, H, W) by (C, 1, k, k), padded by half the kernel. On a CPU oneDNN has
+    fast code for the gradient of at most three columns of a kernel, and of maps that are larger than it; all
+    else takes 3 to 12 times as long. So here that gradient is computed by three columns at a time."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.stride = stride
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        stride, kernel, radius = ctx.stride, weight.shape[-1], weight.shape[-1] // 2
+        def convolution(x: Tensor, weight: Tensor, padding: list[int], wanted: int) -> Tensor:
+            """The gradient of the input (wanted 0) or of the weight (1)."""
+            return torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], len(weight),
+                [wanted == 0, wanted == 1, False])[wanted]
+
+        of_x = convolution(x, weight, [radius] * 2, 0) if ctx.needs_input_grad[0] else None
+        height, width = ((side - 1) * stride for side in gradient.shape[-2:])  # the last place of the kernel
+        small, of_weight = x.shape[-2] < kernel, torch.empty_like(weight)
+        rows = [radius, height + kernel - radius - x.shape[-2]] if small else [0, 0]
+        for first in sorted({*range(0, kernel - 2, 3), kernel - 3}):
+            left = radius - first
+            part = F.pad(x, [left, width + 3 - left - x.shape[-1], *rows])  # what these columns meet
+            of_weight[..., first:first + 3] = convolution(
+                part, weight[..., first:first + 3], [0 if small else radius, 0], 1)
+        return of_x, of_weight, None
+
+def depthwise(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """`Depthwise` where that is faster than PyTorch's convolution, else that; the same to rounding."""
+    kernel = weight.shape[-1]
+    if (weight.requires_grad and torch.is_grad_enabled() and (kernel > 3 or max(x.shape[-2:]) < kernel > 1)
+            and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
+        return Depthwise.apply(x, weight, stride)
+    return F.conv2d(x, weight, None, stride, kernel // 2, groups=len(weight))
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution without bias. Training cuts its kernel (5x5 on 2x2 pixels: a fifth of a step);
-    inference does not, since exporters take no branch that depends on the size."""
+    """Depthwise convolution without bias."""
     def __init__(self, channels: int, kernel: int, stride: int):
         super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cut_depthwise(x, self.weight, self.stride) if self.training else super().forward(x)
+        return depthwise(x, self.weight, self.stride[0]) if self.training else super().forward(x)
 
 class MBConv(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, squeeze-and-excitation (SE), 1x1 projection.
@@ -785,9 +812,9 @@ class ElasticMBConv(nn.Module):
         return [parameter for parameter, _ in self._by_channel()]
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, depthwise, project, *se = self._used()
+        expand, kernel, project, *se = self._used()
         out = self.activation(_search_norm(F.conv2d(x, expand)))  # (B, mid, H, W)
-        out = cut_depthwise(out, depthwise, self.position.stride)
+        out = depthwise(out, kernel, self.position.stride)
         out = self.activation(_search_norm(out))  # (B, mid, H / stride, W / stride)
         if se:
             squeeze, excite, bias = se  # 1x1 convolutions of single pixels: matrices

@@ -354,22 +354,20 @@ def test_the_up_convolution_is_a_transposed_convolution(then):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("kernel, stride, size",
-                         ((5, 1, 2), (5, 2, 2), (5, 1, 1), (3, 1, 1), (3, 1, 2), (5, 2, 3), (5, 1, 7)))
-def test_a_kernel_cropped_to_a_small_map_computes_the_same(kernel, stride, size):
-    torch.manual_seed(0)
-    position = models.Block(5, 16, 0, 16 if stride == 1 else 24, 0, stride, 0, "silu")
-    elastic = models.ElasticMBConv(position, models.Operation(kernel, 3))
-    block = models.build_block(elastic.block, norm_layer=models.SearchNorm)
-    elastic.copy_to(block)
-    x = torch.rand(4, 16, size, size)
-    torch.testing.assert_close(elastic(x), block(x))
-    depthwise, results = block.depthwise[0], []  # its kernel is cut in training only
-    for training in (True, False):
-        out = depthwise.train(training)(block.expand(x))
-        results += [out, *torch.autograd.grad(out.square().sum(), (depthwise.weight, block.expand[0].weight))]
-    for cut, plain in zip(results[:3], results[3:]):
-        torch.testing.assert_close(cut, plain)
+@pytest.mark.parametrize("kernel, stride, height, width", (
+    (5, 1, 16, 16), (5, 2, 15, 9), (5, 1, 4, 4), (5, 2, 4, 4), (5, 2, 3, 7), (5, 1, 2, 2), (5, 2, 1, 1),
+    (3, 1, 2, 2), (3, 2, 2, 2), (3, 1, 1, 1), (7, 1, 9, 9), (7, 2, 9, 8)))
+def test_gradients_of_a_depthwise_kernel_by_its_columns_are_those_of_all(kernel, stride, height, width):
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+             for shape in ((2, 6, height, width), (6, 1, kernel, kernel))]
+    plain = F.conv2d(*given, None, stride, kernel // 2, groups=6)
+    ours = models.depthwise(*given, stride)
+    assert "Depthwise" in type(ours.grad_fn).__name__ and torch.equal(ours, plain)
+    wanted = torch.autograd.grad(plain.square().sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), given), wanted)
+    frozen = models.depthwise(given[0], given[1].detach(), stride)  # as in a step of alpha
+    torch.testing.assert_close(torch.autograd.grad(frozen.square().sum(), given[0])[0], wanted[0])
 
 
 def test_macs_of_one_mbconv_by_hand():
