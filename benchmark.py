@@ -260,15 +260,13 @@ def kept_gib(network: nn.Module, images: torch.Tensor, *choice) -> float:
 def compare_memory(operations: int, batch_size: int, sizes: list[int]) -> list[dict]:
     """What an alpha step keeps for its backward pass, in float32: by shapes alone, on no device."""
     rows = []
-    for how in ("", ", --recompute"):
-        plain, ours = (tfnas.SuperNet(tfnas.Space(operations), recompute).to("meta").train()
-                       for recompute in (False, bool(how)))
-        for size in sizes:
-            images = torch.empty(batch_size, 3, size, size, device="meta")
-            kept = kept_gib(plain, images, plain.mixture(5.0))
-            with run.frozen(ours.weight_parameters()):
-                rows.append(make_row(f"memory: alpha step, {size} px{how}", "GiB", kept,
-                                     kept_gib(ours, images, ours.mixture(5.0))))
+    for size in sizes:
+        images, values = torch.empty(batch_size, 3, size, size, device="meta"), []
+        for recompute in (False, True):
+            supernet = tfnas.SuperNet(tfnas.Space(operations), recompute).to("meta").train()
+            with run.frozen(supernet.weight_parameters()):
+                values.append(kept_gib(supernet, images, supernet.mixture(5.0)))
+        rows.append(make_row(f"memory: alpha step, {size} px, --recompute", "GiB", *values))
     return rows
 
 
@@ -287,7 +285,8 @@ def compare_peak_memory(operations: int, device, batch_size: int, size: int, amp
 
     def plain_step():
         supernet.zero_grad()
-        F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
+        with run.frozen(supernet.weight_parameters()):
+            F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
 
     plain, batch = peak_gib(plain_step), make_batch(batch_size, size, device)
     schedules = (tfnas.Schedule(tfnas.SuperNet(tfnas.Space(operations), recompute), None, steps=1,

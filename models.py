@@ -37,7 +37,7 @@ class Output(NamedTuple):
 class Depthwise(torch.autograd.Function):
     """Depthwise convolution of (B, C, H, W) by (C, 1, k, k), padded by half the kernel. On a CPU oneDNN has
     fast code for the gradient of at most three columns of a kernel, and of maps that are larger than it; all
-    else takes 3 to 12 times as long. So here that gradient is computed by three columns at a time."""
+    else takes 2 to 10 times as long. So here that gradient is computed by three columns at a time."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.stride = stride
