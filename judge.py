@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import os
+import random
 import shlex
 import statistics
 import time
@@ -36,7 +37,7 @@ import registry
 import search
 import train
 from data import Parser, number, whole
-from reproduce import interval, run_command
+from reproduce import run_command
 from run import Busy, Command, default_device, lock_folder, prepare_device, say, unlock_folder
 
 FORMAT, VERSION = "joint-judge", 2
@@ -54,7 +55,7 @@ HAND = {  # made by hand, by --model: named models, and the share of the target 
              "MobileNetV3": {"mobilenet-v3-small": 1.0}},
     "dnas": {"one block a stage": {"dnas-k3-e6-fused": 1.0}, **DENOISERS}}
 TWO_TASKS = ("dcnas", "dcnas-seq")  # --model that denoises and classifies
-PLAIN = "no search"  # the group of --strategy plain, where a method has that
+PLAIN = "no search"  # the network of --strategy plain, where a method has that, whatever it costs
 MEASURES = {  # column -> (more is better, how it is written)
     "accuracy %": (True, "{:.2f}"), "PSNR dB": (True, "{:.2f}"), "SSIM": (True, "{:.4f}"),
     "joint loss": (False, "{:.4f}")}
@@ -74,6 +75,16 @@ class Contender:
 
 
 # --- Statistics --------------------------------------------------------------------------------------------
+
+def interval(values: list[float], others: list[float] | None = None, draws: int = 10_000) -> tuple:
+    """The 95 % bootstrap interval of a mean, or of the mean of `values` minus that of `others` (Efron
+    1979); of fewer than five values it is too narrow."""
+    rng = random.Random(0)
+    def mean(sample: list[float]) -> float:
+        return statistics.fmean(rng.choices(sample, k=len(sample)))
+    means = sorted(mean(values) - (mean(others) if others else 0.0) for _ in range(draws))
+    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+
 
 def summarise(values: list[float]) -> dict:
     """Mean, standard deviation, 95 % interval and number of some values."""
@@ -126,22 +137,24 @@ class Judge:
         spaces = [name for method in search.methods_of(args.model) for name in getattr(method, "SPACES", ())]
         if args.space not in (None, *spaces):
             raise ValueError(f"--space {args.space} is not for --model {args.model}; leave it out.")
-        named = ["--space", args.space or spaces[0]] if spaces else []
-        size = args.size or (64 if spaces else None)
+        args.space = args.space or (spaces[0] if spaces else None)
+        args.mode = args.mode if args.target else None
         self.data = ["--data", args.data, "--data-root", args.data_root]
-        for flag, value in (("--size", size), ("--train-images", args.train_images)):
+        for flag, value in (("--size", args.size or (64 if spaces else None)),
+                            ("--train-images", args.train_images)):
             self.data += [flag, str(value)] if value else []
-        self.searched = ["--model", args.model, *self.data, *named, *shlex.split(args.search)]
+        self.searched = ["--model", args.model, *self.data, *(["--space", args.space] if spaces else []),
+                         *shlex.split(args.search)]
         self.train = shlex.split(args.train)
         flags, _ = search.read_command([*self.searched, *self.limit(self.targets)])
         self.method = search.method_of(args.model, vars(flags))
         data = data_module.data_from({**vars(flags), "train_images": 1, "val_images": 1, "test_images": 1})
         space = self.method.plan(data, **vars(flags))["space"]  # ValueError where the images do not fit
-        self.classes, self.channels, self.size = len(data.classes or []) or 1, data.channels, data.size
+        self.classes, self.channels, args.size = len(data.classes or []) or 1, data.channels, data.size
         self.images = data_module.image_flags(vars(flags))  # which a record keeps, for its training
         self.one_for_all = "target" in getattr(self.method, "FREE_FLAGS", ())
         self.by_hand = {} if models.scale_of(space) > 1 else {
-            name: networks for name, networks in HAND.get(args.model, DENOISERS).items()
+            name: networks for name, networks in HAND.get(args.model.removesuffix("-seq"), DENOISERS).items()
             if name not in args.skip and all(self.takes(network) for network in networks)}
 
     def named(self, name: str, factor: float = 1.0) -> nn.Module:
@@ -194,7 +207,7 @@ class Judge:
         return times.ratios[1] * table.reference_ms
 
     def input_size(self, network: nn.Module) -> int:
-        return self.size // models.scale_of(network)
+        return self.args.size // models.scale_of(network)
 
     def widened(self, name: str, target: float) -> float:
         """The factor for a named model's channels that brings it nearest to a cost."""
@@ -243,10 +256,10 @@ class Judge:
             strategy = {"random": "random", PLAIN: "plain"}.get(contender.group)
             how = ["--strategy", strategy] if strategy else []
             again = ["--resume", str(folder)] if (folder / "search.pt").exists() else []
-            table = ["--table", str(self.folder / "latency.json")] if self.args.target else []
-            self.command("search.py", *self.searched, *self.limit(self.targets if together else
-                         [contender.target]), *table, "--seed", str(contender.seed), "--output-dir",
-                         str(folder), *how, *again)
+            limit = self.limit(self.targets if together else [contender.target])
+            limit += ["--table", str(self.folder / "latency.json")] if self.args.target else []
+            self.command("search.py", *self.searched, *([] if contender.group == PLAIN else limit), "--seed",
+                         str(contender.seed), "--output-dir", str(folder), *how, *again)
         return path
 
     def compared(self, target: float) -> list[dict]:
@@ -277,8 +290,10 @@ class Judge:
         if contender.group not in self.by_hand:
             return [["--arch", str(self.record(contender)), "--from-scratch"]]  # as all others
         recipe = [] if self.args.model in models.MODELS else ["--recipe", self.args.model]
-        return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}",
-                 *image_words(self.images), *recipe]
+        images = {name: value for name, value in self.images.items()
+                  if "sigma" not in name or "--sigma" not in self.args.train}  # three flags for one thing
+        return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}", "--size",
+                 str(self.args.size), *image_words(images), *recipe]
                 for name, share in self.by_hand[contender.group].items()]
 
     def measure(self, contender: Contender) -> None:
@@ -323,7 +338,7 @@ class Judge:
 
     def contenders(self) -> list[Contender]:
         """All contenders, one seed of each group after the other."""
-        plain = [PLAIN] if "plain" in getattr(self.method, "STRATEGIES", ()) else []
+        plain = [PLAIN] * ("plain" in getattr(self.method, "STRATEGIES", ()) and PLAIN not in self.args.skip)
         counts = {"found": self.args.found, "random": self.args.random,
                   **dict.fromkeys([*plain, *self.by_hand], self.args.hand)}
         rows = [Contender(group, target, seed) for seed in range(max(counts.values()))
@@ -344,7 +359,7 @@ class Judge:
             return
         before = files.read_json(path, FORMAT, VERSION, "name another --output-dir").get("flags", {})
         # Elsewhere than in the wide space, each target has searches of its own.
-        names = [name for name in SAME if name in before and (name != "target" or self.one_for_all)]
+        names = [name for name in SAME if "target" not in name or self.one_for_all]
         differ = [f"--{name.replace('_', '-')}" for name in names if before[name] != getattr(self.args, name)]
         if differ:
             raise ValueError(f"{self.folder} has runs of other {', '.join(differ)}: name another "
@@ -378,7 +393,7 @@ class Judge:
         wide = self.targets if self.one_for_all else ()
         verdict = {**judge(results), "order": {target: self.order(target, results) for target in wide}}
         mode = f"latency: {args.mode}; " * bool(args.target)
-        text = (f"{args.model}, {args.data}, {self.size} px; {mode}{made['device']}, torch "
+        text = (f"{args.model}, {args.data}, {args.size} px; {mode}{made['device']}, torch "
                 f"{made['torch']}, {made['date'][:10]}; means over seeds, 95 % intervals\n\n"
                 f"{format_verdict(verdict, self.unit)}\n")
         path = self.folder / "judge.txt"
@@ -483,14 +498,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="networks from all over the space, for the order in the supernet (default: %(default)s)")
     add("--hand", type=whole(1, 1000), default=2, metavar="N",
         help="seeds of each network made by hand (default: %(default)s)")
-    names = list(dict.fromkeys(name for some in (*HAND.values(), DENOISERS) for name in some))
+    names = list(dict.fromkeys(name for some in (*HAND.values(), DENOISERS, [PLAIN]) for name in some))
     add("--skip", nargs="+", choices=names, default=[], metavar="NAME",
         help=f"leave out: {', '.join(names)} (default: none)")
     add("--space", choices=("wide", "4", "6", "8"), help="as in search.py (default: wide, if there)")
     add("--search", default="", metavar="FLAGS", help="more flags of search.py, in quotes (default: none)")
     add("--train", default="", metavar="FLAGS", help="more flags of train.py, in quotes (default: none)")
     add("--eval", default="", metavar="FLAGS", help="more flags of eval.py, in quotes: other test images, "
-        "other noise (default: none)")
+        "other noise; the joint loss stays that of --data (default: none)")
     add("--mode", choices=latency.MODES, help="form of the network that is timed (default: onnx where "
         "onnxruntime is installed and the device is a CPU, else folded)")
     add("--data", default="digits", metavar="NAME", help="as in search.py (default: %(default)s)")

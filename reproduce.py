@@ -14,10 +14,10 @@ method of another paper has that paper's tables in its own file (docs/add-a-meth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
-import random
 import re
 import shlex
 import statistics
@@ -56,13 +56,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of (label, run, the paper's numbers by column); claims of (text, function of the rows), which hold
-    where the function is above 0."""
+    """Rows of (label, run, the paper's numbers by column); claims of (text, function of the rows, bounds),
+    which hold where the function is between the bounds."""
 
     title: str
     source: str
     rows: tuple[tuple[str, Run, dict], ...]
-    claims: tuple[tuple[str, Callable], ...] = ()
+    claims: tuple[tuple[str, Callable, tuple[float, float]], ...] = ()
     columns: tuple[str, ...] = ("MACs M", "latency ms", "PSNR dB", "SSIM", "accuracy %")
 
 
@@ -112,32 +112,39 @@ def paper(psnr: float | None = None, ssim: float | None = None, accuracy: float 
     return {column: value for column, value in values.items() if value is not None}
 
 
-def beats(better: str, worse: str, column: str, margin: float = 0.0) -> tuple[str, Callable]:
+MORE = (0.0, math.inf)  # the bounds of a claim that something is more than 0
+
+
+def difference(one: str, other: str, column: str) -> Callable:
+    return lambda rows: rows[one][column] - rows[other][column]
+
+
+def beats(better: str, worse: str, column: str, margin: float = 0.0) -> tuple:
     """The claim that one row has more of a column than another, by more than `margin`."""
     text = f"{column} of {better} > {column} of {worse}" + (f" {margin:+g}" if margin else "")
-    return text, lambda rows: rows[better][column] - rows[worse][column] - margin
+    return text, difference(better, worse, column), (margin, math.inf)
 
 
-def is_close(one: str, other: str, column: str, margin: float) -> tuple[str, Callable]:
+def is_close(one: str, other: str, column: str, margin: float) -> tuple:
     """The claim that two rows differ by less than `margin`."""
     text = f"{column} of {one} is that of {other} within {margin:g}"
-    return text, lambda rows: margin - abs(rows[one][column] - rows[other][column])
+    return text, difference(one, other, column), (-margin, margin)
 
 
-def scales_better(unet: str, narrower: str, other: str) -> tuple[str, Callable]:
+def scales_better(unet: str, narrower: str, other: str) -> tuple:
     """The claim that UNet `unet` loses less PSNR per halving of its MACs as `narrower` than as `other`."""
     def loss(rows: dict, name: str) -> float:
         lost = rows[unet]["PSNR at 0.8"] - rows[name]["PSNR at 0.8"]
         return lost / math.log2(rows[unet]["MACs M"] / rows[name]["MACs M"])
     return (f"{unet} loses less per halving of its MACs as {narrower} than as {other}",
-            lambda rows: loss(rows, other) - loss(rows, narrower))
+            lambda rows: loss(rows, other) - loss(rows, narrower), MORE)
 
 
-def of_betas(text: str, column: str, by: Callable) -> tuple[str, Callable]:
+def of_betas(text: str, column: str, by: Callable) -> tuple:
     """The claim that by(removed, learned), the numbers of both searches of table 10 with each beta, is above
     0."""
     return text, lambda rows: by(*([rows[f"{beta} beta, search {number}"][column] for number in (1, 2)]
-                                      for beta in ("removed", "learned")))
+                                   for beta in ("removed", "learned"))), MORE
 
 
 S, M, L = 0.25, 0.5, 0.75  # between the fastest and the slowest network; the papers' ms are of their GPU
@@ -254,7 +261,7 @@ TABLES = {
                         train=TRAIN_CLEAN), {})
               for space in (4, 6, 8) for name, target in (("S", S), ("M", M), ("L", L))),
         (("at the largest latency 4 operations are at least as good as 8",
-          beats("4 operations, L", "8 operations, L", "clean accuracy %", -1e-9)[1]),), CLEAN_COLUMNS),
+          *beats("4 operations, L", "8 operations, L", "clean accuracy %", -1e-9)[1:]),), CLEAN_COLUMNS),
     "figure-6": Table(
         "Classifiers of like latency on clean images", "thesis: figure 7",
         (("C-NAS M", searched("cnas-m", M, *CNAS, *CLEAN, train=TRAIN_CLEAN), {}),
@@ -276,14 +283,14 @@ TABLES = {
          scales_better("unet-b16-d4-m2-c2", "unet-b8-d4-m2-c2", "unet-b16-d3-m2-c2"),
          ("b 4 breaks the trend: the step from 8 to 4 costs more than that from 16 to 8", lambda rows: (
              2 * rows["unet-b8-d4-m2-c2"]["PSNR at 0.8"] - rows["unet-b4-d4-m2-c2"]["PSNR at 0.8"]
-             - rows["unet-b16-d4-m2-c2"]["PSNR at 0.8"]))), ("MACs M", "PSNR at 0.8"))}
+             - rows["unet-b16-d4-m2-c2"]["PSNR at 0.8"]), MORE)), ("MACs M", "PSNR at 0.8"))}
 
 
 def tables_of(method: str) -> dict[str, Table]:
     """The tables of a method's own paper, from its file; its scales come into SCALES."""
     module, tables = registry.method_module(method), {}
-    for scale, flags in getattr(module, "PAPER_SCALES", {}).items():
-        SCALES[scale][method] = flags
+    for scale, kinds in SCALES.items():
+        kinds[method] = getattr(module, "PAPER_SCALES", {}).get(scale, {})
     for table, content in getattr(module, "PAPER_TABLES", {}).items():
         def name(label: str) -> str:
             """Of a run. Rows of the same search, in several tables, are one run."""
@@ -302,7 +309,8 @@ def tables_of(method: str) -> dict[str, Table]:
 
 
 for _method in registry.METHODS:
-    TABLES |= tables_of(_method)
+    with contextlib.suppress(ValueError):  # where the method's file is not there
+        TABLES |= tables_of(_method)
 ALL_RUNS = {run.name: run for table in TABLES.values() for _, run, _ in table.rows}
 
 
@@ -498,43 +506,46 @@ def summarise(columns: tuple[str, ...], rows: list[tuple[str, list[dict] | None,
     return "\n".join(lines), records
 
 
-def interval(values: list[float], others: list[float] | None = None, draws: int = 10_000) -> tuple:
-    """The 95 % bootstrap interval of a mean, or of the mean of `values` minus that of `others` (Efron
-    1979)."""
-    rng = random.Random(0)
-    def mean(sample: list[float]) -> float:
-        return statistics.fmean(rng.choices(sample, k=len(sample)))
-    means = sorted(mean(values) - (mean(others) if others else 0.0) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of two values or more, by Student's t."""
+    half = T_95[min(len(values) - 1, len(T_95)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def judge_claims(claims: tuple, records: list[dict]) -> list[dict]:
-    """Each claim with its margin over the seeds and a verdict: "holds", "does not hold" or "not run", and
-    "undecided" where 0 is in the 95 % interval of the margin, of two seeds or more."""
+    """Each claim with its values, one for each seed, and a verdict: "holds" or "does not hold" where the 95 %
+    interval of the values lies within the claim's bounds or outside, else "undecided"; of one seed only what
+    it speaks for; or "not run"."""
     made, results = [record for record in records if record["seeds"]], []
     count = min((record["seeds"] for record in made), default=0)
-    for text, claim in claims:
-        result = {"claim": text, "verdict": "not run", "margins": [], "low": None, "high": None}
+    for text, claim, (least, most) in claims:
+        result = {"claim": text, "verdict": "not run", "values": [], "low": None, "high": None}
         try:
-            margins = [claim({row["label"]: {column: cell["values"][seed] for column, cell in
-                                             row["ours"].items()} for row in made}) for seed in range(count)]
+            values = [claim({row["label"]: {column: cell["values"][seed] for column, cell in
+                                            row["ours"].items()} for row in made}) for seed in range(count)]
         except KeyError:  # a row that was not run, or cannot do what is claimed
-            margins = []
-        if margins:
-            low, high = interval(margins)
-            verdict = "holds" if low > 0 else "does not hold" if high <= 0 else "undecided"
-            result |= {"verdict": verdict, "margins": margins, "low": low, "high": high}
-        results.append(result)
+            values = []
+        if len(values) == 1:
+            result |= {"verdict": f"one seed {'for' if least < values[0] < most else 'against'}"}
+        elif values:
+            low, high = interval(values)
+            outside = high <= least or low >= most
+            result |= {"low": low, "high": high, "verdict": (
+                "holds" if least < low and high < most else "does not hold" if outside else "undecided")}
+        results.append(result | {"values": values})
     return results
 
 
 def format_claim(claim: dict) -> str:
-    """A claim to read, with its margin."""
-    text = f"{claim['verdict']:>14}: {claim['claim']}"
-    if not claim["margins"]:
+    """A claim to read, with its values."""
+    text = f"{claim['verdict']:>16}: {claim['claim']}"
+    if not claim["values"]:
         return text
-    between = f", {claim['low']:+.3g} to {claim['high']:+.3g}" if len(claim["margins"]) > 1 else ", one seed"
-    return f"{text} ({statistics.mean(claim['margins']):+.3g}{between})"
+    between = "" if claim["low"] is None else f", {claim['low']:+.3g} to {claim['high']:+.3g}"
+    return f"{text} ({statistics.mean(claim['values']):+.3g}{between})"
 
 
 def plot(path: Path, title: str, columns: tuple[str, ...], records: list[dict]) -> bool:

@@ -520,6 +520,8 @@ def draw_random(job: Job, supernet: nn.Module, costs: Costs, within_reach: bool)
         if cost >= (1 - TOLERANCE) * costs.target:
             return
         dearest = max(dearest, (cost, seed))
+    run.say(f"note: none of {DRAWS} random networks costs {100 * (1 - TOLERANCE):g} % of the target or more; "
+            f"the dearest, {dearest[0]:.4g} {costs.unit}, is taken.")
     supernet.draw_random(dearest[1])
 
 

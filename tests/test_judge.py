@@ -19,16 +19,16 @@ from fake_table import fake_parts, fake_table, fake_wide, quick_compare, quick_e
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_where_that_holds():
     values = [statistics.NormalDist(10, 2).inv_cdf((i + 0.5) / 400) for i in range(400)]
-    low, high = reproduce.interval(values)
+    low, high = judge.interval(values)
     assert (high - low) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.05)  # 1.96 sd / sqrt(n)
     assert (low + high) / 2 == pytest.approx(10, abs=0.02)
 
 
 def test_an_interval_of_few_values_by_hand():
     """The means of two draws from (0, 1) are 0, 0.5, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert reproduce.interval([0.0, 1.0]) == (0.0, 1.0)
-    assert reproduce.interval([3.0]) == (3.0, 3.0)
-    assert reproduce.interval([5.0, 5.0], [2.0, 2.0]) == (3.0, 3.0)
+    assert judge.interval([0.0, 1.0]) == (0.0, 1.0)
+    assert judge.interval([3.0]) == (3.0, 3.0)
+    assert judge.interval([5.0, 5.0], [2.0, 2.0]) == (3.0, 3.0)
 
 
 def test_better_is_more_accuracy_and_less_loss():
@@ -53,7 +53,7 @@ def test_kendalls_tau_by_hand():
 def quick(monkeypatch, in_this_process):
     """A network takes a millisecond for every million MACs."""
     monkeypatch.setattr(judge.Judge, "cost",
-                        lambda self, network: models.count_macs(network, self.size) / 1e6)
+                        lambda self, network: models.count_macs(network, self.args.size) / 1e6)
     quick_compare(monkeypatch)
 
 
@@ -152,6 +152,35 @@ def test_denoisers_are_compared_too(space, limit, unit, groups, small, tmp_path,
     flags = files.read_checkpoint(folder / "seed_0" / "network_0" / "best.pt")["flags"]
     assert flags["sigmas"] == [0.1] and flags["grey"] is (model == "hinas")
     assert flags["recipe"] == model and flags["crops"] == 1
+
+
+def test_networks_made_by_hand_see_the_images_and_the_noise_of_the_search(tmp_path, monkeypatch):
+    """Also where the size and the noise are the method's own; --train has the last word."""
+    (tmp_path / "photos").mkdir()
+    for place in range(4):
+        Image.effect_noise((140, 140), 50).convert("RGB").save(tmp_path / "photos" / f"{place}.png")
+    monkeypatch.setattr(judge.Judge, "widened", lambda *_: 0.5)
+
+    def made(*flags):
+        return judge.Judge(judge.build_parser().parse_args(["--data", str(tmp_path / "photos"), *flags]))
+
+    runs = made("--model", "superkernel", "--target-macs", "1400", "--search", "--width 16 --sigmas 0.1")
+    words = runs.networks(judge.Contender("UNet", 1400.0, 0))[0]
+    assert words[words.index("--size") + 1] == "128" and words[words.index("--sigmas") + 1] == "0.1"
+    assert words[-2:] == ["--recipe", "superkernel"]
+    asked = []
+    monkeypatch.setattr(judge.Judge, "command", lambda self, script, *flags: asked.append(flags))
+    monkeypatch.setattr(judge, "lock_folder", lambda folder: None)
+    for group in (judge.PLAIN, "random"):  # the network without a search has its own cost
+        runs.record(judge.Contender(group, 1400.0, 0))
+    assert ["--target-macs" in flags for flags in asked] == [False, True]
+    runs = made("--model", "superkernel", "--target-macs", "1400", "--train", "--sigma 0.2", "--skip",
+                judge.PLAIN)
+    assert "--sigmas" not in runs.networks(judge.Contender("UNet", 1400.0, 0))[0]
+    assert judge.PLAIN not in {one.group for one in runs.contenders()}
+    runs = judge.Judge(judge.build_parser().parse_args(
+        ["--model", "dcnas-seq", "--target", "4", "--mode", "eager"]))
+    assert runs.by_hand == judge.HAND["dcnas"] and runs.args.space == "4"
 
 
 def test_flags_as_words_are_the_flags_again():

@@ -31,26 +31,37 @@ def test_every_table_and_figure_of_the_papers_is_there_and_fits():
                 assert registry.find_named(run.name)
         complete = {label: dict.fromkeys(table.columns, index)
                     for index, (label, _, _) in enumerate(table.rows, 1)}
-        for text, claim in table.claims:  # KeyError where it names a row or column that is not there
-            assert text and isinstance(claim(complete), (int, float))
+        for text, claim, (least, most) in table.claims:  # KeyError where it names a row that is not there
+            assert text and isinstance(claim(complete), (int, float)) and least < most
     for run in runs.values():
         assert run.from_run is None or runs[run.from_run].search
         assert (bool(run.search) == (run.target is not None)) or run.kind in registry.METHODS
 
 
-def test_claims_are_judged_by_the_interval_of_their_margin():
-    rows = [("a", [{"x": 1.0}, {"x": 5.0}], {}), ("b", [{"x": 2.0}, {"x": 3.0}], {}), ("c", None, {})]
-    claims = (reproduce.beats("a", "b", "x"), reproduce.beats("b", "a", "x", -3),
-              reproduce.beats("a", "c", "x"), reproduce.is_close("a", "b", "x", 0.5))
+def test_the_interval_of_student_by_hand():
+    """sd 1, 2 degrees of freedom: 4.303 / sqrt(3); of the same values it has no width."""
+    assert reproduce.interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    assert reproduce.interval([5.0, 5.0]) == (5.0, 5.0)
+
+
+def test_claims_are_judged_by_the_interval_of_their_values():
+    rows = [("a", [{"x": 3.0}, {"x": 5.0}, {"x": 4.0}], {}), ("b", [{"x": 2.0}, {"x": 2.0}, {"x": 2.0}], {}),
+            ("c", None, {})]
+    claims = (reproduce.beats("a", "b", "x"), reproduce.beats("a", "b", "x", -1),
+              reproduce.beats("a", "c", "x"), reproduce.beats("b", "a", "x", 1),
+              reproduce.is_close("a", "b", "x", 9), reproduce.is_close("a", "b", "x", 2))
     verdicts = reproduce.judge_claims(claims, reproduce.summarise(("x",), rows)[1])
-    assert [v["verdict"] for v in verdicts] == ["undecided", "holds", "not run", "does not hold"]
-    assert [v["margins"] for v in verdicts] == [[-1, 2], [4, 1], [], [-0.5, -1.5]]
-    assert [(v["low"], v["high"]) for v in verdicts] == [(-1, 2), (1, 4), (None, None), (-1.5, -0.5)]
-    assert [reproduce.format_claim(v).split(" (")[-1] for v in verdicts] == [
-        "+0.5, -1 to +2)", "+2.5, +1 to +4)", "       not run: x of a > x of c", "-1, -1.5 to -0.5)"]
-    one = reproduce.judge_claims(claims[:1], reproduce.summarise(("x",), [(*rows[0][:1], [{"x": 3.0}], {}),
-                                                                          ("b", [{"x": 2.0}], {})])[1])
-    assert reproduce.format_claim(one[0]).endswith("holds: x of a > x of b (+1, one seed)")
+    assert [v["verdict"] for v in verdicts] == ["undecided", "holds", "not run", "does not hold", "holds",
+                                                "undecided"]
+    assert [v["values"] for v in verdicts[:3]] == [[1, 3, 2], [1, 3, 2], []]
+    assert [reproduce.format_claim(v).strip() for v in verdicts[:3]] == [
+        "undecided: x of a > x of b (+2, -0.484 to +4.48)", "holds: x of a > x of b -1 (+2, -0.484 to +4.48)",
+        "not run: x of a > x of c"]
+    single = [(label, seeds and seeds[:1], {}) for label, seeds, _ in rows]
+    verdicts = reproduce.judge_claims(claims, reproduce.summarise(("x",), single)[1])
+    assert [v["verdict"] for v in verdicts] == ["one seed for", "one seed for", "not run", "one seed against",
+                                                "one seed for", "one seed for"]
+    assert reproduce.format_claim(verdicts[0]).strip() == "one seed for: x of a > x of b (+1)"
 
 
 def test_a_table_shows_means_spreads_the_papers_numbers_and_what_was_not_run():
