@@ -81,6 +81,13 @@ def per_second(what: str, count: int, row: dict) -> dict:
     return row | {"what": what, "unit": "/s", **{way: 1e3 * count / row[way] for way in ("plain", "ours")}}
 
 
+def plain_alpha_step(supernet: nn.Module, noisy: torch.Tensor, labels: torch.Tensor) -> None:
+    """That of TF-NAS, without the optimizer's step."""
+    supernet.zero_grad()
+    with run.frozen(supernet.weight_parameters()):
+        F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
+
+
 def compare_search(operations: int, device, batch_size: int, size: int, amp: str, seconds: float) -> list:
     """A weight step and an alpha step of the C-NAS supernet, and the default search by the images it learns
     from. The plain way is TF-NAS's published loop: both paths in one graph, NCHW, as many operations as
@@ -98,28 +105,25 @@ def compare_search(operations: int, device, batch_size: int, size: int, amp: str
         nn.utils.clip_grad_norm_(supernet.weight_parameters(), 5.0)
         optimizer.step()
 
-    def plain_alpha_step():
-        supernet.zero_grad()
-        with run.frozen(supernet.weight_parameters()):
-            F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
-
-    def our_steps(operations: int) -> list:
-        """A weight step, an alpha step, and a step of the largest path, with which the default begins."""
+    def our_steps(operations: int) -> tuple[list, float]:
+        """A weight step, an alpha step, and a step of the largest path, with which the default begins; for
+        which share of its epochs."""
         own = tfnas.SuperNet(tfnas.Space(operations))
-        schedule = tfnas.Schedule(own, None, steps=1, device=device, lr=1e-3, amp=amp)
+        epochs = search.build_parser("cnas", tfnas).get_default("epochs")
+        schedule = tfnas.Schedule(own, None, steps=1, device=device, epochs=epochs, lr=1e-3, amp=amp)
         batch, largest = make_batch(batch_size, size, device), own.largest_path()
         return [lambda: schedule.weight_step(batch, True), lambda: schedule.arch_step([batch], 5.0),
-                lambda: schedule.weight_step(batch, False, largest)]
+                lambda: schedule.weight_step(batch, False, largest)], schedule.warmup_epochs / epochs
 
-    ours = our_steps(operations)
-    weight, alpha = (time_both(f"search: {name}", plain, own, device, seconds) for name, plain, own in (
-        ("weight step", plain_weight_step, ours[0]), ("alpha step", plain_alpha_step, ours[1])))
+    alpha_step = partial(plain_alpha_step, supernet, noisy, labels)
+    (weight_ours, alpha_ours, _), _ = our_steps(operations)
+    weight = time_both("search: weight step", plain_weight_step, weight_ours, device, seconds)
+    alpha = time_both("search: alpha step", alpha_step, alpha_ours, device, seconds)
     both = make_row("search: iteration (weight + half an alpha step)", "ms",
                     *(weight[way] + alpha[way] / 2 for way in ("plain", "ours")))
-    steps = [plain_weight_step, plain_alpha_step, partial(plain_weight_step, False), *our_steps(4)]
+    ours, warm = our_steps(4)
+    steps = [plain_weight_step, alpha_step, partial(plain_weight_step, False), *ours]
     times = latency.interleave(steps, device, burst=1, seconds=2 * seconds).medians_ms
-    epochs = search.build_parser("cnas", tfnas).get_default("epochs")
-    warm = tfnas.Schedule.warm_epochs(epochs) / epochs
     default = make_row("", "ms", *(share * alone + (1 - share) * (weights + alphas / 2) for
                                    share, (weights, alphas, alone) in ((0.1, times[:3]), (warm, times[3:]))))
     return [weight, alpha, both, per_second("search: images", batch_size, both),
@@ -283,12 +287,8 @@ def compare_peak_memory(operations: int, device, batch_size: int, size: int, amp
     supernet = tfnas.SuperNet(tfnas.Space(operations)).to(device).train()
     noisy, _, labels = make_batch(batch_size, size, device, torch.contiguous_format)
 
-    def plain_step():
-        supernet.zero_grad()
-        with run.frozen(supernet.weight_parameters()):
-            F.cross_entropy(supernet(noisy, supernet.mixture(5.0)).logits, labels).backward()
-
-    plain, batch = peak_gib(plain_step), make_batch(batch_size, size, device)
+    plain = peak_gib(partial(plain_alpha_step, supernet, noisy, labels))
+    batch = make_batch(batch_size, size, device)
     schedules = (tfnas.Schedule(tfnas.SuperNet(tfnas.Space(operations), recompute), None, steps=1,
                                 device=device, lr=1e-3, amp=amp) for recompute in (False, True))
     return [make_row(f"peak memory: alpha step, {size} px{how}", "GiB", plain,

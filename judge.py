@@ -37,8 +37,8 @@ import registry
 import search
 import train
 from data import Parser, number, whole
-from reproduce import run_command
-from run import Busy, Command, default_device, lock_folder, prepare_device, say, unlock_folder
+from run import (SIGMAS, Busy, Command, default_device, lock_folder, prepare_device, run_command, say,
+                 unlock_folder)
 
 FORMAT, VERSION = "joint-judge", 2
 WITHIN = 0.03  # of the target, the cost of a network made by hand
@@ -291,7 +291,7 @@ class Judge:
             return [["--arch", str(self.record(contender)), "--from-scratch"]]  # as all others
         recipe = [] if self.args.model in models.MODELS else ["--recipe", self.args.model]
         images = {name: value for name, value in self.images.items()
-                  if "sigma" not in name or "--sigma" not in self.args.train}  # three flags for one thing
+                  if name not in SIGMAS or "--sigma" not in self.args.train}
         return [["--model", name, "--widen", f"{self.widened(name, share * contender.target):g}", "--size",
                  str(self.args.size), *image_words(images), *recipe]
                 for name, share in self.by_hand[contender.group].items()]

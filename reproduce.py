@@ -21,8 +21,6 @@ import math
 import re
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +33,8 @@ import registry
 import search
 import tfnas
 from data import Parser, format_sigmas, load_data, whole
-from run import Command, check_device, default_device
+from run import Command, check_device, default_device, run_command
 
-HERE = Path(__file__).resolve().parent
 FORMAT, VERSION = "joint-table", 2
 
 
@@ -316,30 +313,6 @@ ALL_RUNS = {run.name: run for table in TABLES.values() for _, run, _ in table.ro
 
 # --- Running -----------------------------------------------------------------------------------------------
 
-def run_script(line: list[str]) -> int:
-    """The exit code of a command. Ctrl-C and SIGTERM reach it too; it saves before this goes on."""
-    process = subprocess.Popen(line)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()  # a terminal's Ctrl-C has reached it, another signal to this process has not
-        process.wait()
-        raise
-
-
-def run_command(script: str, *flags: str, device: str | None, threads: int | None) -> None:
-    """Run a script of this project; OSError names the command where it fails. `device`: None where the
-    script has no such flag."""
-    line = [*flags, *(["--device", device] if device else [])]
-    if threads and device and script != "latency.py":  # a table has one thread on a CPU
-        line += ["--threads", str(threads)]
-    text = shlex.join(["python", script, *line])
-    print(f"$ {text}", flush=True)
-    if run_script([sys.executable, str(HERE / script), *line]):
-        raise OSError("This command failed; mend what it says and start again, what was done is kept: "
-                      f"{text}")
-
-
 class Runner:
     """Makes the runs of tables, by the flags of this command."""
 
@@ -419,7 +392,7 @@ class Runner:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             run_command(f"{run.kind}.py", "--arch", str(found), "--change", run.change, "--seed", str(seed),
-                        "--output", str(path), device=None, threads=None)
+                        "--output", str(path))
         return path
 
     def measure(self, run: Run, seed: int) -> dict:

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -46,6 +47,29 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 
 
 # --- Processes and devices ---------------------------------------------------------------------------------
+
+def run_script(line: list[str]) -> int:
+    """The exit code of a command. Ctrl-C and SIGTERM reach it too; it saves before this goes on."""
+    process = subprocess.Popen(line)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # a terminal's Ctrl-C has reached it, another signal to this process has not
+        process.wait()
+        raise
+
+
+def run_command(script: str, *flags: str, device: str | None = None, threads: int | None = None) -> None:
+    """Run a script of this project; OSError names the command where it fails."""
+    line = [*flags, *(["--device", device] if device else [])]
+    if threads and script != "latency.py":  # a table has one thread on a CPU
+        line += ["--threads", str(threads)]
+    text = shlex.join(["python", script, *line])
+    print(f"$ {text}", flush=True)
+    if run_script([sys.executable, str(Path(__file__).resolve().parent / script), *line]):
+        raise OSError("This command failed; mend what it says and start again, what was done is kept: "
+                      f"{text}")
+
 
 def rank_and_world() -> tuple[int, int]:
     """The number of this process and how many there are: (0, 1) without torchrun."""

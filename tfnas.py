@@ -569,7 +569,7 @@ class Schedule:
         self.costs, self.within_reach, self.device, self.loss = costs, within_reach, device, loss
         self.guard, self.amp, self.flags = run.Guard(), flags.get("amp") or "off", flags
         warmup, decay = flags.get("warmup_epochs"), flags.get("temperature_decay")
-        self.warmup_epochs = self.warm_epochs(epochs) if warmup is None else warmup
+        self.warmup_epochs = min(10, round(epochs / 3)) if warmup is None else warmup
         self.decay = decay or 0.96 ** (79 / max(1, epochs - self.warmup_epochs - 1))
         self.inherits = flags.get("warmup", "inherit") == "inherit"
         self.arch_every, self.arch_batches = flags.get("arch_every", 2), flags.get("arch_batches", 1)
@@ -582,11 +582,6 @@ class Schedule:
         self.scaler, self.arch_scaler = (torch.amp.GradScaler(device.type, enabled=self.amp == "float16")
                                          for _ in range(2))
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same paths everywhere
-
-    @staticmethod
-    def warm_epochs(epochs: int) -> int:
-        """The default number of epochs that train weights only."""
-        return min(10, round(epochs / 3))
 
     def _stem(self, batch) -> Tensor:
         with run.autocast(self.device, self.amp):

@@ -32,13 +32,13 @@ def seeds():
 @pytest.fixture
 def in_this_process(monkeypatch):
     """The commands of reproduce.py and judge.py run without a process of their own, which takes seconds."""
-    import reproduce
+    import run
 
     def run_here(line):
         importlib.import_module(Path(line[1]).stem).main(line[2:])
         return 0
 
-    monkeypatch.setattr(reproduce, "run_script", run_here)
+    monkeypatch.setattr(run, "run_script", run_here)
 
 
 def pytest_addoption(parser):

@@ -11,7 +11,6 @@ import files
 import hinas
 import judge
 import models
-import reproduce
 import run
 import superkernel
 from fake_table import fake_parts, fake_table, fake_wide, quick_compare, quick_elastic
@@ -118,7 +117,7 @@ def test_a_whole_comparison_goes_on_and_ends_with_a_verdict(space, tmp_path, qui
     pair = content["rows"][2]["columns"]
     assert set(pair) == {"ms", "MACs M", *judge.MEASURES}  # of both networks
     assert pair["joint loss"]["mean"] > 0
-    monkeypatch.setattr(reproduce, "run_script", lambda line: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(run, "run_script", lambda line: pytest.fail("a run was repeated"))
     judge.main(flags)
 
 
