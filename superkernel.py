@@ -878,7 +878,8 @@ _KINDS = {"no superkernel": "--strategy plain", "full": "--form full", "separate
 def _paper_row(label: str, psnr: float, ssim: float, psnr_x8: float, ssim_x8: float) -> tuple[str, dict]:
     """A row: "model 1, full" is skipinit-1, "3 subnetworks, joint" attention-3; x8 is by self-ensemble."""
     network, kind = label.split(", ")
-    place = {"model": "skipinit-{1}"}.get(network.split()[0], "attention-{0}").format(*network.split())
+    first, second = network.split()
+    place = f"skipinit-{second}" if first == "model" else f"attention-{first}"
     return label, {"search": f"--network {place} {_KINDS[kind]}", "paper": {
         "PSNR dB": psnr, "SSIM": ssim, "PSNR dB x8": psnr_x8, "SSIM x8": ssim_x8}}
 
